@@ -1,0 +1,60 @@
+"""Random numbers as a function of what they are for, never of rank, batch or device.
+
+Every row has a key: (seed, step, position) in training, (seed, prompt, sample number) in sampling. A number is drawn
+from a counter-based generator keyed by (row key, name of the draw), so resuming needs no generator state, and any split
+of the work over processes sees the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selfe.types import Packed
+
+
+def generator(*key: Hashable) -> np.random.Generator:
+    """A fresh generator for this key; equal keys give equal streams on every machine."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of B rows."""
+
+    keys: tuple[tuple[Hashable, ...], ...]
+
+    @classmethod
+    def of_step(cls, seed: int, step: int, positions: Sequence[int]) -> Draws:
+        return cls(tuple((seed, step, position) for position in positions))
+
+    @classmethod
+    def of_pictures(cls, pictures: Sequence[tuple[int, str, int]]) -> Draws:
+        """Rows of (seed, prompt, sample number)."""
+        return cls(tuple(pictures))
+
+    def select(self, rows: Sequence[int]) -> Draws:
+        return Draws(tuple(self.keys[r] for r in rows))
+
+    def uniform(self, name: str, like: Tensor) -> Tensor:
+        """(B,) in [0, 1), on the device and in the dtype of `like`."""
+        return torch.tensor([generator(*key, name).random() for key in self.keys]).to(like)
+
+    def normal(self, name: str, like: Tensor) -> Tensor:
+        """(B,) standard normal, on the device and in the dtype of `like`."""
+        return torch.tensor([generator(*key, name).standard_normal() for key in self.keys]).to(like)
+
+    def normal_like(self, name: str, x: Packed) -> Tensor:
+        """(T, d) standard normal, drawn sample by sample so that a sample's noise knows nothing of its batch."""
+        dtype = np.float64 if x.tokens.dtype == torch.float64 else np.float32
+        width = x.tokens.shape[1]
+        parts = [
+            generator(*key, name).standard_normal((n, width), dtype) for key, n in zip(self.keys, x.lens, strict=True)
+        ]
+        return torch.from_numpy(np.concatenate(parts)).to(x.tokens)

@@ -1,0 +1,96 @@
+"""The path between data and noise, the clock, and the traffic between per-sample numbers and packed tokens.
+
+Times are in [0, 1]: 0 is data, 1 is pure noise (arXiv 2512.22374, Eq. 1-2: alpha_t = 1 - t, sigma_t = t). The network's
+output v is a velocity `noise - x0`. Per-sample tensors are (B,); token tensors are (T, d) and lie as `like` says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from selfe.draws import Draws
+from selfe.types import Packed
+
+
+def per_token(values: Tensor, like: Packed) -> Tensor:
+    """(B,) -> (T, 1), every token getting its sample's number."""
+    return values[like.owner][:, None]
+
+
+def sum_per_sample(tokens: Tensor, like: Packed) -> Tensor:
+    """(T, d) -> (B,). A sample's sum does not depend on its neighbours."""
+    lens = torch.tensor(like.lens, device=tokens.device)
+    return torch.segment_reduce(tokens.sum(dim=-1), "sum", lengths=lens, unsafe=True)
+
+
+def mean_per_sample(tokens: Tensor, like: Packed) -> Tensor:
+    """(T, d) -> (B,)."""
+    counts = torch.tensor(like.lens, device=tokens.device, dtype=tokens.dtype) * tokens.shape[1]
+    return sum_per_sample(tokens, like) / counts
+
+
+def norm_per_sample(tokens: Tensor, like: Packed) -> Tensor:
+    """(T, d) -> (B,), the L2 norm of each sample."""
+    return sum_per_sample(tokens.square(), like).sqrt()
+
+
+def rescale(tokens: Tensor, target: Tensor, like: Packed) -> Tensor:
+    """`tokens` (T, d) brought, sample by sample, to the L2 norm of `target` (T, d) (Eq. 19)."""
+    norm = norm_per_sample(tokens, like)
+    ratio = norm_per_sample(target, like) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    return tokens * per_token(ratio, like)
+
+
+def interpolate(x0: Tensor, noise: Tensor, t: Tensor, like: Packed) -> Tensor:
+    """x_t = (1 - t) x0 + t noise (Eq. 1)."""
+    t = per_token(t, like)
+    return (1 - t) * x0 + t * noise
+
+
+def predict_x0(x_t: Tensor, v: Tensor, t: Tensor, like: Packed) -> Tensor:
+    """The sample head G = x_t - t v (Eq. 6)."""
+    return x_t - per_token(t, like) * v
+
+
+def predict_noise(x_t: Tensor, v: Tensor, t: Tensor, like: Packed) -> Tensor:
+    """The noise that, with `predict_x0`, makes up x_t: x_t + (1 - t) v."""
+    return x_t + (1 - per_token(t, like)) * v
+
+
+def shift(lens: Sequence[int], like: Tensor) -> Tensor:
+    """mu(L) (B,), linear in the number of image tokens: 0.5 at 512, 1.15 at 4096, the same line beyond (S.2)."""
+    slope = (1.15 - 0.5) / (4096 - 512)
+    return torch.tensor([0.5 + slope * (n - 512) for n in lens], dtype=like.dtype, device=like.device)
+
+
+def warp(t: Tensor, mu: Tensor) -> Tensor:
+    """e^mu / (e^mu + 1/t - 1) (S.2), written so that t = 0 and t = 1 are fixed points; shapes broadcast."""
+    pushed = mu.exp() * t
+    return pushed / (pushed + (1 - t))
+
+
+def draw_t(draws: Draws, x0: Packed) -> Tensor:
+    """Training times (B,): logit-normal, then warped by each sample's size (S.2)."""
+    t = torch.sigmoid(draws.normal("t", like=x0.tokens))
+    return warp(t, shift(x0.lens, like=t))
+
+
+def self_weight(t: Tensor, s: Tensor, lam_max: float = math.inf) -> Tensor:
+    """lam / (1 + lam) with lam = t/(1-t) - s/(1-s) (Eq. 17), finite for every 0 <= s <= t <= 1; 0 at s = t. (B,)"""
+    gap = t - s
+    weight = gap / torch.where(gap > 0, gap + (1 - t) * (1 - s), 1)
+    return weight if math.isinf(lam_max) else weight.clamp_max(lam_max / (1 + lam_max))
+
+
+def sampling_times(num_steps: int, s_ratio: float, noise: Packed) -> tuple[Tensor, Tensor]:
+    """Times t (N + 1, B) from 1 to 0, uniform then warped by size, and s_k = t_{k+1} + r (t_k - t_{k+1}) (N, B) (S.2).
+
+    r = 0 jumps to the next time (few steps), r = 1 is plain flow matching, r = 0.5 suits one step (Fig. S.4).
+    """
+    uniform = torch.linspace(1, 0, num_steps + 1, dtype=noise.tokens.dtype, device=noise.tokens.device)
+    t = warp(uniform[:, None], shift(noise.lens, like=uniform)[None])
+    return t, t[1:] + s_ratio * (t[:-1] - t[1:])

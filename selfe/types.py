@@ -1,0 +1,158 @@
+"""The nouns every room shares: packed tokens, conditions, batches, losses, and what a swappable part must offer.
+
+Sizes (`grids`, `lens`) are Python integers on the host: the data loader knows them, and the device never has to tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from selfe.draws import Draws
+
+
+class UserError(ValueError):
+    """A mistake the user can mend: one line that says what, where and how. Ends the program with exit code 2."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """B sequences of any lengths laid end to end, without padding.
+
+    A picture is a grid of patches, row by row; a caption of n tokens is a 1 x n grid; a point is a 1 x 1 grid.
+    """
+
+    tokens: Tensor  # (T, d) with T = sum(lens)
+    owner: Tensor  # (T,) int64, the sample a token belongs to
+    grids: tuple[tuple[int, int], ...]  # B x (rows, columns)
+
+    @property
+    def lens(self) -> tuple[int, ...]:
+        return tuple(rows * columns for rows, columns in self.grids)
+
+    def __len__(self) -> int:
+        return len(self.grids)
+
+    def split(self) -> tuple[Tensor, ...]:
+        """Views of the B sequences, each (len, d)."""
+        return self.tokens.split(self.lens)
+
+    def with_tokens(self, tokens: Tensor) -> Packed:
+        """The same layout around other tokens (T, d)."""
+        return replace(self, tokens=tokens)
+
+    def select(self, rows: Sequence[int]) -> Packed:
+        """The sequences of these samples, in this order; a row may be named more than once."""
+        starts = [0]
+        for n in self.lens:
+            starts.append(starts[-1] + n)
+        index = torch.cat([torch.arange(starts[r], starts[r + 1]) for r in rows])
+        return packed(self.tokens[index.to(self.tokens.device)], [self.grids[r] for r in rows])
+
+
+def packed(tokens: Tensor, grids: Sequence[tuple[int, int]]) -> Packed:
+    """Tokens (T, d) that already lie end to end, as `Packed`."""
+    lens = torch.tensor([rows * columns for rows, columns in grids])
+    owner = torch.repeat_interleave(lens).to(tokens.device)
+    assert owner.shape[0] == tokens.shape[0], f"grids hold {owner.shape[0]} tokens, got {tokens.shape[0]}"
+    return Packed(tokens, owner, tuple(grids))
+
+
+@dataclass(frozen=True)
+class TextCond:
+    """What the denoiser knows of B captions."""
+
+    text: Packed  # (T_text, d_text)
+    pooled: Tensor  # (B, d_pooled)
+
+    def select(self, rows: Sequence[int]) -> TextCond:
+        index = torch.tensor(rows, device=self.pooled.device)
+        return TextCond(self.text.select(rows), self.pooled[index])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B captioned pictures of any shapes, and where they stand in the step's global batch."""
+
+    images: tuple[Tensor, ...]  # B x (3, H, W), float32 in [-1, 1]
+    prompts: tuple[str, ...]
+    positions: tuple[int, ...]  # place in the global batch, the key of all randomness of a sample
+    names: tuple[str, ...]  # how an error message calls a sample: its file
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One loss per sample, and numbers to log: each metric is a vector over the rows it exists for."""
+
+    per_sample: Tensor  # (B,)
+    metrics: dict[str, Tensor]  # name -> (rows,), detached
+
+
+class Denoiser(Protocol):
+    """V(x_t, t, s, c) of Eq. 6: a velocity `noise - x0` for every token."""
+
+    def __call__(self, x_t: Packed, t: Tensor, s: Tensor, cond: TextCond) -> Tensor:
+        """x_t (T, d), t and s (B,) -> v (T, d)."""
+        ...
+
+
+class TextEncoder(Protocol):
+    """Frozen; every caption at its true length. Built without weights; `load` brings them to the device."""
+
+    def load(self, device: torch.device) -> None: ...
+
+    def __call__(self, captions: Sequence[str]) -> TextCond: ...
+
+
+class Autoencoder(Protocol):
+    """Frozen; pictures to packed latent patches and back. Built without weights; `load` brings them to the device."""
+
+    multiple: int  # height and width of a picture must be multiples of this many pixels
+
+    def load(self, device: torch.device) -> None: ...
+
+    def encode(self, images: Sequence[Tensor], draws: Draws) -> Packed:
+        """B x (3, H, W) in [-1, 1] -> float32 tokens."""
+        ...
+
+    def decode(self, latents: Packed) -> list[Tensor]:
+        """Tokens -> B x (3, H, W) in [-1, 1], float32."""
+        ...
+
+    def noise(self, sizes: Sequence[tuple[int, int]], draws: Draws) -> Packed:
+        """Standard normal latents for pictures of B x (height, width) pixels: where sampling starts."""
+        ...
+
+
+class Data(Protocol):
+    """Captioned pictures whose order is a pure function of (seed, step)."""
+
+    def batch(self, seed: int, step: int, total: int, positions: range, split: Literal["train", "val"]) -> Batch:
+        """These positions of the step's global batch of `total` samples; the same samples for any split over ranks."""
+        ...
+
+
+class Objective(Protocol):
+    """A training loss. Says which captions it needs, then judges the denoiser on clean latents."""
+
+    def captions(self, prompts: Sequence[str], draws: Draws, step: int) -> dict[str, list[str]]: ...
+
+    def __call__(
+        self, net: Denoiser, ema: Denoiser, x0: Packed, conds: dict[str, TextCond], draws: Draws, step: int
+    ) -> Loss: ...
+
+
+Denoise = Callable[[Packed, Tensor, Tensor], Tensor]  # (x_t, t (B,), s (B,)) -> v (T, d), condition and guidance inside
+
+
+class Sampler(Protocol):
+    """Walks from noise to data."""
+
+    def __call__(self, denoise: Denoise, noise: Packed, t: Tensor, s: Tensor, draws: Draws) -> Tensor:
+        """noise (T, d), times t (N + 1, B) from 1 to 0, secondary times s (N, B) -> x0 (T, d) after N calls."""
+        ...
