@@ -2,9 +2,125 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+
+from selfe.types import UserError
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
 
 
 def accelerator_count() -> int:
     """How many accelerators this machine has; 0 means that processes run on the CPU."""
     return torch.accelerator.device_count()
+
+
+@contextmanager
+def world(timeout_minutes: float = 10) -> Iterator[World]:
+    """Join the process group that torchrun's variables describe, or form a group of one; leave it at the end."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if accelerator_count():
+        device = torch.device(torch.accelerator.current_accelerator().type, int(os.environ.get("LOCAL_RANK", 0)))
+        torch.accelerator.set_device_index(device.index)
+    store = dist.HashStore() if size == 1 else None
+    dist.init_process_group(store=store, rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes))
+    try:
+        yield World(rank, size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def make_mesh(world: World, shard_size: int | None) -> DeviceMesh:
+    """(replicate, shard): parameters are cut over `shard_size` ranks, by default all, and copied over the others."""
+    shard_size = shard_size or world.size
+    if world.size % shard_size:
+        raise UserError(
+            f"trainer.shard_size: {world.size} processes cannot form groups of {shard_size}; "
+            f"choose a divisor of {world.size}"
+        )
+    return init_device_mesh(
+        world.device.type, (world.size // shard_size, shard_size), mesh_dim_names=("replicate", "shard")
+    )
+
+
+def shard(module: nn.Module, mesh: DeviceMesh, *, precision: str, activation_checkpointing: bool) -> None:
+    """Cut the parameters of a module (on the meta device or not) over the mesh, block by block.
+
+    Stored in fp32, computed in `precision`, gradients reduced in fp32. The module casts its own inputs, because times
+    must not be rounded to bf16.
+    """
+    policy = MixedPrecisionPolicy(DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for stack in module.children():
+        for block in stack if isinstance(stack, nn.ModuleList) else ():
+            if activation_checkpointing:
+                # replaces the method rather than wrapping the module: parameter names stay what they are
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+    # the root too: an EMA twin never runs a backward pass that would free it
+    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+def materialise(module: nn.Module, device: torch.device, seed: int) -> None:
+    """Give a sharded module its memory and its initial values, the same on any number of ranks."""
+    module.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            full = module.initial(name, parameter.shape, seed).to(device)
+            parameter.copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def clip_grad_norm(module: nn.Module, max_norm: float) -> Tensor:
+    """Clip by the norm over all ranks; returns that norm, a scalar on the device."""
+    return nn.utils.clip_grad_norm_(module.parameters(), max_norm).full_tensor()
+
+
+def mean_over_ranks(rows: dict[str, list[Tensor]], device: torch.device) -> dict[str, float]:
+    """Means over everything that all ranks measured: name -> list of 1-D tensors, the same names on every rank."""
+    names = sorted(rows)
+    values = [torch.cat(rows[name]).double() for name in names]
+    sums = torch.stack([torch.stack([v.sum() for v in values]), torch.tensor([len(v) for v in values]).to(device)])
+    dist.all_reduce(sums)
+    return dict(zip(names, (sums[0] / sums[1]).tolist(), strict=True))
+
+
+def gather(value: Any, world: World) -> list[Any]:
+    """Every rank's value on rank 0, an empty list elsewhere. For small host-side things."""
+    values = [None] * world.size if world.is_main else None
+    dist.gather_object(value, values)
+    return values or []
+
+
+def barrier() -> None:
+    dist.barrier()

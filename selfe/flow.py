@@ -94,3 +94,13 @@ def sampling_times(num_steps: int, s_ratio: float, noise: Packed) -> tuple[Tenso
     uniform = torch.linspace(1, 0, num_steps + 1, dtype=noise.tokens.dtype, device=noise.tokens.device)
     t = warp(uniform[:, None], shift(noise.lens, like=uniform)[None])
     return t, t[1:] + s_ratio * (t[:-1] - t[1:])
+
+
+def dropped(draws: Draws, p_drop: float) -> list[bool]:
+    """Which of the B rows lose their prompt; decided on the host."""
+    return (draws.uniform("drop", like=torch.empty(0, dtype=torch.float64)) < p_drop).tolist()
+
+
+def drop_prompts(prompts: Sequence[str], draws: Draws, p_drop: float) -> list[str]:
+    """Classifier-free guidance's training half: each prompt becomes the null prompt with probability `p_drop`."""
+    return ["" if drop else prompt for prompt, drop in zip(prompts, dropped(draws, p_drop), strict=True)]

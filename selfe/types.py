@@ -101,8 +101,23 @@ class Denoiser(Protocol):
         ...
 
 
+class Backbone(Denoiser, Protocol):
+    """The trained `nn.Module`. Its `nn.ModuleList`s hold the blocks that are sharded and checkpointed one by one."""
+
+    patch_dim: int
+    text_dim: int
+    pooled_dim: int
+
+    def initial(self, name: str, shape: torch.Size, seed: int) -> Tensor:
+        """The starting value of a parameter, float32 on the host: a function of (seed, name) alone."""
+        ...
+
+
 class TextEncoder(Protocol):
     """Frozen; every caption at its true length. Built without weights; `load` brings them to the device."""
+
+    text_dim: int
+    pooled_dim: int
 
     def load(self, device: torch.device) -> None: ...
 
@@ -112,6 +127,7 @@ class TextEncoder(Protocol):
 class Autoencoder(Protocol):
     """Frozen; pictures to packed latent patches and back. Built without weights; `load` brings them to the device."""
 
+    token_dim: int
     multiple: int  # height and width of a picture must be multiples of this many pixels
 
     def load(self, device: torch.device) -> None: ...
@@ -132,6 +148,8 @@ class Autoencoder(Protocol):
 class Data(Protocol):
     """Captioned pictures whose order is a pure function of (seed, step)."""
 
+    has_val: bool
+
     def batch(self, seed: int, step: int, total: int, positions: range, split: Literal["train", "val"]) -> Batch:
         """These positions of the step's global batch of `total` samples; the same samples for any split over ranks."""
         ...
@@ -139,6 +157,8 @@ class Data(Protocol):
 
 class Objective(Protocol):
     """A training loss. Says which captions it needs, then judges the denoiser on clean latents."""
+
+    batch_multiple: int  # micro-batches must be multiples of this, so that every rank makes the same calls
 
     def captions(self, prompts: Sequence[str], draws: Draws, step: int) -> dict[str, list[str]]: ...
 

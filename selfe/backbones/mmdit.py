@@ -1,0 +1,269 @@
+"""Dual-time MMDiT: FLUX's denoiser on packed tokens, with a second clock (arXiv 2512.22374, S.2).
+
+The stream lies as [all text | all image], so that each modality's weights see one contiguous slice; attention alone
+needs [text_i | image_i] sample by sample, and reaches it through index maps made once per call (`Layout`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
+
+from selfe.draws import generator
+from selfe.types import Packed, TextCond
+
+SINUSOID = 256  # width of the clock's encoding
+
+
+class MMDiT(nn.Module):
+    """V(x_t, t, s, c). The defaults are the paper's 2B model; `s_branch=False` leaves a plain FLUX-style denoiser."""
+
+    def __init__(
+        self,
+        patch_dim: int = 64,
+        text_dim: int = 4096,
+        pooled_dim: int = 768,
+        width: int = 2048,
+        num_heads: int = 16,
+        num_double_blocks: int = 8,
+        num_single_blocks: int = 16,
+        rope_axes: tuple[int, int, int] = (16, 56, 56),
+        rope_theta: float = 10000.0,
+        mlp_ratio: float = 4.0,
+        s_branch: bool = True,
+    ):
+        super().__init__()
+        if width != num_heads * sum(rope_axes) or any(axis % 2 for axis in rope_axes):
+            raise ValueError(
+                f"rope_axes {rope_axes} must be even and add up to width / num_heads = {width} / {num_heads}"
+            )
+        self.patch_dim, self.text_dim, self.pooled_dim = patch_dim, text_dim, pooled_dim
+        self.rope_axes, self.rope_theta = rope_axes, rope_theta
+        self.image_in = nn.Linear(patch_dim, width)
+        self.text_in = nn.Linear(text_dim, width)
+        self.t_in = embedder(SINUSOID, width)
+        self.s_in = embedder(SINUSOID, width) if s_branch else None
+        self.pooled_in = embedder(pooled_dim, width)
+        self.double_blocks = nn.ModuleList(DoubleBlock(width, num_heads, mlp_ratio) for _ in range(num_double_blocks))
+        self.single_blocks = nn.ModuleList(SingleBlock(width, num_heads, mlp_ratio) for _ in range(num_single_blocks))
+        self.out_modulation = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, patch_dim)
+
+    def forward(self, x_t: Packed, t: Tensor, s: Tensor, cond: TextCond) -> Tensor:
+        """x_t (T, patch_dim), times t and s (B,) -> v (T, patch_dim), in the dtype of x_t."""
+        dtype = self.image_in.weight.dtype
+        layout = Layout.of(x_t, cond.text, self.rope_axes, self.rope_theta)
+        clock = self.t_in(sinusoid(t).to(dtype))
+        if self.s_in is not None:
+            clock = clock + self.s_in(sinusoid(t - s).to(dtype))  # s.9-s.10
+        clock = F.silu(clock + self.pooled_in(cond.pooled.to(dtype)))
+
+        x = torch.cat([self.text_in(cond.text.tokens.to(dtype)), self.image_in(x_t.tokens.to(dtype))])
+        for block in self.double_blocks:
+            x = block(x, clock, layout)
+        for block in self.single_blocks:
+            x = block(x, clock, layout)
+        shift, scale = self.out_modulation(clock).chunk(2, dim=-1)
+        x = modulate(x[layout.num_text :], shift, scale, x_t.owner)
+        return self.out(x).to(x_t.tokens.dtype)
+
+    def initial(self, name: str, shape: torch.Size, seed: int) -> Tensor:
+        """The starting value of a parameter, float32 on the host: a function of (seed, name) alone.
+
+        As in DiT: modulations and output start at zero, so every block starts as the identity and v as 0.
+        """
+        if "norm" in name:
+            return torch.ones(shape)
+        if name.endswith("bias") or "modulation" in name or name.startswith("out."):
+            return torch.zeros(shape)
+        fan_out, fan_in = shape
+        if name.startswith(("t_in", "s_in", "pooled_in")):
+            bound = 0.02 * math.sqrt(3)  # a uniform of standard deviation 0.02
+        else:
+            bound = math.sqrt(6 / (fan_in + fan_out))
+        uniform = torch.from_numpy(generator(seed, "initial", name).random(tuple(shape), dtype="float32"))
+        return uniform.mul_(2 * bound).sub_(bound)
+
+
+class DoubleBlock(nn.Module):
+    """Text and image with weights of their own, meeting in one attention."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.text = Half(width, num_heads, mlp_ratio)
+        self.image = Half(width, num_heads, mlp_ratio)
+
+    def forward(self, x: Tensor, clock: Tensor, layout: Layout) -> Tensor:
+        """Stream x (T, width), clock (B, width) -> (T, width)."""
+        n = layout.num_text
+        halves = (self.text, x[:n], layout.owner[:n]), (self.image, x[n:], layout.owner[n:])
+        mods = [half.modulation(clock).chunk(6, dim=-1) for half, _, _ in halves]
+        qkv = [half.qkv(x, *mod[:2], owner) for (half, x, owner), mod in zip(halves, mods, strict=True)]
+        attended = attention(*(torch.cat(parts) for parts in zip(*qkv, strict=True)), layout)
+        parts = (attended[:n], attended[n:])
+        return torch.cat(
+            [
+                half.finish(x, part, *mod[2:], owner)
+                for (half, x, owner), part, mod in zip(halves, parts, mods, strict=True)
+            ]
+        )
+
+
+class Half(nn.Module):
+    """One modality's share of a double block."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        hidden = int(width * mlp_ratio)
+        self.num_heads = num_heads
+        self.modulation = nn.Linear(width, 6 * width)
+        self.qkv_in = nn.Linear(width, 3 * width)
+        self.qk_norm = QKNorm(width // num_heads)
+        self.attention_out = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+
+    def qkv(self, x: Tensor, shift: Tensor, scale: Tensor, owner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (n, width) -> q, k, v (n, heads, head_dim)."""
+        qkv = self.qkv_in(modulate(x, shift, scale, owner))
+        q, k, v = rearrange(qkv, "n (three heads d) -> three n heads d", three=3, heads=self.num_heads)
+        return *self.qk_norm(q, k), v
+
+    def finish(
+        self, x: Tensor, attended: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, mlp_gate: Tensor, owner: Tensor
+    ) -> Tensor:
+        """Residual of the attention (n, width), then of the MLP."""
+        x = x + gate[owner] * self.attention_out(attended)
+        return x + mlp_gate[owner] * self.mlp(modulate(x, shift, scale, owner))
+
+
+class SingleBlock(nn.Module):
+    """Text and image as one stream; attention and MLP in parallel, their projections fused."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.num_heads, self.hidden = num_heads, int(width * mlp_ratio)
+        self.modulation = nn.Linear(width, 3 * width)
+        self.qkv_mlp_in = nn.Linear(width, 3 * width + self.hidden)
+        self.qk_norm = QKNorm(width // num_heads)
+        self.attention_mlp_out = nn.Linear(width + self.hidden, width)
+
+    def forward(self, x: Tensor, clock: Tensor, layout: Layout) -> Tensor:
+        """Stream x (T, width), clock (B, width) -> (T, width)."""
+        shift, scale, gate = self.modulation(clock).chunk(3, dim=-1)
+        qkv, mlp = self.qkv_mlp_in(modulate(x, shift, scale, layout.owner)).split([3 * x.shape[1], self.hidden], dim=-1)
+        q, k, v = rearrange(qkv, "n (three heads d) -> three n heads d", three=3, heads=self.num_heads)
+        attended = attention(*self.qk_norm(q, k), v, layout)
+        update = self.attention_mlp_out(torch.cat([attended, F.gelu(mlp, approximate="tanh")], dim=-1))
+        return x + gate[layout.owner] * update
+
+
+class QKNorm(nn.Module):
+    """RMS norm of queries and keys per head."""
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.q_norm = nn.RMSNorm(head_dim, eps=1e-6)
+        self.k_norm = nn.RMSNorm(head_dim, eps=1e-6)
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self.q_norm(q), self.k_norm(k)
+
+
+def embedder(width_in: int, width: int) -> nn.Sequential:
+    """The two-layer MLP of clocks and pooled text."""
+    return nn.Sequential(nn.Linear(width_in, width), nn.SiLU(), nn.Linear(width, width))
+
+
+def sinusoid(t: Tensor) -> Tensor:
+    """Times (B,) -> (B, 256): cosines, then sines, of 1000 t at geometric frequencies. Full precision throughout."""
+    half = SINUSOID // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=t.dtype, device=t.device) / half)
+    angles = 1000 * t[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, owner: Tensor) -> Tensor:
+    """Layer norm of x (n, width) without weights, then its sample's scale and shift (B, width)."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[owner]) + shift[owner]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one call's stream [all text | all image] maps to samples and to attention's order. Made once per call."""
+
+    num_text: int
+    owner: Tensor  # (T,) sample of each token of the stream
+    order: Tensor  # (T,) stream positions in the order [text_0 | image_0 | text_1 | ...]
+    inverse: Tensor  # (T,) the way back
+    lens: tuple[int, ...]  # tokens of each sample, text and image together
+    rotation: tuple[Tensor, Tensor]  # cosines and sines (T, 1, head_dim / 2), in attention's order
+
+    @classmethod
+    def of(cls, image: Packed, text: Packed, axes: tuple[int, ...], theta: float) -> Layout:
+        device, num_text = image.tokens.device, text.tokens.shape[0]
+        owner = torch.cat([text.owner, image.owner])
+        order = torch.argsort(owner, stable=True)  # stable: text stays before image within a sample
+        angles = [
+            part
+            for grid, n in zip(image.grids, text.lens, strict=True)
+            for part in (torch.zeros(n, sum(axes) // 2, dtype=torch.float64), grid_angles(grid, axes, theta))
+        ]
+        angles = torch.cat(angles)[:, None].to(device)
+        working = torch.promote_types(image.tokens.dtype, torch.float32)
+        return cls(
+            num_text=num_text,
+            owner=owner,
+            order=order,
+            inverse=torch.argsort(order),
+            lens=tuple(i + n for i, n in zip(image.lens, text.lens, strict=True)),
+            rotation=(angles.cos().to(working), angles.sin().to(working)),
+        )
+
+
+@lru_cache(maxsize=256)
+def grid_angles(grid: tuple[int, int], axes: tuple[int, ...], theta: float) -> Tensor:
+    """RoPE angles (rows * columns, head_dim / 2) of a picture's patches at (frame 0, row, column); text has angle 0."""
+    rows, columns = grid
+    position = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).double()  # (n, 2)
+    position = torch.cat([torch.zeros(rows * columns, 1, dtype=torch.float64), position], dim=1)
+    parts = [
+        position[:, [i]] * theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim) for i, dim in enumerate(axes)
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on neighbouring pairs of x (T, heads, head_dim), in full precision."""
+    even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=-1).flatten(-2).to(x.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """Joint attention of each sample's text and image; q, k, v (T, heads, head_dim) in stream order -> (T, width)."""
+    q, k, v = (x[layout.order] for x in (q, k, v))
+    q, k = rotate(q, *layout.rotation), rotate(k, *layout.rotation)
+    return attend(q, k, v, layout.lens)[layout.inverse].flatten(1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, lens: tuple[int, ...]) -> Tensor:
+    """Ragged attention over sequences laid end to end, (T, heads, head_dim) each: the one place where devices differ.
+
+    The fused kernel exists for half precision off the CPU; elsewhere sequence by sequence, which is the fastest exact
+    way on a CPU. Half precision has a slow backward there and is lifted to float32.
+    """
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    if half and q.device.type != "cpu":
+        cu_seqlens = torch.tensor([0, *accumulate(lens)], dtype=torch.int32, device=q.device)
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max(lens), max(lens))
+    working = torch.float32 if half else q.dtype
+    sequences = zip(*(x.to(working).transpose(0, 1).split(lens, dim=1) for x in (q, k, v)), strict=True)
+    attended = [F.scaled_dot_product_attention(*(x[None] for x in qkv))[0] for qkv in sequences]
+    return torch.cat(attended, dim=1).transpose(0, 1).to(q.dtype)

@@ -1,0 +1,71 @@
+"""What a run says: a progress bar on a terminal, plain lines in a log file, metrics as JSON lines, wandb when asked."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+
+def say(message: str) -> None:
+    """One line on stdout, above a progress bar if there is one."""
+    tqdm.write(message, file=sys.stdout)
+    sys.stdout.flush()
+
+
+class Progress:
+    """A bar on a terminal; otherwise a plain line every `seconds`, the first and last always."""
+
+    def __init__(self, name: str, total: int, start: int = 0, seconds: float = 10, quiet: bool = False):
+        self.name, self.total, self.done, self.quiet = name, total, start, quiet
+        self.seconds, self.said, self.terminal = seconds, -float("inf"), sys.stderr.isatty()
+        bar = self.terminal and not quiet
+        self.bar = tqdm(total=total, initial=start, desc=name, dynamic_ncols=True, disable=not bar)
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self.done += n
+        if self.terminal:
+            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update(n)
+        elif not self.quiet and (self.done >= self.total or time.monotonic() - self.said > self.seconds):
+            self.said = time.monotonic()
+            print(f"{self.name} {self.done}/{self.total} {note}".rstrip(), flush=True)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+class Metrics:
+    """`metrics.jsonl`, one object per logged step, and a wandb run if `mode` is not disabled.
+
+    On resuming at `start`, lines of steps that will be run again are dropped, so that the file reads as one run.
+    """
+
+    def __init__(self, folder: Path, start: int, mode: Literal["disabled", "offline", "online"], project: str):
+        self.path = folder / "metrics.jsonl"
+        kept = []
+        if self.path.exists():
+            lines = self.path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < start]
+        self.path.write_text("".join(kept))
+        self.wandb = None
+        if mode != "disabled":
+            import wandb  # slow to import and not needed otherwise
+
+            self.wandb = wandb.init(
+                project=project, name=folder.name, id=folder.name, dir=folder, mode=mode, resume="allow"
+            )
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step} | values) + "\n")
+        if self.wandb:
+            self.wandb.log(values, step=step)
+
+    def close(self) -> None:
+        if self.wandb:
+            self.wandb.finish()
