@@ -1,0 +1,139 @@
+"""Sharding changes nothing: gradients, initial values, EMA and clipping on two processes are those of one."""
+
+import copy
+
+import pytest
+import torch
+from ranks import on_ranks
+
+from selfe import dist, ema
+from selfe.backbones.mmdit import MMDiT
+from selfe.dist import World
+from selfe.draws import Draws, generator
+from selfe.objectives.self_evaluation import SelfEvaluation
+from selfe.types import Packed, TextCond, UserError, packed
+
+GRIDS = [(2, 2), (2, 2), (1, 4), (1, 4), (3, 2), (3, 2), (2, 2), (2, 2)]
+STEP = 5
+
+
+def small_net() -> MMDiT:
+    return MMDiT(
+        patch_dim=8,
+        text_dim=12,
+        pooled_dim=6,
+        width=48,
+        num_heads=2,
+        num_double_blocks=1,
+        num_single_blocks=1,
+        rope_axes=(4, 8, 12),
+    )
+
+
+def objective() -> SelfEvaluation:
+    return SelfEvaluation(tau_steps=STEP, aux_start_step=STEP)
+
+
+def latents(rows: range) -> Packed:
+    parts = [generator("x0", r).standard_normal((GRIDS[r][0] * GRIDS[r][1], 8), "float32") for r in rows]
+    return packed(torch.cat([torch.from_numpy(p) for p in parts]), [GRIDS[r] for r in rows])
+
+
+def encode(captions: list[str]) -> TextCond:
+    text = [torch.from_numpy(generator("text", c).standard_normal((1 + len(c) % 5, 12), "float32")) for c in captions]
+    pooled = [torch.from_numpy(generator("pooled", c).standard_normal(6, "float32")) for c in captions]
+    return TextCond(packed(torch.cat(text), [(1, len(t)) for t in text]), torch.stack(pooled))
+
+
+def perturb(net: torch.nn.Module, seed: int) -> None:
+    """Away from the zeros of the start, so that every parameter has a gradient; the same on any number of ranks."""
+    for name, p in net.named_parameters():
+        full = torch.from_numpy(0.1 * generator(seed, name).standard_normal(tuple(p.shape), "float32"))
+        if isinstance(p, dist.DTensor):
+            full = dist.distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None)
+        p.data.copy_(full)
+
+
+def gradients(net: torch.nn.Module, twin: torch.nn.Module, rank: int, size: int, micro: int) -> dict[str, torch.Tensor]:
+    """Gradients of the mean Self-E loss over this rank's share of eight samples, in micro-batches."""
+    perturb(net, 0), perturb(twin, 1)
+    share = len(GRIDS) // size
+    loss_of = objective()
+    for first in range(rank * share, (rank + 1) * share, micro):
+        rows = range(first, first + micro)
+        draws = Draws.of_step(0, STEP, rows)
+        conds = {k: encode(v) for k, v in loss_of.captions([f"prompt {r}" for r in rows], draws, STEP).items()}
+        loss = loss_of(net, twin, latents(rows), conds, draws, STEP)
+        (loss.per_sample.mean() * micro / share).backward()
+    return {
+        name: p.grad.full_tensor().clone() if isinstance(p.grad, dist.DTensor) else p.grad
+        for name, p in net.named_parameters()
+    }
+
+
+def sharded_gradients(world: World, shard_size: int, activation_checkpointing: bool) -> dict[str, torch.Tensor]:
+    with torch.device("meta"):
+        net = small_net()
+    twin = copy.deepcopy(net).requires_grad_(False)
+    mesh = dist.make_mesh(world, shard_size)
+    for module in (net, twin):
+        dist.shard(module, mesh, precision="fp32", activation_checkpointing=activation_checkpointing)
+        dist.materialise(module, world.device, seed=0)
+    grads = gradients(net, twin, world.rank, world.size, micro=2)
+    norm = dist.clip_grad_norm(net, 1e-3)
+    ema.update(twin, net, 0.5)
+    return {
+        "norm": norm,
+        "clipped": net.out.weight.grad.full_tensor(),
+        "average": twin.out.weight.full_tensor(),
+        "unsharded": torch.tensor(not isinstance(net.out.weight, dist.DTensor)),
+    } | grads
+
+
+@pytest.fixture(scope="module")
+def single() -> dict[str, torch.Tensor]:
+    net, twin = small_net(), small_net().requires_grad_(False)
+    return gradients(net, twin, 0, 1, micro=8)
+
+
+def test_micro_batches_add_up_to_the_batch(single):
+    for micro in (2, 4):
+        parts = gradients(small_net(), small_net().requires_grad_(False), 0, 1, micro)
+        for name, gradient in single.items():
+            torch.testing.assert_close(parts[name], gradient, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("shard_size", "activation_checkpointing"), [(2, False), (1, False), (2, True)])
+def test_gradients_of_two_ranks_equal_one(single, shard_size, activation_checkpointing):
+    found = on_ranks(2, sharded_gradients, shard_size, activation_checkpointing)
+    for name, gradient in single.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-6)
+    norm = torch.stack([g.square().sum() for g in single.values()]).sum().sqrt()
+    torch.testing.assert_close(found["norm"], norm, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found["clipped"], single["out.weight"] * 1e-3 / norm, rtol=1e-3, atol=1e-9)
+    net, twin = small_net(), small_net()
+    perturb(net, 0), perturb(twin, 1)
+    torch.testing.assert_close(found["average"], (net.out.weight + twin.out.weight) / 2, rtol=0, atol=1e-6)
+    assert not found["unsharded"]
+
+
+def initial_weights(world: World) -> dict[str, torch.Tensor]:
+    with torch.device("meta"):
+        net = small_net()
+    dist.shard(net, dist.make_mesh(world, None), precision="fp32", activation_checkpointing=False)
+    dist.materialise(net, world.device, seed=7)
+    return {name: p.full_tensor().detach() for name, p in net.named_parameters()}
+
+
+def test_initial_weights_do_not_depend_on_the_number_of_ranks():
+    net = small_net()
+    found = on_ranks(2, initial_weights)
+    assert found.keys() == dict(net.named_parameters()).keys()
+    for name, p in net.named_parameters():
+        assert torch.equal(found[name], net.initial(name, p.shape, seed=7))
+
+
+def test_indivisible_shard_size_is_one_line():
+    with pytest.raises(UserError, match=r"trainer.shard_size: 4 processes cannot form groups of 3"):
+        dist.make_mesh(World(0, 4, torch.device("cpu")), 3)
