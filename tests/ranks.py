@@ -32,3 +32,6 @@ def _child(rank: int, size: int, port: int, path: Path, function: Callable, argu
         result = function(world, *arguments)
         if world.is_main:
             torch.save(result, path)
+    os._exit(
+        0
+    )  # gloo's threads may still let go of tensors, which an interpreter that shuts down answers with an abort

@@ -1,0 +1,104 @@
+"""Checkpoints: whole or not there, loaded on another number of ranks, refused when they do not fit."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import on_ranks
+from test_dist import perturb, small_net
+
+from selfe import checkpoint, dist
+from selfe.dist import World
+from selfe.types import UserError
+
+
+def training_parts(world: World) -> tuple[torch.nn.Module, torch.nn.Module, torch.optim.Optimizer]:
+    with torch.device("meta"):
+        net = small_net()
+    twin = copy.deepcopy(net).requires_grad_(False)
+    for module in (net, twin):
+        dist.shard(module, dist.make_mesh(world, None), precision="fp32", activation_checkpointing=False)
+        dist.materialise(module, world.device, seed=0)
+    return net, twin, torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
+
+
+def fill(net: torch.nn.Module, twin: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Weights and moments that are no start values."""
+    perturb(net, 0), perturb(twin, 1)
+    for p in net.parameters():
+        p.grad = torch.ones_like(p) * p.detach()
+    optimizer.step()
+
+
+def save(world: World, folder: str) -> None:
+    parts = training_parts(world)
+    fill(*parts)
+    assert checkpoint.save(Path(folder), 7, *parts, world) == Path(folder) / "step_00000007"
+
+
+def load(world: World, folder: str) -> dict[str, torch.Tensor]:
+    net, twin, optimizer = training_parts(world)
+    assert checkpoint.resume(Path(folder) / "step_00000007", net, twin, optimizer) == 7
+    moments = {name: optimizer.state[p]["exp_avg"] for name, p in net.named_parameters()}
+    found = {f"net.{n}": p for n, p in net.named_parameters()} | {f"ema.{n}": p for n, p in twin.named_parameters()}
+    found |= {f"moment.{n}": m for n, m in moments.items()}
+    return {name: tensor.full_tensor().detach().clone() for name, tensor in found.items()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    on_ranks(2, save, str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_resume_on_another_number_of_ranks(folder, size):
+    found = on_ranks(size, load, str(folder))
+    net, twin = small_net(), small_net()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
+    fill(net, twin, optimizer)
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(found[f"net.{name}"], p.detach(), rtol=0, atol=1e-7)
+        torch.testing.assert_close(found[f"moment.{name}"], optimizer.state[p]["exp_avg"], rtol=0, atol=1e-7)
+    for name, p in twin.named_parameters():
+        assert torch.equal(found[f"ema.{name}"], p.detach())
+
+
+def test_plain_weights_of_either_kind(folder):
+    expected, net = small_net(), small_net()
+    perturb(expected, 1)
+    assert checkpoint.load_weights(folder / "step_00000007", net, "ema") == 7
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), expected.parameters(), strict=True))
+    checkpoint.load_weights(folder / "step_00000007", net, "live")
+    assert not torch.equal(net.out.weight, expected.out.weight)
+
+
+def test_incomplete_folders_are_never_found(folder, tmp_path):
+    for step, missing in ((8, checkpoint.MARKER), (9, ".metadata")):
+        broken = tmp_path / f"step_0000000{step}"
+        broken.mkdir()
+        for file in (folder / "step_00000007").iterdir():
+            if file.name != missing:
+                (broken / file.name).write_bytes(file.read_bytes())
+        with pytest.raises(UserError, match="incomplete checkpoint"):
+            checkpoint.find(broken)
+    (tmp_path / "step_00000010.partial").mkdir()
+    assert checkpoint.latest(tmp_path) is None
+    with pytest.raises(UserError, match="holds no complete checkpoint"):
+        checkpoint.find(tmp_path)
+    with pytest.raises(UserError, match="no such checkpoint folder"):
+        checkpoint.find(tmp_path / "nowhere")
+    assert checkpoint.find(folder) == checkpoint.find(folder / "step_00000007") == folder / "step_00000007"
+
+
+def test_another_architecture_is_refused_in_one_line(folder):
+    net = small_net()
+    net.out = torch.nn.Linear(48, 9)
+    with pytest.raises(UserError, match=r"ema.out.weight is \(9, 48\), the checkpoint holds \(8, 48\)"):
+        checkpoint.load_weights(folder / "step_00000007", net, "ema")
+    net.extra = torch.nn.Linear(1, 1)
+    net.out = torch.nn.Linear(48, 8)
+    with pytest.raises(UserError, match=r"ema.extra.weight is \(1, 1\), the checkpoint does not hold it"):
+        checkpoint.load_weights(folder / "step_00000007", net, "ema")
