@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -56,7 +57,9 @@ def load_weights(path: Path, module: nn.Module, weights: Literal["ema", "live"])
     """Load a plain, unsharded denoiser in one process; returns the number of finished steps."""
     state = {"net" if weights == "live" else weights: module.state_dict()}
     check_fits(path, state)
-    dcp.load(state, checkpoint_id=path, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what no_dist asks for
+        dcp.load(state, checkpoint_id=path, no_dist=True)
     return read_step(path)
 
 

@@ -65,7 +65,7 @@ class Trainer:
     log_every: int = 50
     checkpoint_every: int = 5000
     val_every: int = 5000
-    val_batches: int = 8
+    val_batches: int = 1  # of total_batch_size pictures each
     samples: Samples = Samples()
     wandb: Wandb = Wandb()
 
@@ -167,9 +167,7 @@ class Fit:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         for _ in range(self.num_micro):
-            batch = next(micro_batches)
-            if isinstance(batch, UserError):
-                raise batch
+            batch = expect(next(micro_batches))
             draws = Draws.of_step(self.seed, step, batch.positions)
             loss = self.system.loss(self.net, self.ema, batch, draws, step)
             # FSDP averages over ranks; with this division, accumulation averages over micro-batches too
@@ -196,24 +194,26 @@ class Fit:
 
     def micro_batches(self, end: int) -> Iterator[Batch | UserError]:
         """This rank's micro-batches from the start step on, loaded ahead by worker processes."""
-        trainer = self.trainer
         loader = DataLoader(
-            MicroBatches(self.data, self.seed, trainer.total_batch_size, trainer.micro_batch_size, self.world),
+            self.part("train"),
             sampler=range(self.start * self.num_micro, end * self.num_micro),
             batch_size=None,
-            num_workers=trainer.num_workers,
+            num_workers=self.trainer.num_workers,
             generator=torch.Generator(),  # the loader would otherwise draw from the global one
         )
         return iter(loader)
 
+    def part(self, split: Literal["train", "val"]) -> MicroBatches:
+        trainer = self.trainer
+        return MicroBatches(self.data, self.seed, trainer.total_batch_size, trainer.micro_batch_size, self.world, split)
+
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
         """The objective on fixed pictures with fixed times and noise, so that only the weights change its value."""
-        size, measured = self.trainer.micro_batch_size, defaultdict(list)
-        positions = range(self.world.rank * size, (self.world.rank + 1) * size)
-        for number in range(self.trainer.val_batches):
-            batch = self.data.batch(self.seed, number, size * self.world.size, positions, "val")
-            draws = Draws(tuple((self.seed, "val", number, position) for position in positions))
+        part, measured = self.part("val"), defaultdict(list)
+        for number in range(self.trainer.val_batches * self.num_micro):
+            batch = expect(part[number])
+            draws = Draws(tuple((self.seed, "val", number // self.num_micro, p) for p in batch.positions))
             loss = self.system.loss(self.net, self.ema, batch, draws, step)
             for name, rows in ({"loss": loss.per_sample} | loss.metrics).items():
                 measured[f"val_{name}"].append(rows)
@@ -258,15 +258,22 @@ class MicroBatches(Dataset):
     total: int
     micro: int
     world: World
+    split: Literal["train", "val"]
 
     def __getitem__(self, number: int) -> Batch | UserError:
         per_rank = self.total // self.world.size
         step, place = divmod(number, per_rank // self.micro)
         first = self.world.rank * per_rank + place * self.micro
         try:
-            return self.data.batch(self.seed, step, self.total, range(first, first + self.micro), "train")
+            return self.data.batch(self.seed, step, self.total, range(first, first + self.micro), self.split)
         except UserError as error:
             return error
+
+
+def expect(batch: Batch | UserError) -> Batch:
+    if isinstance(batch, UserError):
+        raise batch
+    return batch
 
 
 def main(arguments: list[str]) -> None:
