@@ -49,12 +49,20 @@ def world(timeout_minutes: float = 10) -> Iterator[World]:
     if accelerator_count():
         device = torch.device(torch.accelerator.current_accelerator().type, int(os.environ.get("LOCAL_RANK", 0)))
         torch.accelerator.set_device_index(device.index)
-    store = dist.HashStore() if size == 1 else None
-    dist.init_process_group(store=store, rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes))
+    dist.init_process_group(store=_store(size), rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes))
     try:
         yield World(rank, size, device)
     finally:
         dist.destroy_process_group()
+
+
+def _store(size: int) -> dist.Store | None:
+    """Where the processes meet: a file if the launcher names one, else (None) torchrun's address and port."""
+    if size == 1:
+        return dist.HashStore()
+    if path := os.environ.get("SELFE_STORE"):
+        return dist.FileStore(f"{path}_{os.environ['TORCHELASTIC_RESTART_COUNT']}", size)
+    return None
 
 
 def make_mesh(world: World, shard_size: int | None) -> DeviceMesh:
