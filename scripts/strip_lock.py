@@ -1,6 +1,7 @@
 """A uv.lock from stdin to stdout with names and versions only: no address or hash of any file, no registry.
 
-uv finds such a lock stale, resolves again and keeps its versions. As a git clean filter (see `setup.sh`) it works on every `git add`.
+uv finds such a lock stale, resolves again and keeps its versions. As a git clean filter (see `setup.sh`) it works on
+every `git add`.
 """
 
 import re

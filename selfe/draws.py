@@ -44,11 +44,13 @@ class Draws:
 
     def uniform(self, name: str, like: Tensor) -> Tensor:
         """(B,) in [0, 1), on the device and in the dtype of `like`."""
-        return torch.tensor([generator(*key, name).random() for key in self.keys]).to(like)
+        return torch.tensor([generator(*key, name).random() for key in self.keys], dtype=torch.float64).to(like)
 
     def normal(self, name: str, like: Tensor) -> Tensor:
         """(B,) standard normal, on the device and in the dtype of `like`."""
-        return torch.tensor([generator(*key, name).standard_normal() for key in self.keys]).to(like)
+        return torch.tensor([generator(*key, name).standard_normal() for key in self.keys], dtype=torch.float64).to(
+            like
+        )
 
     def normal_like(self, name: str, x: Packed) -> Tensor:
         """(T, d) standard normal, drawn sample by sample so that a sample's noise knows nothing of its batch."""

@@ -41,7 +41,7 @@ def norm_per_sample(tokens: Tensor, like: Packed) -> Tensor:
 def rescale(tokens: Tensor, target: Tensor, like: Packed) -> Tensor:
     """`tokens` (T, d) brought, sample by sample, to the L2 norm of `target` (T, d) (Eq. 19)."""
     norm = norm_per_sample(tokens, like)
-    ratio = norm_per_sample(target, like) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    ratio = norm_per_sample(target, like) / norm.clamp_min(1e-20)
     return tokens * per_token(ratio, like)
 
 

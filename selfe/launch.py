@@ -1,4 +1,4 @@
-"""Starts one process per device (`python -m selfe.launch`, behind run.sh and infer.sh) and ends them all with one voice."""
+"""Starts one process per device, behind run.sh and infer.sh, and lets all of them speak with one voice."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ HELP = """\
 {purpose}
 
   CONFIG      a YAML file, for instance {example}
-  NGPUS       processes on this machine: one per GPU, by default all GPUs. On a machine without GPUs the processes run on
-              the CPU, by default one.
+  NGPUS       processes on this machine: one per GPU, by default all. On a machine without GPUs they run on the CPU,
+              by default one.
   key=value   sets a key of the configuration, for instance {override}; a list is [a,b]
 
 Environment
@@ -107,7 +107,7 @@ def parse(arguments: list[str]) -> tuple[str, int, list[str]]:
 
 
 def single_node(folder: Path) -> dict:
-    """The processes of one machine meet in a file, and talk over the loopback device: no port that others could reach."""
+    """One machine: the processes meet in a file and talk over the loopback device; nothing listens to the network."""
     os.environ |= {"SELFE_STORE": str(folder / "store"), "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     return {
         "min_nodes": 1,
@@ -184,7 +184,7 @@ def worker(program: Callable[[list[str]], None]) -> None:
         fail(message)
     sys.stdout.flush()
     sys.stderr.flush()
-    # not sys.exit: gloo's threads may still let go of tensors, which an interpreter that shuts down answers with an abort
+    # not sys.exit: gloo's threads may still let go of tensors, and an interpreter that shuts down answers with an abort
     os._exit(exit_code)
 
 

@@ -49,7 +49,7 @@ class Trainer:
     max_steps: int
     total_batch_size: int
     micro_batch_size: int
-    stop_step: int | None = None  # end this session here; the schedule still counts to max_steps
+    stop_step: int | None = None  # stop here; the schedule still counts to max_steps
     lr: float = 3e-4
     min_lr: float = 1e-5
     warmup_steps: int = 1000

@@ -1,8 +1,8 @@
 """The method once more in plain NumPy, one sample at a time: written from arXiv 2512.22374, not from the package.
 
-A sample is an array (n, d); a denoiser is a function V(x_t, t, s, c) -> velocity (n, d) with scalar t and s. What depends
-on the denoiser meets no absolute value, maximum or conjugate, so all of it also runs on complex numbers: the imaginary
-part of a loss, at a parameter moved by 1e-30 i, is the derivative times 1e-30, exact to rounding.
+A sample is an array (n, d); a denoiser is a function V(x_t, t, s, c) -> velocity (n, d) with scalar t and s. What
+depends on the denoiser meets no absolute value, maximum or conjugate, so all of it also runs on complex numbers: the
+imaginary part of a loss, at a parameter moved by 1e-30 i, is the derivative times 1e-30, exact to rounding.
 """
 
 from dataclasses import dataclass

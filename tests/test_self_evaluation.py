@@ -1,4 +1,4 @@
-"""Self-E against the plain NumPy reference: losses, gradients (and so stop-gradients), ends of the path, network calls."""
+"""Self-E against the plain NumPy reference: losses, gradients (so stop-gradients too), ends of the path, calls."""
 
 import math
 
@@ -23,7 +23,7 @@ STEPS = {"tau_steps": 10, "aux_start_step": None}  # tau = step / 10
 
 
 class GaussianNet(nn.Module):
-    """The exact velocity for x0 ~ N(m_c, L_c L_c^T) for each caption c, and a term in which t and s can be told apart."""
+    """The exact velocity for x0 ~ N(m_c, L_c L_c^T) for each caption c, and a term that tells t from s."""
 
     def __init__(self, seed: int, dtype: torch.dtype = torch.float64):
         super().__init__()
