@@ -18,9 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from selfe.types import UserError
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+from selfe.types import DTYPES, Precision, UserError
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def make_mesh(world: World, shard_size: int | None) -> DeviceMesh:
     )
 
 
-def shard(module: nn.Module, mesh: DeviceMesh, *, precision: str, activation_checkpointing: bool) -> None:
+def shard(module: nn.Module, mesh: DeviceMesh, *, precision: Precision, activation_checkpointing: bool) -> None:
     """Cut the parameters of a module (on the meta device or not) over the mesh, block by block.
 
     Stored in fp32, computed in `precision`, gradients reduced in fp32. The module casts its own inputs, because times

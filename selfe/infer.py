@@ -20,7 +20,7 @@ from selfe.dist import World
 from selfe.draws import Draws
 from selfe.samplers.renoise import Renoise
 from selfe.system import System
-from selfe.types import Sampler, UserError
+from selfe.types import DTYPES, Precision, Sampler, UserError
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Inferencer:
     output_dir: str
     defaults: Defaults
     weights: Literal["ema", "live"] = "ema"
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Precision = "bf16"
     batch_size: int = 16
 
     def __post_init__(self):
@@ -74,7 +74,7 @@ class Inferencer:
         path = checkpoint.find(Path(self.ckpt_dir))
         net = system.backbone.to_empty(device=world.device).requires_grad_(False)
         step = checkpoint.load_weights(path, net, self.weights)
-        net.to(dist.DTYPES[self.precision])
+        net.to(DTYPES[self.precision])
         system.load_encoders(world.device)
 
         folder = Path(self.output_dir)

@@ -19,7 +19,7 @@ from selfe.dist import World
 from selfe.draws import Draws
 from selfe.samplers.renoise import Renoise
 from selfe.system import System
-from selfe.types import Batch, Data, Sampler, UserError
+from selfe.types import Batch, Data, Precision, Sampler, UserError
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Trainer:
     clip_norm: float = 1.0
     ema_decay: float = 0.9999
     ema_warmup: bool = False
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Precision = "bf16"
     shard_size: int | None = None  # ranks that share one copy of the parameters; the others replicate it
     activation_checkpointing: bool = True
     num_workers: int = 4

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from selfe.draws import Draws
 
 
+Precision = Literal["bf16", "fp32"]
+DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
 class UserError(ValueError):
     """A mistake the user can mend: one line that says what, where and how. Ends the program with exit code 2."""
 

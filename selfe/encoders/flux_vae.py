@@ -1,0 +1,264 @@
+"""The frozen FLUX.1 autoencoder: pictures to packed 2 x 2 patches of a 16-channel latent at 1/8 resolution, and back.
+
+Parameter names are those of FLUX.1's `ae.safetensors`, so that the file loads as it is.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from selfe.draws import Draws
+from selfe.encoders.t5_clip import cached
+from selfe.types import DTYPES, Packed, Precision, UserError, packed
+
+SCALE, SHIFT = 0.3611, 0.1159  # of FLUX.1's latents: (z - shift) * scale has mean about 0 and width about 1
+CHANNELS, PATCH = 16, 2
+STAGES = (1, 2, 4, 4)  # width of each resolution, in units of the first
+PIXELS = 2 ** (len(STAGES) - 1)  # a latent stands for so many pixels a side
+
+
+class FluxVAE:
+    """Pictures of equal size share a pass; tokens are float32 whatever the precision of the convolutions."""
+
+    token_dim = CHANNELS * PATCH**2
+    multiple = PIXELS * PATCH
+
+    def __init__(
+        self,
+        cache_dir: str | None = None,
+        skip_pretrained: bool = False,
+        latent: Literal["sample", "mean"] = "sample",
+        width: int = 128,
+        dtype: Precision = "bf16",
+    ):
+        """
+        Args:
+            cache_dir: holds `ae.safetensors`.
+            skip_pretrained: random weights instead; nothing is read.
+            latent: draw from the encoder's normal distribution, or take its mean.
+            width: channels at full resolution, 128 in FLUX.1.
+        """
+        if width % 32:
+            raise ValueError(f"width must be a multiple of 32, the number of groups that are normalised, got {width}")
+        self.cache_dir, self.skip_pretrained, self.latent, self.dtype = cache_dir, skip_pretrained, latent, DTYPES[dtype]
+        self.net = nn.ModuleDict({"encoder": Encoder(width), "decoder": Decoder(width)})
+
+    def load(self, device: torch.device) -> None:
+        """Bring the weights to the device.
+
+        Raises:
+            UserError: the file is missing, cannot be read, or holds another network.
+        """
+        if self.skip_pretrained:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                self.net.to_empty(device="cpu").apply(reset)
+        else:
+            self.net.load_state_dict(self.pretrained(), assign=True)
+        self.net.to(device, self.dtype).eval().requires_grad_(False)
+
+    def pretrained(self) -> dict[str, Tensor]:
+        """The tensors of `ae.safetensors`, every one present with its shape and none left over."""
+        path = cached(self.cache_dir, "ae.safetensors")
+        again = "fetch it again with scripts/cache_pretrained_only.sh"
+        try:
+            found = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}); {again}") from error
+        shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+        wanted = {name: tuple(tensor.shape) for name, tensor in self.net.state_dict().items()}
+        for name in sorted(shapes.keys() | wanted.keys()):
+            if shapes.get(name) != wanted.get(name):
+                holds, needs = (shape.get(name, "nothing") for shape in (shapes, wanted))
+                raise UserError(f"{path}: {name}: the file holds {holds}, FLUX.1's autoencoder has {needs}; {again}")
+        return found
+
+    @torch.no_grad()
+    def encode(self, images: Sequence[Tensor], draws: Draws) -> Packed:
+        """B x (3, H, W) in [-1, 1] -> tokens (T, 64), float32, of mean about 0 and width about 1."""
+        moments = by_shape(images, lambda x: self.net["encoder"](x.to(self.device, self.dtype)).float())
+        mean, log_variance = zip(*(m.chunk(2) for m in moments), strict=True)
+        latents = patchify(mean)
+        if self.latent == "sample":
+            width = patchify([torch.exp(0.5 * v.clamp(-30, 20)) for v in log_variance])
+            latents = latents.with_tokens(latents.tokens + width.tokens * draws.normal_like("latent", latents))
+        return latents.with_tokens((latents.tokens - SHIFT) * SCALE)
+
+    @torch.no_grad()
+    def decode(self, latents: Packed) -> list[Tensor]:
+        """Tokens (T, 64) -> B x (3, H, W), float32, in [-1, 1] up to the decoder's own error."""
+        grids = unpatchify(latents.with_tokens(latents.tokens / SCALE + SHIFT))
+        return by_shape(grids, lambda z: self.net["decoder"](z.to(self.device, self.dtype)).float())
+
+    def noise(self, sizes: Sequence[tuple[int, int]], draws: Draws) -> Packed:
+        """Standard normal tokens (T, 64) for pictures of B x (height, width) pixels."""
+        for height, width in sizes:
+            if height % self.multiple or width % self.multiple or min(height, width) < self.multiple:
+                raise UserError(f"size {height} x {width}: height and width must be multiples of {self.multiple}")
+        grids = [(height // self.multiple, width // self.multiple) for height, width in sizes]
+        tokens = torch.empty(sum(rows * columns for rows, columns in grids), self.token_dim, device=self.device)
+        like = packed(tokens, grids)
+        return like.with_tokens(draws.normal_like("noise", like))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+
+def by_shape(inputs: Sequence[Tensor], forward: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Tensors of equal shape through `forward` together; results in the order of the inputs."""
+    groups = defaultdict(list)
+    for number, x in enumerate(inputs):
+        groups[x.shape].append(number)
+    results: dict[int, Tensor] = {}
+    for numbers in groups.values():
+        results |= zip(numbers, forward(torch.stack([inputs[n] for n in numbers])), strict=True)
+    return [results[n] for n in range(len(inputs))]
+
+
+def patchify(latents: Sequence[Tensor]) -> Packed:
+    """B x (16, h, w) -> tokens (T, 64), a token being (channel, row, column) of a 2 x 2 patch, as FLUX.1 orders them."""
+    tokens = [rearrange(z, "c (h p) (w q) -> (h w) (c p q)", p=PATCH, q=PATCH) for z in latents]
+    return packed(torch.cat(tokens), [(z.shape[1] // PATCH, z.shape[2] // PATCH) for z in latents])
+
+
+def unpatchify(latents: Packed) -> list[Tensor]:
+    """Tokens (T, 64) -> B x (16, h, w)."""
+    return [
+        rearrange(tokens, "(h w) (c p q) -> c (h p) (w q)", h=grid[0], p=PATCH, q=PATCH)
+        for tokens, grid in zip(latents.split(), latents.grids, strict=True)
+    ]
+
+
+# ---- the network ----
+
+
+class Encoder(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        widths = [width * stage for stage in STAGES]
+        self.conv_in = conv(3, width)
+        self.down = nn.ModuleList()
+        for i, (before, after) in enumerate(zip([width, *widths], widths, strict=False)):
+            stage = nn.Module()
+            stage.block = nn.ModuleList([ResBlock(before, after), ResBlock(after, after)])
+            if i + 1 < len(widths):
+                stage.downsample = Downsample(after)
+            self.down.append(stage)
+        self.mid = Mid(widths[-1])
+        self.norm_out = norm(widths[-1])
+        self.conv_out = conv(widths[-1], 2 * CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> mean and log variance (B, 32, H / 8, W / 8)."""
+        x = self.conv_in(x)
+        for stage in self.down:
+            for block in stage.block:
+                x = block(x)
+            if hasattr(stage, "downsample"):
+                x = stage.downsample(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        widths = [width * stage for stage in STAGES]
+        self.conv_in = conv(CHANNELS, widths[-1])
+        self.mid = Mid(widths[-1])
+        self.up = nn.ModuleList()  # named from the finest resolution up, run from the coarsest down
+        for i, (before, after) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
+            stage = nn.Module()
+            stage.block = nn.ModuleList([ResBlock(before, after), ResBlock(after, after), ResBlock(after, after)])
+            if i:
+                stage.upsample = Upsample(after)
+            self.up.append(stage)
+        self.norm_out = norm(width)
+        self.conv_out = conv(width, 3)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, 16, h, w) -> (B, 3, 8 h, 8 w)."""
+        x = self.mid(self.conv_in(z))
+        for stage in reversed(self.up):
+            for block in stage.block:
+                x = block(x)
+            if hasattr(stage, "upsample"):
+                x = stage.upsample(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class ResBlock(nn.Module):
+    def __init__(self, before: int, after: int):
+        super().__init__()
+        self.norm1, self.conv1 = norm(before), conv(before, after)
+        self.norm2, self.conv2 = norm(after), conv(after, after)
+        self.nin_shortcut = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class Mid(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.block_1, self.attn_1, self.block_2 = ResBlock(width, width), Attention(width), ResBlock(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Attention(nn.Module):
+    """One head over all positions."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = norm(width)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (rearrange(proj(h), "b c h w -> b 1 (h w) c") for proj in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]))
+
+
+class Downsample(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # to the right and below only, as FLUX.1 was trained
+
+
+class Upsample(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = conv(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def conv(before: int, after: int) -> nn.Conv2d:
+    return nn.Conv2d(before, after, 3, padding=1)
+
+
+def norm(width: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, width, eps=1e-6)
+
+
+def reset(module: nn.Module) -> None:
+    """PyTorch's own random start, for layers that have one."""
+    if hasattr(module, "reset_parameters"):
+        module.reset_parameters()
