@@ -72,7 +72,7 @@ class MMDiT(nn.Module):
         for block in self.single_blocks:
             x = block(x, clock, layout)
         shift, scale = self.out_modulation(clock).chunk(2, dim=-1)
-        x = modulate(x[layout.num_text :], shift, scale, x_t.owner)
+        x = modulate(x[layout.num_text :], shift, scale, layout.image)
         return self.out(x).to(x_t.tokens.dtype)
 
     def initial(self, name: str, shape: torch.Size, seed: int) -> Tensor:
@@ -104,15 +104,15 @@ class DoubleBlock(nn.Module):
     def forward(self, x: Tensor, clock: Tensor, layout: Layout) -> Tensor:
         """Stream x (T, width), clock (B, width) -> (T, width)."""
         n = layout.num_text
-        halves = (self.text, x[:n], layout.owner[:n]), (self.image, x[n:], layout.owner[n:])
+        halves = (self.text, x[:n], layout.text), (self.image, x[n:], layout.image)
         mods = [half.modulation(clock).chunk(6, dim=-1) for half, _, _ in halves]
-        qkv = [half.qkv(x, *mod[:2], owner) for (half, x, owner), mod in zip(halves, mods, strict=True)]
+        qkv = [half.qkv(x, *mod[:2], runs) for (half, x, runs), mod in zip(halves, mods, strict=True)]
         attended = attention(*(torch.cat(parts) for parts in zip(*qkv, strict=True)), layout)
         parts = (attended[:n], attended[n:])
         return torch.cat(
             [
-                half.finish(x, part, *mod[2:], owner)
-                for (half, x, owner), part, mod in zip(halves, parts, mods, strict=True)
+                half.finish(x, part, *mod[2:], runs)
+                for (half, x, runs), part, mod in zip(halves, parts, mods, strict=True)
             ]
         )
 
@@ -130,18 +130,18 @@ class Half(nn.Module):
         self.attention_out = nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
 
-    def qkv(self, x: Tensor, shift: Tensor, scale: Tensor, owner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x: Tensor, shift: Tensor, scale: Tensor, runs: Runs) -> tuple[Tensor, Tensor, Tensor]:
         """x (n, width) -> q, k, v (n, heads, head_dim)."""
-        qkv = self.qkv_in(modulate(x, shift, scale, owner))
+        qkv = self.qkv_in(modulate(x, shift, scale, runs))
         q, k, v = rearrange(qkv, "n (three heads d) -> three n heads d", three=3, heads=self.num_heads)
         return *self.qk_norm(q, k), v
 
     def finish(
-        self, x: Tensor, attended: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, mlp_gate: Tensor, owner: Tensor
+        self, x: Tensor, attended: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, mlp_gate: Tensor, runs: Runs
     ) -> Tensor:
         """Residual of the attention (n, width), then of the MLP."""
-        x = x + gate[owner] * self.attention_out(attended)
-        return x + mlp_gate[owner] * self.mlp(modulate(x, shift, scale, owner))
+        x = x + runs.spread(gate) * self.attention_out(attended)
+        return x + runs.spread(mlp_gate) * self.mlp(modulate(x, shift, scale, runs))
 
 
 class SingleBlock(nn.Module):
@@ -157,12 +157,15 @@ class SingleBlock(nn.Module):
 
     def forward(self, x: Tensor, clock: Tensor, layout: Layout) -> Tensor:
         """Stream x (T, width), clock (B, width) -> (T, width)."""
-        shift, scale, gate = self.modulation(clock).chunk(3, dim=-1)
-        qkv, mlp = self.qkv_mlp_in(modulate(x, shift, scale, layout.owner)).split([3 * x.shape[1], self.hidden], dim=-1)
+        # text, then image: every sample's numbers are needed twice
+        shift, scale, gate = self.modulation(clock).repeat(2, 1).chunk(3, dim=-1)
+        qkv, mlp = self.qkv_mlp_in(modulate(x, shift, scale, layout.stream)).split(
+            [3 * x.shape[1], self.hidden], dim=-1
+        )
         q, k, v = rearrange(qkv, "n (three heads d) -> three n heads d", three=3, heads=self.num_heads)
         attended = attention(*self.qk_norm(q, k), v, layout)
         update = self.attention_mlp_out(torch.cat([attended, F.gelu(mlp, approximate="tanh")], dim=-1))
-        return x + gate[layout.owner] * update
+        return x + layout.stream.spread(gate) * update
 
 
 class QKNorm(nn.Module):
@@ -190,9 +193,43 @@ def sinusoid(t: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, owner: Tensor) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, runs: Runs) -> Tensor:
     """Layer norm of x (n, width) without weights, then its sample's scale and shift (B, width)."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[owner]) + shift[owner]
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + runs.spread(scale)) + runs.spread(shift)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Tokens that lie run by run, each run sharing the numbers of one row."""
+
+    owner: Tensor  # (n,) the row of a token, ascending
+    lens: Tensor  # (rows,)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """values (rows, width) -> (n, width), every token getting its row."""
+        return Spread.apply(values, self.owner, self.lens)
+
+
+class Spread(torch.autograd.Function):
+    """`values[owner]`, with a backward that sums run by run.
+
+    Indexing's own backward adds with atomics, in an order that varies from run to run and so does the last bit.
+    """
+
+    @staticmethod
+    def forward(values: Tensor, owner: Tensor, lens: Tensor) -> Tensor:
+        return values[owner]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (lens,) = ctx.saved_tensors
+        working = torch.promote_types(grad.dtype, torch.float32)
+        total = torch.segment_reduce(grad.to(working), "sum", lengths=lens, unsafe=True)
+        return total.to(grad.dtype), None, None
 
 
 @dataclass(frozen=True)
@@ -200,7 +237,9 @@ class Layout:
     """How one call's stream [all text | all image] maps to samples and to attention's order. Made once per call."""
 
     num_text: int
-    owner: Tensor  # (T,) sample of each token of the stream
+    text: Runs  # a run for each sample
+    image: Runs
+    stream: Runs  # 2 B runs: the samples' text, then their images
     order: Tensor  # (T,) stream positions in the order [text_0 | image_0 | text_1 | ...]
     inverse: Tensor  # (T,) the way back
     lens: tuple[int, ...]  # tokens of each sample, text and image together
@@ -209,8 +248,9 @@ class Layout:
     @classmethod
     def of(cls, image: Packed, text: Packed, axes: tuple[int, ...], theta: float) -> Layout:
         device, num_text = image.tokens.device, text.tokens.shape[0]
-        owner = torch.cat([text.owner, image.owner])
-        order = torch.argsort(owner, stable=True)  # stable: text stays before image within a sample
+        # stable: text stays before image within a sample
+        order = torch.argsort(torch.cat([text.owner, image.owner]), stable=True)
+        lens = [torch.tensor(part.lens, device=device) for part in (text, image)]
         angles = [
             part
             for grid, n in zip(image.grids, text.lens, strict=True)
@@ -220,7 +260,9 @@ class Layout:
         working = torch.promote_types(image.tokens.dtype, torch.float32)
         return cls(
             num_text=num_text,
-            owner=owner,
+            text=Runs(text.owner, lens[0]),
+            image=Runs(image.owner, lens[1]),
+            stream=Runs(torch.cat([text.owner, image.owner + len(text)]), torch.cat(lens)),
             order=order,
             inverse=torch.argsort(order),
             lens=tuple(i + n for i, n in zip(image.lens, text.lens, strict=True)),

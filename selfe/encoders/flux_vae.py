@@ -49,7 +49,8 @@ class FluxVAE:
         """
         if width % 32:
             raise ValueError(f"width must be a multiple of 32, the number of groups that are normalised, got {width}")
-        self.cache_dir, self.skip_pretrained, self.latent, self.dtype = cache_dir, skip_pretrained, latent, DTYPES[dtype]
+        self.cache_dir, self.skip_pretrained = cache_dir, skip_pretrained
+        self.latent, self.dtype = latent, DTYPES[dtype]
         self.net = nn.ModuleDict({"encoder": Encoder(width), "decoder": Decoder(width)})
 
     def load(self, device: torch.device) -> None:
@@ -126,7 +127,7 @@ def by_shape(inputs: Sequence[Tensor], forward: Callable[[Tensor], Tensor]) -> l
 
 
 def patchify(latents: Sequence[Tensor]) -> Packed:
-    """B x (16, h, w) -> tokens (T, 64), a token being (channel, row, column) of a 2 x 2 patch, as FLUX.1 orders them."""
+    """B x (16, h, w) -> tokens (T, 64), a token being (channel, row, column) of a 2 x 2 patch, as in FLUX.1."""
     tokens = [rearrange(z, "c (h p) (w q) -> (h w) (c p q)", p=PATCH, q=PATCH) for z in latents]
     return packed(torch.cat(tokens), [(z.shape[1] // PATCH, z.shape[2] // PATCH) for z in latents])
 

@@ -1,4 +1,4 @@
-"""The frozen text encoders: T5 for the tokens, CLIP for the pooled vector (arXiv 2512.22374, S.2: T5-XXL and CLIP-L)."""
+"""The frozen text encoders: T5 for the tokens, CLIP for the pooled vector (S.2: T5-XXL and CLIP-L)."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class ClipSize:
 class T5Clip:
     """Captions to T5 tokens (last hidden state) and CLIP's pooled output, every caption at its true length.
 
-    Captions of equal length share a forward pass, so no token is ever padded and a caption's code does not depend on its
-    neighbours' lengths.
+    Captions of equal length share a forward pass, so no token is ever padded and a caption's code does not depend on
+    its neighbours' lengths.
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class T5Clip:
         cache_dir: str | None = None,
         skip_pretrained: bool = False,
         max_tokens: int = 512,
-        t5: T5Size = T5Size(),  # noqa: B008 - frozen
-        clip: ClipSize = ClipSize(),  # noqa: B008 - frozen
+        t5: T5Size = T5Size(),
+        clip: ClipSize = ClipSize(),
         dtype: Precision = "bf16",
     ):
         """
@@ -89,6 +89,7 @@ class T5Clip:
         clip = CLIPTextConfig(
             vocab_size=len(tokenizer),
             max_position_embeddings=CLIP_MAX_TOKENS,
+            bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             **asdict(self.clip_size),
         )
@@ -152,7 +153,9 @@ def cached(cache_dir: str | None, name: str) -> Path:
     """The path of a frozen part's files, or one line that says how to get them."""
     remedy = "run scripts/cache_pretrained_only.sh, or set SELFE_SKIP_PRETRAINED=1 for random weights"
     if cache_dir is None:
-        raise UserError(f"{name} is needed, but SELFE_CACHE_DIR is not set; set it to the folder of the weights, {remedy}")
+        raise UserError(
+            f"{name} is needed, but SELFE_CACHE_DIR is not set; set it to the folder of the weights, {remedy}"
+        )
     path = Path(cache_dir) / name
     if not path.exists():
         raise UserError(f"{path}: not found in SELFE_CACHE_DIR; {remedy}")
