@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from selfe import dist
@@ -149,8 +149,13 @@ def number(name: str, default: int | None = None) -> int:
 
 def report(error: ChildFailedError) -> int:
     """Tell the first of all failures once; returns its exit code as a shell would."""
-    # a process that was killed has left no word, and is what made the others fail
-    rank, failure = min(error.failures.items(), key=lambda item: item[1].error_file_data.get("time_ns", 0))
+
+    def order(item: tuple[int, ProcessFailure]) -> tuple[bool, int]:
+        # SIGTERM is how torchrun ends the rest; a process killed otherwise left no word and is what made others fail
+        _, failure = item
+        return failure.exitcode == -signal.SIGTERM, failure.error_file_data.get("time_ns", 0)
+
+    rank, failure = min(error.failures.items(), key=order)
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         why = " (often: out of memory)" if name == "SIGKILL" else ""
