@@ -16,7 +16,7 @@ LAYERS = {
     "flow": 0.2,
     **dict.fromkeys(["backbones", "encoders", "objectives", "samplers", "data"], 1),
     "system": 2,
-    **dict.fromkeys(["dist", "ema", "checkpoint", "log", "pictures", "config"], 3),
+    **dict.fromkeys(["device", "dist", "ema", "checkpoint", "log", "pictures", "config"], 3),
     "launch": 4,
     **dict.fromkeys(["train", "infer"], 5),
 }
@@ -87,7 +87,7 @@ def test_one_home_for_each_thing_that_differs():
         r"os\.environ": {"dist", "launch"},
         r"\bcuda\b": set(),
         r"\bnccl\b": set(),
-        r"torch\.accelerator": {"dist"},
+        r"torch\.accelerator": {"device"},
     }
     for pattern, allowed in homes.items():
         found = {room(path) for path in FILES if re.search(pattern, path.read_text())}
