@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 import torch
 from einops import rearrange
@@ -240,21 +240,29 @@ class Layout:
     text: Runs  # a run for each sample
     image: Runs
     stream: Runs  # 2 B runs: the samples' text, then their images
-    order: Tensor  # (T,) stream positions in the order [text_0 | image_0 | text_1 | ...]
+    order: Tensor  # (T,) stream positions in attention's order: [text | image] sample by sample, the shortest first
     inverse: Tensor  # (T,) the way back
-    lens: tuple[int, ...]  # tokens of each sample, text and image together
+    lens: tuple[int, ...]  # tokens of each sample, text and image together, in attention's order
     rotation: tuple[Tensor, Tensor]  # cosines and sines (T, 1, head_dim / 2), in attention's order
 
     @classmethod
     def of(cls, image: Packed, text: Packed, axes: tuple[int, ...], theta: float) -> Layout:
         device, num_text = image.tokens.device, text.tokens.shape[0]
+        total = [i + n for i, n in zip(image.lens, text.lens, strict=True)]
+        samples = sorted(range(len(total)), key=total.__getitem__)
+        place = torch.empty(len(total), dtype=torch.int64)
+        place[samples] = torch.arange(len(total))
+        place = place.to(device)
         # stable: text stays before image within a sample
-        order = torch.argsort(torch.cat([text.owner, image.owner]), stable=True)
+        order = torch.argsort(torch.cat([place[text.owner], place[image.owner]]), stable=True)
         lens = [torch.tensor(part.lens, device=device) for part in (text, image)]
         angles = [
             part
-            for grid, n in zip(image.grids, text.lens, strict=True)
-            for part in (torch.zeros(n, sum(axes) // 2, dtype=torch.float64), grid_angles(grid, axes, theta))
+            for i in samples
+            for part in (
+                torch.zeros(text.lens[i], sum(axes) // 2, dtype=torch.float64),
+                grid_angles(image.grids[i], axes, theta),
+            )
         ]
         angles = torch.cat(angles)[:, None].to(device)
         working = torch.promote_types(image.tokens.dtype, torch.float32)
@@ -265,7 +273,7 @@ class Layout:
             stream=Runs(torch.cat([text.owner, image.owner + len(text)]), torch.cat(lens)),
             order=order,
             inverse=torch.argsort(order),
-            lens=tuple(i + n for i, n in zip(image.lens, text.lens, strict=True)),
+            lens=tuple(total[i] for i in samples),
             rotation=(angles.cos().to(working), angles.sin().to(working)),
         )
 
@@ -298,14 +306,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, lens: tuple[int, ...]) -> Tensor:
     """Ragged attention over sequences laid end to end, (T, heads, head_dim) each: the one place where devices differ.
 
-    The fused kernel exists for half precision off the CPU; elsewhere sequence by sequence, which is the fastest exact
-    way on a CPU. Half precision has a slow backward there and is lifted to float32.
+    The fused kernel exists for half precision off the CPU; elsewhere neighbours of equal length share a call, which is
+    the fastest exact way on a CPU. Half precision has a slow backward there and is lifted to float32.
     """
     half = q.dtype in (torch.bfloat16, torch.float16)
     if half and q.device.type != "cpu":
         cu_seqlens = torch.tensor([0, *accumulate(lens)], dtype=torch.int32, device=q.device)
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max(lens), max(lens))
     working = torch.float32 if half else q.dtype
-    sequences = zip(*(x.to(working).transpose(0, 1).split(lens, dim=1) for x in (q, k, v)), strict=True)
-    attended = [F.scaled_dot_product_attention(*(x[None] for x in qkv))[0] for qkv in sequences]
-    return torch.cat(attended, dim=1).transpose(0, 1).to(q.dtype)
+    runs = [(n, len(list(group))) for n, group in groupby(lens)]
+    parts = zip(*(x.to(working).split([n * count for n, count in runs]) for x in (q, k, v)), strict=True)
+    attended = [
+        F.scaled_dot_product_attention(*(x.unflatten(0, (count, n)).transpose(1, 2) for x in qkv)).transpose(1, 2)
+        for (n, count), qkv in zip(runs, parts, strict=True)
+    ]
+    return torch.cat([x.flatten(0, 1) for x in attended]).to(q.dtype)
