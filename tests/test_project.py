@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "selfe"
 LAYERS = {
     "types": 0,
+    "attention": 0,
     "draws": 0.1,
     "flow": 0.2,
     **dict.fromkeys(["backbones", "encoders", "objectives", "samplers", "data"], 1),

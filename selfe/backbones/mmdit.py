@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, groupby
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
 
+from selfe.attention import Sequences, attend
 from selfe.draws import generator
 from selfe.types import Packed, TextCond
 
@@ -242,7 +241,7 @@ class Layout:
     stream: Runs  # 2 B runs: the samples' text, then their images
     order: Tensor  # (T,) stream positions in attention's order: [text | image] sample by sample, the shortest first
     inverse: Tensor  # (T,) the way back
-    lens: tuple[int, ...]  # tokens of each sample, text and image together, in attention's order
+    sequences: Sequences  # one for each sample, text and image together, in attention's order
     rotation: tuple[Tensor, Tensor]  # cosines and sines (T, 1, head_dim / 2), in attention's order
 
     @classmethod
@@ -273,7 +272,7 @@ class Layout:
             stream=Runs(torch.cat([text.owner, image.owner + len(text)]), torch.cat(lens)),
             order=order,
             inverse=torch.argsort(order),
-            lens=tuple(total[i] for i in samples),
+            sequences=Sequences.of([total[i] for i in samples], device),
             rotation=(angles.cos().to(working), angles.sin().to(working)),
         )
 
@@ -298,26 +297,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """Joint attention of each sample's text and image; q, k, v (T, heads, head_dim) in stream order -> (T, width)."""
-    q, k, v = (x[layout.order] for x in (q, k, v))
+    q, k, v = (Reorder.apply(x, layout.order, layout.inverse) for x in (q, k, v))
     q, k = rotate(q, *layout.rotation), rotate(k, *layout.rotation)
-    return attend(q, k, v, layout.lens)[layout.inverse].flatten(1)
+    return Reorder.apply(attend(q, k, v, layout.sequences), layout.inverse, layout.order).flatten(1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, lens: tuple[int, ...]) -> Tensor:
-    """Ragged attention over sequences laid end to end, (T, heads, head_dim) each: the one place where devices differ.
+class Reorder(torch.autograd.Function):
+    """`x[order]` for a permutation, whose backward is the inverse permutation rather than a sum over indices."""
 
-    The fused kernel exists for half precision off the CPU; elsewhere neighbours of equal length share a call, which is
-    the fastest exact way on a CPU. Half precision has a slow backward there and is lifted to float32.
-    """
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    if half and q.device.type != "cpu":
-        cu_seqlens = torch.tensor([0, *accumulate(lens)], dtype=torch.int32, device=q.device)
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max(lens), max(lens))
-    working = torch.float32 if half else q.dtype
-    runs = [(n, len(list(group))) for n, group in groupby(lens)]
-    parts = zip(*(x.to(working).split([n * count for n, count in runs]) for x in (q, k, v)), strict=True)
-    attended = [
-        F.scaled_dot_product_attention(*(x.unflatten(0, (count, n)).transpose(1, 2) for x in qkv)).transpose(1, 2)
-        for (n, count), qkv in zip(runs, parts, strict=True)
-    ]
-    return torch.cat([x.flatten(0, 1) for x in attended]).to(q.dtype)
+    @staticmethod
+    def forward(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        return x[order]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad[ctx.saved_tensors[0]], None, None

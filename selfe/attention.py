@@ -1,0 +1,123 @@
+"""Ragged attention over sequences laid end to end, without padding: the one place where kernels differ by device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.flop_counter import register_flop_formula
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """B sequences in (T, ...) tensors, T = sum(lens). Those of equal length are best neighbours."""
+
+    lens: Tensor  # (B,) int64 on the host, which plans the work
+    ends: Tensor  # (B + 1,) int32 on the device: 0, then where each sequence ends
+    longest: int
+
+    @classmethod
+    def of(cls, lens: list[int], device: torch.device) -> Sequences:
+        host = torch.tensor(lens)
+        ends = torch.cat([torch.zeros(1, dtype=torch.int64), host.cumsum(0)])
+        return cls(host, ends.to(device, torch.int32), max(lens))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
+    """Softmax attention within each sequence; q, k, v (T, heads, head_dim) -> (T, heads, head_dim).
+
+    On a CPU half precision has a slow backward and is lifted to float32. Elsewhere it has a fused kernel, which full
+    precision has not: that goes sequence by sequence.
+    """
+    if q.device.type == "cpu":
+        working = torch.promote_types(q.dtype, torch.float32)
+        return by_length(*(x.to(working) for x in (q, k, v)), sequences.lens)[0].to(q.dtype)
+    if q.dtype in HALF:
+        return varlen_attn(q, k, v, sequences.ends, sequences.ends, sequences.longest, sequences.longest)
+    each = zip(*(x.transpose(0, 1).split(sequences.lens.tolist(), dim=1) for x in (q, k, v)), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*qkv) for qkv in each], dim=1).transpose(0, 1)
+
+
+# ---- one operator with its own backward, so that a compiler need not look inside ----
+
+
+@torch.library.custom_op("selfe::by_length", mutates_args=())
+def by_length(q: Tensor, k: Tensor, v: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
+    """Neighbours of equal length share a call, which is the fastest exact way on a CPU.
+
+    Returns the attended values (T, heads, head_dim) and the log-sum-exp of the scores (T, heads) for the backward.
+    """
+    attended, lse = torch.empty_like(v), q.new_empty(q.shape[:2])
+    for place, count, n in runs(lens):
+        batch = (x[place].unflatten(0, (count, n)).transpose(1, 2) for x in (q, k, v))
+        out, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*batch)
+        attended[place], lse[place] = out.transpose(1, 2).flatten(0, 1), weight.transpose(1, 2).flatten(0, 1)
+    return attended, lse
+
+
+@torch.library.custom_op("selfe::by_length_backward", mutates_args=())
+def by_length_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, attended: Tensor, lse: Tensor, lens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = tuple(torch.empty_like(x) for x in (q, k, v))
+    for place, count, n in runs(lens):
+        batch = [x[place].unflatten(0, (count, n)).transpose(1, 2) for x in (grad, q, k, v, attended, lse)]
+        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*batch, 0.0, False)
+        for whole, part in zip(grads, parts, strict=True):
+            whole[place] = part.transpose(1, 2).flatten(0, 1)
+    return grads
+
+
+def runs(lens: Tensor) -> Iterator[tuple[slice, int, int]]:
+    """(place in T, how many sequences, their length) of every run of equal lengths."""
+    start = 0
+    for n, group in groupby(lens.tolist()):
+        count = len(list(group))
+        yield slice(start, start + count * n), count, n
+        start += count * n
+
+
+@by_length.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(v), q.new_empty(q.shape[:2])
+
+
+@by_length_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, attended: Tensor, lse: Tensor, lens: Tensor) -> tuple:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def remember(ctx, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*inputs[:3], *output, inputs[3])
+
+
+def backward(ctx, grad: Tensor, _: Tensor) -> tuple:
+    return *by_length_backward(grad.contiguous(), *ctx.saved_tensors), None
+
+
+by_length.register_autograd(backward, setup_context=remember)
+
+
+def squares(lens: Tensor) -> int:
+    return int(lens.square().sum())
+
+
+@register_flop_formula(torch.ops.selfe.by_length, get_raw=True)
+def flops(q: Tensor, k: Tensor, v: Tensor, lens: Tensor, **_) -> int:
+    """Scores and values: two products of n x n x head_dim a head and sequence."""
+    return 2 * 2 * q.shape[1] * q.shape[2] * squares(lens)
+
+
+@register_flop_formula(torch.ops.selfe.by_length_backward, get_raw=True)
+def backward_flops(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, attended: Tensor, lse: Tensor, lens: Tensor, **_
+) -> int:
+    """The scores once more, and a product for each of the gradients of values, weights, queries and keys."""
+    return 5 * 2 * q.shape[1] * q.shape[2] * squares(lens)
