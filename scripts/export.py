@@ -1,8 +1,8 @@
 """A checkpoint's denoiser as plain files: `python scripts/export.py CKPT OUT`, in one CPU process.
 
-CKPT is a checkpoint of a run, or the folder of its checkpoints: then the newest. `safetensors` writes the denoiser under
-black-forest-labs' FLUX names; `diffusers` writes a pipeline with all its parts. Weights pass through memory tensor by
-tensor; only one shard of the output is held.
+CKPT is a checkpoint of a run, or the folder of its checkpoints: then the newest. `--format safetensors` writes the
+denoiser under black-forest-labs' FLUX names, `--format diffusers` a pipeline with all its parts. Weights pass through
+memory tensor by tensor; only one shard of the output is held.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, CLIPTextModel
 
-from selfe import checkpoint, config, flux_format
+from selfe import checkpoint, config, flux_format, launch
 from selfe.backbones.mmdit import MMDiT
 from selfe.encoders.flux_vae import CHANNELS, SCALE, SHIFT, STAGES, FluxVAE
 from selfe.encoders.t5_clip import CLIP_FOLDER, T5_FOLDER, T5Clip
@@ -203,4 +203,4 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        sys.exit(f"selfe: error: {error}")
+        sys.exit(launch.fail(str(error)))

@@ -44,7 +44,7 @@ class DualTimeFlux(FluxTransformer2DModel):
         img_ids: torch.Tensor,
         txt_ids: torch.Tensor,
     ) -> torch.Tensor:
-        """Tokens (B, n, in_channels) at times t and s (B,), float32, of captions of one length -> velocity noise - x0."""
+        """Tokens (B, n, in_channels) at float32 times t and s (B,), captions of one length -> velocity noise - x0."""
         clock = self.time_text_embed.embed(t, s, pooled_projections)
         return super().forward(
             hidden_states=hidden_states,

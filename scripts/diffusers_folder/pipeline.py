@@ -78,7 +78,11 @@ class SelfEPipeline(DiffusionPipeline):
             for sample in range(num_images_per_prompt):
                 row = number * num_images_per_prompt + sample
                 key = (seed, text, sample)
-                x = latents[[row]].to(self.device) if latents is not None else self.draw(key, "noise", height, width)
+                x = (
+                    latents[[row]].to(self._execution_device)
+                    if latents is not None
+                    else self.draw(key, "noise", height, width)
+                )
                 x = self.denoise(x, cond, null, key, num_inference_steps, height, width, guidance_scale, s_ratio, eta)
                 images.append(self.decode(x, height, width))
         return ImagePipelineOutput(self.image_processor.postprocess(torch.cat(images).float(), output_type))
@@ -105,7 +109,7 @@ class SelfEPipeline(DiffusionPipeline):
         """One network call, in the network's precision; times and result in float32."""
         text, pooled = cond
         rows, columns = height // self.factor, width // self.factor
-        grid = torch.cartesian_prod(torch.zeros(1), torch.arange(rows), torch.arange(columns)).float()
+        grid = torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns)).float()
         return self.transformer(
             hidden_states=x.to(self.transformer.dtype),
             encoder_hidden_states=text,
@@ -119,21 +123,23 @@ class SelfEPipeline(DiffusionPipeline):
     def times(self, num_steps: int, num_tokens: int) -> torch.Tensor:
         """(num_steps + 1,) from 1 to 0, uniform, then warped by the number of image tokens (S.2)."""
         mu = 0.5 + (1.15 - 0.5) / (4096 - 512) * (num_tokens - 512)
-        t = torch.linspace(1, 0, num_steps + 1, device=self.device)
+        t = torch.linspace(1, 0, num_steps + 1, device=self._execution_device)
         return math.exp(mu) * t / (math.exp(mu) * t + 1 - t)
 
     def draw(self, key: tuple, name: str, height: int, width: int) -> torch.Tensor:
-        """Standard normal tokens (1, n, channels), a function of the key and the name: Self-E's own sampler's numbers."""
+        """Standard normal tokens (1, n, channels), a function of key and name: the numbers of Self-E's own sampler."""
         digest = hashlib.blake2b(repr((*key, name)).encode(), digest_size=16).digest()
         generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
         shape = (height // self.factor) * (width // self.factor), self.transformer.config.in_channels
-        return torch.from_numpy(generator.standard_normal(shape, np.float32))[None].to(self.device)
+        return torch.from_numpy(generator.standard_normal(shape, np.float32))[None].to(self._execution_device)
 
     def encode(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
         """T5's tokens (1, n, width) and CLIP's pooled vector (1, width) of a caption, at its true length."""
 
         def ids(tokenizer, length: int) -> torch.Tensor:
-            return torch.tensor([tokenizer(text, truncation=True, max_length=length)["input_ids"]], device=self.device)
+            return torch.tensor(
+                [tokenizer(text, truncation=True, max_length=length)["input_ids"]], device=self._execution_device
+            )
 
         dtype = self.transformer.dtype
         tokens = self.text_encoder_2(ids(self.tokenizer_2, 512)).last_hidden_state
@@ -147,7 +153,3 @@ class SelfEPipeline(DiffusionPipeline):
         z = z.reshape(1, -1, PATCH * rows, PATCH * columns)
         z = z / self.vae.config.scaling_factor + self.vae.config.shift_factor
         return self.vae.decode(z.to(self.vae.dtype), return_dict=False)[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self._execution_device

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +20,13 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
+from transformers.utils import logging as logging_of_transformers
 
 from selfe.types import DTYPES, Place, Precision, Read, TextCond, UserError, packed
 from selfe.weights import AGAIN, Weights, cached
 
 T5_FOLDER, CLIP_FOLDER = "t5-v1_1-xxl", "clip-vit-large-patch14"
+TOKENIZERS = {"tokenizer.json"}, {"spiece.model"}, {"vocab.json", "merges.txt"}  # without, an empty one would be made
 CLIP_MAX_TOKENS = 77  # its position table
 Tokenizer = PreTrainedTokenizerBase
 Parts = tuple[Tokenizer, T5Config, Read, Tokenizer, CLIPTextModel]  # T5 as what `place` needs, CLIP ready
@@ -68,12 +72,12 @@ class T5Clip:
         Args:
             cache_dir: holds `t5-v1_1-xxl/` and `clip-vit-large-patch14/`.
             skip_pretrained: random weights of these sizes and a byte-level tokenizer instead; nothing is read.
-            max_tokens: of T5; longer captions are cut. CLIP cuts at 77.
+            max_tokens: of T5; longer captions are cut, which is said once. CLIP always cuts at 77.
         """
         self.cache_dir, self.skip_pretrained, self.max_tokens = cache_dir, skip_pretrained, max_tokens
         self.t5_size, self.clip_size, self.dtype = t5, clip, DTYPES[dtype]
         self.text_dim, self.pooled_dim = t5.d_model, clip.hidden_size
-        self.num_cut = Counter()  # captions that were too long, by encoder
+        self.num_cut = 0  # captions that were too long for T5
 
     def load(self, device: torch.device, shard: Place | None = None) -> None:
         """Bring tokenizers and weights to the device; T5, which is nine tenths of them, through `shard` if given.
@@ -115,28 +119,28 @@ class T5Clip:
             return tokenizer, t5, lambda name, rows: state[name][rows], tokenizer, CLIPTextModel(clip)
 
     def pretrained(self) -> Parts:
-        folders = t5_folder, clip_folder = [cached(self.cache_dir, name) for name in (T5_FOLDER, CLIP_FOLDER)]
-        weights = [Weights.open(folder) for folder in folders]
-        try:
-            tokenizers = [AutoTokenizer.from_pretrained(folder, local_files_only=True) for folder in folders]
-            t5 = T5Config.from_pretrained(t5_folder, local_files_only=True)
-            clip, loaded = CLIPTextModel.from_pretrained(
-                clip_folder, dtype=self.dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            names = " and ".join(map(str, folders))
-            raise UserError(f"{names}: cannot be loaded ({str(error).splitlines()[0]}); {AGAIN}") from error
-        for folder, config, size in ((t5_folder, t5, self.t5_size), (clip_folder, clip.config, self.clip_size)):
-            for key, wanted in asdict(size).items():
-                if (found := getattr(config, key)) != wanted:
-                    raise UserError(f"{folder}: {key} is {found}, system.text_encoder.params asks for {wanted}")
-        if loaded["missing_keys"]:
-            raise UserError(f"{clip_folder}: {min(loaded['missing_keys'])} is missing from the weights; {AGAIN}")
+        folder = cached(self.cache_dir, T5_FOLDER)
+        weights = Weights.open(folder)
+        with naming(folder):
+            t5_tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            t5 = T5Config.from_pretrained(folder, local_files_only=True)
+        expect_size(folder, t5, self.t5_size)
         with torch.device("meta"):
             wanted = {name: p.shape for name, p in T5EncoderModel(t5).named_parameters()}
         wanted.pop("encoder.embed_tokens.weight", None)  # the same as shared.weight
-        weights[0].expect(wanted, "T5's encoder")
-        return tokenizers[0], t5, weights[0].read, tokenizers[1], clip
+        weights.expect(wanted, "T5's encoder")
+
+        folder = cached(self.cache_dir, CLIP_FOLDER)
+        Weights.open(folder)
+        with naming(folder):
+            clip_tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            clip, loaded = CLIPTextModel.from_pretrained(
+                folder, dtype=self.dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+        expect_size(folder, clip.config, self.clip_size)
+        if loaded["missing_keys"]:
+            raise UserError(f"{folder}: {min(loaded['missing_keys'])} is missing from the weights; {AGAIN}")
+        return t5_tokenizer, t5, weights.read, clip_tokenizer, clip
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> TextCond:
@@ -151,28 +155,24 @@ class T5Clip:
     @torch.no_grad()
     def encode_each(self, captions: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
         """B x (text (n, text_dim), pooled (pooled_dim,)), float32."""
-        ids = self.ids("T5", self.t5_tokenizer, captions, self.max_tokens)
+        ids = self.t5_ids(captions)
         groups = [list(range(len(ids)))] if self.sharded else by_length(ids)
         texts = self.forward_each(ids, groups, lambda ids, mask: self.t5(ids, attention_mask=mask).last_hidden_state)
         texts = [text[: len(row)] for text, row in zip(texts, ids, strict=True)]
-        ids = self.ids("CLIP", self.clip_tokenizer, captions, CLIP_MAX_TOKENS)
+        ids = self.clip_tokenizer(list(captions), truncation=True, max_length=CLIP_MAX_TOKENS)["input_ids"]
         pooled = self.forward_each(ids, by_length(ids), lambda ids, mask: self.clip(ids).pooler_output)
         return list(zip(texts, pooled, strict=True))
 
-    def ids(self, name: str, tokenizer: Tokenizer, captions: Sequence[str], max_tokens: int) -> list[list[int]]:
-        """Token numbers of each caption, the last one its end token; cut to `max_tokens`, which is counted."""
-        rows = tokenizer(list(captions), verbose=False)["input_ids"]
-        long = [(len(row), caption) for row, caption in zip(rows, captions, strict=True) if len(row) > max_tokens]
+    def t5_ids(self, captions: Sequence[str]) -> list[list[int]]:
+        """Token numbers of each caption, the last one its end token; what is too long is cut and counted."""
+        rows = self.t5_tokenizer(list(captions), verbose=False)["input_ids"]
+        long = [(len(row), caption) for row, caption in zip(rows, captions, strict=True) if len(row) > self.max_tokens]
         if not long:
             return rows
-        if not self.num_cut[name]:
-            length, caption = long[0]
-            logger.warning(
-                "captions are cut to %d %s tokens, the first one from %d (said once): %.60s...",
-                *(max_tokens, name, length, caption),
-            )
-        self.num_cut[name] += len(long)
-        return tokenizer(list(captions), truncation=True, max_length=max_tokens)["input_ids"]
+        if not self.num_cut:
+            logger.warning("captions are cut to %d T5 tokens; the first (%d): %.60s...", self.max_tokens, *long[0])
+        self.num_cut += len(long)
+        return self.t5_tokenizer(list(captions), truncation=True, max_length=self.max_tokens)["input_ids"]
 
     def forward_each(
         self, ids: list[list[int]], groups: list[list[int]], forward: Callable[[Tensor, Tensor], Tensor]
@@ -184,6 +184,27 @@ class T5Clip:
             mask = torch.arange(padded.shape[1]) < torch.tensor([len(ids[n]) for n in group])[:, None]
             results |= zip(group, forward(padded.to(self.device), mask.to(self.device)).float(), strict=True)
         return [results[n] for n in range(len(ids))]
+
+
+@contextmanager
+def naming(folder: Path) -> Iterator[None]:
+    """What a library has to say about a folder in one line, and only if it fails."""
+    if not any(files <= {file.name for file in folder.iterdir()} for files in TOKENIZERS):
+        raise UserError(f"{folder}: the tokenizer's files are missing; {AGAIN}")
+    verbosity = logging_of_transformers.get_verbosity()
+    logging_of_transformers.set_verbosity_error()  # it would list CLIP's vision tower, which is not wanted
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]}); {AGAIN}") from error
+    finally:
+        logging_of_transformers.set_verbosity(verbosity)
+
+
+def expect_size(folder: Path, config: T5Config | CLIPTextConfig, size: T5Size | ClipSize) -> None:
+    for key, wanted in asdict(size).items():
+        if (found := getattr(config, key)) != wanted:
+            raise UserError(f"{folder}: {key} is {found}, system.text_encoder.params asks for {wanted}")
 
 
 def by_length(ids: Sequence[list[int]]) -> list[list[int]]:
