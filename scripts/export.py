@@ -25,9 +25,8 @@ from selfe.encoders.flux_vae import CHANNELS, SCALE, SHIFT, STAGES, FluxVAE
 from selfe.encoders.t5_clip import CLIP_FOLDER, T5_FOLDER, T5Clip
 from selfe.system import System
 from selfe.types import DTYPES, UserError
-from selfe.weights import INDEX, cached
+from selfe.weights import cached, write
 
-SHARD_BYTES = 2 * 10**9
 CODE = Path(__file__).parent / "diffusers_folder"
 
 
@@ -73,31 +72,17 @@ def read_run(path: Path) -> tuple[dict, System]:
 def write_denoiser(
     path: Path, net: MMDiT, folder: Path, weights: Literal["ema", "live"], dtype: torch.dtype, layout: str
 ) -> None:
-    """The denoiser, shard by shard, and the index of more than one."""
+    """The denoiser under the names of the layout, tensor by tensor."""
     style, stem = ("diffusers", "diffusion_pytorch_model") if layout == "diffusers" else ("bfl", "model")
     shapes, width = {name: p.shape for name, p in net.named_parameters()}, net.image_in.out_features
-    groups, room = [[]], SHARD_BYTES
-    for name, shape in shapes.items():
-        size = shape.numel() * dtype.itemsize
-        if groups[-1] and size > room:
-            groups.append([])
-            room = SHARD_BYTES
-        groups[-1].append(name)
-        room -= size
-    places = {}
-    for number, group in enumerate(groups, start=1):
-        tensors = {}
-        for name in group:
-            full = torch.empty(shapes[name])
-            checkpoint.load_tensors(path, {name: full}, weights)
-            parts = flux_format.split(style, name, full, width)
-            tensors |= {theirs: part.to(dtype, copy=True) for theirs, part in parts.items()}
-        numbered = f"{stem}-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else stem
-        save_file(tensors, folder / f"{numbered}.safetensors", metadata={"format": "pt"})
-        places |= dict.fromkeys(tensors, f"{numbered}.safetensors")
-    if len(groups) > 1:
-        total = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
-        write_json(folder / f"{stem}{INDEX}", {"metadata": {"total_size": total}, "weight_map": places})
+
+    def read(name: str) -> dict[str, torch.Tensor]:
+        full = torch.empty(shapes[name])
+        checkpoint.load_tensors(path, {name: full}, weights)
+        parts = flux_format.split(style, name, full, width)
+        return {theirs: part.to(dtype, copy=True) for theirs, part in parts.items()}
+
+    write(folder, stem, {name: shape.numel() * dtype.itemsize for name, shape in shapes.items()}, read)
 
 
 def write_pipeline(out: Path, system: System) -> None:

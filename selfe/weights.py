@@ -6,16 +6,18 @@ No file stays open between two reads, so that loading costs the memory of what i
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from selfe.types import UserError
 
 INDEX = ".safetensors.index.json"
+SHARD_BYTES = 4 * 10**9
 AGAIN = "fetch it again with scripts/cache_pretrained_only.sh"
 
 
@@ -75,6 +77,33 @@ def shards(path: Path, remedy: str) -> list[Path]:
         return [path.parent / name for name in sorted(names)]
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{path}: not an index of safetensors shards; {remedy}") from error
+
+
+def write(folder: Path, stem: str, sizes: Mapping[str, int], make: Callable[[str], dict[str, Tensor]]) -> list[str]:
+    """Tensors as safetensors in shards, with an index if there are several; returns the names of the files.
+
+    `make(name)` gives the tensors behind a name, of `sizes[name]` bytes. Only one shard is in memory.
+    """
+    groups, room = [[]], SHARD_BYTES
+    for name, size in sizes.items():
+        if groups[-1] and size > room:
+            groups.append([])
+            room = SHARD_BYTES
+        groups[-1].append(name)
+        room -= size
+    places = {}
+    for number, group in enumerate(groups, start=1):
+        tensors = {name: tensor for key in group for name, tensor in make(key).items()}
+        file = f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else f"{stem}.safetensors"
+        save_file(tensors, folder / f"{file}.part", metadata={"format": "pt"})
+        (folder / f"{file}.part").replace(folder / file)
+        places |= dict.fromkeys(tensors, file)
+    files = list(dict.fromkeys(places.values()))
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        (folder / f"{stem}{INDEX}").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        files.append(f"{stem}{INDEX}")
+    return files
 
 
 def cached(cache_dir: str | None, name: str) -> Path:
