@@ -19,7 +19,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +74,7 @@ def parts(vae_only: bool) -> list[Part]:
     ]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="scripts/cache_pretrained_only.sh",
         description=__doc__,
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--cache-dir", type=Path, required=True, metavar="DIR", help="where to; made if it is missing")
     parser.add_argument("--hf-token", metavar="TOKEN", help="a Hugging Face token (default: HF_TOKEN); not stored")
     parser.add_argument("--flux-vae-only", action="store_true", help="without FLUX's transformer (24 GB)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     cache, token = arguments.cache_dir, arguments.hf_token
     record = read_record(cache)
     todo = [part for part in parts(arguments.flux_vae_only) if not is_done(cache, part, record)]

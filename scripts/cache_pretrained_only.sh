@@ -3,4 +3,5 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 "$here/scripts/setup.sh" --no-dev --inexact
+export HF_HUB_DISABLE_TELEMETRY=1
 exec "$here/.venv/bin/python" "$here/scripts/cache_pretrained.py" "$@"

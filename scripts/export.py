@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -30,14 +31,14 @@ from selfe.weights import cached, write
 CODE = Path(__file__).parent / "diffusers_folder"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ckpt", type=Path, metavar="CKPT", help="for instance runs/selfe_2b/checkpoints")
     parser.add_argument("out", type=Path, metavar="OUT", help="a folder to be made")
     parser.add_argument("--weights", choices=("ema", "live"), default="ema")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="of the denoiser")
     parser.add_argument("--format", choices=("safetensors", "diffusers"), default="safetensors")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     path = checkpoint.find(arguments.ckpt)
     settings, system = read_run(path)
     if arguments.out.exists() and any(arguments.out.iterdir()):

@@ -25,6 +25,11 @@ class Hub:
     half_way: threading.Event = field(default_factory=threading.Event)
     closing: threading.Event = field(default_factory=threading.Event)
 
+    def gets(self) -> list[tuple[str, str]]:
+        """(repository, file) of every file that was asked for."""
+        paths = [path for method, path, _ in self.requests if method == "GET" and "/resolve/" in path]
+        return [tuple(path[1:].split(f"/resolve/{COMMIT}/")) for path in paths]
+
     def __enter__(self) -> "Hub":
         handler = type("Bound", (Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
