@@ -9,18 +9,20 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from ranks import on_ranks
-from real_encoders import CAPTIONS, write_cache
+from real_encoders import CAPTIONS, ROOT, write_cache
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
-from selfe import dist, flux_format
+from selfe import config, dist, flux_format
 from selfe.dist import World
 from selfe.draws import Draws
 from selfe.encoders.flux_vae import SCALE, SHIFT, FluxVAE, patchify, unpatchify
 from selfe.encoders.t5_clip import ClipSize, T5Clip, T5Size
-from selfe.types import TextCond, UserError, packed
+from selfe.samplers.euler import Euler
+from selfe.types import Batch, TextCond, UserError, packed
 
+SKIP = [f"system.{part}.params.skip_pretrained=true" for part in ("text_encoder", "autoencoder")]
 MIXED = ["a cup of coffee", "", *CAPTIONS[:3], "a red cat", "a cup of coffee", "a cat"]
 SIZES = {
     "t5": T5Size(d_model=64, num_layers=2, num_heads=4, d_kv=16, d_ff=128),
@@ -193,3 +195,34 @@ def test_missing_tokenizer_and_other_sizes_are_one_line(cache, tmp_path):
         loaded(copy)
     with pytest.raises(UserError, match=r"num_layers is 2, system.text_encoder.params asks for 24"):
         loaded(cache, t5=T5Size(d_model=64))
+
+
+def test_infinite_numbers_name_the_caption_picture_or_prompt():
+    with torch.device("meta"):
+        system = config.build(config.load(ROOT / "configs/debug/selfe_smoke.yaml", SKIP), "system")
+    system.load_encoders(torch.device("cpu"))
+    batch = Batch(
+        images=(torch.zeros(3, 16, 16), torch.full((3, 16, 16), torch.inf)),
+        prompts=("a cat", "a dog"),
+        positions=(0, 1),
+        names=("cat.jpg", "dog.jpg"),
+    )
+
+    def constant(x, t, s, cond):
+        return torch.full_like(x.tokens, value)
+
+    with pytest.raises(UserError, match=r"dog.jpg: system.autoencoder gives infinite"):
+        system.loss(constant, constant, batch, Draws.of_step(0, 0, (0, 1)), 0)
+    arguments = {"sampler": Euler(), "num_steps": 1, "cfg_scale": 1.0, "s_ratio": 0.0}
+    draws = Draws.of_pictures([(0, "a cat", 0)])
+    value = torch.nan
+    with pytest.raises(UserError, match=r"a cat: the denoiser gives infinite"):
+        system.generate(constant, ["a cat"], [(16, 16)], draws, **arguments)
+    value = 0.0
+    system.autoencoder.net["decoder"].conv_out.bias[0] = torch.inf
+    with pytest.raises(UserError, match=r"a cat: system.autoencoder gives infinite"):
+        system.generate(constant, ["a cat"], [(16, 16)], draws, **arguments)
+    dog = system.text_encoder.t5_ids(["dog"])[0][0]
+    system.text_encoder.t5.shared.weight[dog] = torch.inf
+    with pytest.raises(UserError, match=r"dog: system.text_encoder gives infinite"):
+        system.encode({"cond": ["cat", "dog", "cat"]})

@@ -92,7 +92,7 @@ class T5Clip:
         with torch.device("meta"):
             self.t5 = T5EncoderModel(config).to(self.dtype).eval().requires_grad_(False)
         self.t5.set_input_embeddings(self.t5.shared)  # one module, so that its memory is given once
-        (shard or self.whole)(self.t5, self.t5.encoder.block, read)
+        (shard or self.whole)(self.t5, (self.t5.shared, *self.t5.encoder.block), read)
         self.clip.to(device, self.dtype).eval().requires_grad_(False)
         self.empty = self.encode_each([""])[0]  # needed in every step
 
@@ -193,12 +193,14 @@ def naming(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder}: the tokenizer's files are missing; {AGAIN}")
     verbosity = logging_of_transformers.get_verbosity()
     logging_of_transformers.set_verbosity_error()  # it would list CLIP's vision tower, which is not wanted
+    logging_of_transformers.disable_progress_bar()
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]}); {AGAIN}") from error
     finally:
         logging_of_transformers.set_verbosity(verbosity)
+        logging_of_transformers.enable_progress_bar()
 
 
 def expect_size(folder: Path, config: T5Config | CLIPTextConfig, size: T5Size | ClipSize) -> None:
