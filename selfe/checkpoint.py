@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -55,12 +55,17 @@ def resume(path: Path, net: nn.Module, ema: nn.Module, optimizer: Optimizer) -> 
 
 def load_weights(path: Path, module: nn.Module, weights: Literal["ema", "live"]) -> int:
     """Load a plain, unsharded denoiser in one process; returns the number of finished steps."""
-    state = {"net" if weights == "live" else weights: module.state_dict()}
+    load_tensors(path, module.state_dict(), weights)
+    return read_step(path)
+
+
+def load_tensors(path: Path, tensors: dict[str, Tensor], weights: Literal["ema", "live"]) -> None:
+    """Fill some of a denoiser's tensors in one process, reading no others."""
+    state = {"net" if weights == "live" else weights: tensors}
     check_fits(path, state)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what no_dist asks for
         dcp.load(state, checkpoint_id=path, no_dist=True)
-    return read_step(path)
 
 
 def training_state(net: nn.Module, ema: nn.Module, optimizer: Optimizer) -> dict:

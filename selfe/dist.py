@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import checkpoint
 
 from selfe.device import choose_device
-from selfe.types import DTYPES, Precision, UserError
+from selfe.types import DTYPES, Precision, Read, UserError
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,27 @@ def shard(module: nn.Module, mesh: DeviceMesh, *, precision: Precision, activati
 def materialise(module: nn.Module, device: torch.device, seed: int) -> None:
     """Give a sharded module its memory and its initial values, the same on any number of ranks."""
     module.to_empty(device=device)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            full = module.initial(name, parameter.shape, seed).to(device)
-            parameter.copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None))
+    for name, parameter in module.named_parameters():
+        fill(parameter, module.initial(name, parameter.shape, seed))
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, full: Tensor) -> None:
+    """Give a sharded parameter the values of `full`, which every rank has."""
+    full = full.to(parameter.device)
+    parameter.copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None))
+
+
+@torch.no_grad()
+def place_sharded(module: nn.Module, blocks: Iterable[nn.Module], read: Read, *, mesh: DeviceMesh) -> None:
+    """Cut a frozen module on the meta device over the mesh, block by block; a rank reads the rows it keeps."""
+    for part in (*blocks, module):
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    module.to_empty(device=mesh.device_type)
+    for name, parameter in module.named_parameters():
+        shape, start = compute_local_shape_and_global_offset(parameter.shape, mesh, parameter.placements)
+        if shape[0]:
+            parameter.to_local().copy_(read(name, slice(start[0], start[0] + shape[0])))
 
 
 def local(tensor: Tensor) -> Tensor:

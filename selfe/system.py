@@ -14,7 +14,19 @@ from torch import Tensor
 from selfe import flow
 from selfe.draws import Draws
 from selfe.samplers.guidance import guided
-from selfe.types import Autoencoder, Backbone, Batch, Denoiser, Loss, Objective, Sampler, TextCond, TextEncoder
+from selfe.types import (
+    Autoencoder,
+    Backbone,
+    Batch,
+    Denoiser,
+    Loss,
+    Objective,
+    Place,
+    Sampler,
+    TextCond,
+    TextEncoder,
+    UserError,
+)
 
 
 class System:
@@ -29,15 +41,19 @@ class System:
         self.backbone, self.text_encoder, self.autoencoder = backbone, text_encoder, autoencoder
         self.objective = objective
 
-    def load_encoders(self, device: torch.device) -> None:
-        """Bring the weights of the frozen parts to the device. The denoiser's come from training or a checkpoint."""
-        self.text_encoder.load(device)
+    def load_encoders(self, device: torch.device, shard: Place | None = None) -> None:
+        """Bring the weights of the frozen parts to the device. The denoiser's come from training or a checkpoint.
+
+        With `shard`, the text encoder is cut over ranks; every rank must then call `loss` and `generate` alike.
+        """
+        self.text_encoder.load(device, shard)
         self.autoencoder.load(device)
 
     def loss(self, net: Denoiser, ema: Denoiser, batch: Batch, draws: Draws, step: int) -> Loss:
         """The objective on one micro-batch: captions and pictures in, one loss per sample out."""
         conds = self.encode(self.objective.captions(batch.prompts, draws, step))
         x0 = self.autoencoder.encode(batch.images, draws)
+        expect_finite(flow.sum_per_sample(x0.tokens, x0), batch.names, "system.autoencoder", HALF)
         return self.objective(net, ema, x0, conds, draws, step)
 
     @torch.no_grad()
@@ -58,10 +74,25 @@ class System:
         noise = self.autoencoder.noise(sizes, draws)
         t, s = flow.sampling_times(num_steps, s_ratio, noise)
         x0 = sampler(guided(net, conds["cond"], conds["null"], cfg_scale), noise, t, s, draws)
-        return self.autoencoder.decode(noise.with_tokens(x0))
+        expect_finite(flow.sum_per_sample(x0, noise), prompts, "the denoiser", "use an earlier checkpoint")
+        images = self.autoencoder.decode(noise.with_tokens(x0))
+        expect_finite(torch.stack([image.sum() for image in images]), prompts, "system.autoencoder", HALF)
+        return images
 
     def encode(self, captions: dict[str, list[str]]) -> dict[str, TextCond]:
         """Each distinct caption through the text encoder once, then dealt to where it is wanted."""
         number = {caption: i for i, caption in enumerate(dict.fromkeys(chain(*captions.values())))}
         cond = self.text_encoder(list(number))
+        sums = flow.sum_per_sample(cond.text.tokens, cond.text) + cond.pooled.sum(dim=1)
+        expect_finite(sums, list(number), "system.text_encoder", HALF)
         return {name: cond.select([number[caption] for caption in wanted]) for name, wanted in captions.items()}
+
+
+HALF = "set its params.dtype=fp32, and if that does not help, fetch its weights again"
+
+
+def expect_finite(sums: Tensor, names: Sequence[str], part: str, remedy: str) -> None:
+    """Numbers that overflow are silent and make black pictures: say whose. `sums` (B,) of what came out of a part."""
+    if not sums.isfinite().all():
+        name = names[sums.isfinite().tolist().index(False)]
+        raise UserError(f"{name}: {part} gives infinite or undefined numbers; {remedy}")

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from selfe import checkpoint, config, dist, ema, launch, log, pictures
+from selfe import checkpoint, config, dist, ema, flux_format, launch, log, pictures
 from selfe.dist import World
 from selfe.draws import Draws
 from selfe.samplers.renoise import Renoise
@@ -50,6 +51,7 @@ class Trainer:
     total_batch_size: int
     micro_batch_size: int
     stop_step: int | None = None  # stop here; the schedule still counts to max_steps
+    init_from: str | None = None  # start from these FLUX weights instead of random ones
     lr: float = 3e-4
     min_lr: float = 1e-5
     warmup_steps: int = 1000
@@ -60,6 +62,7 @@ class Trainer:
     ema_warmup: bool = False
     precision: Precision = "bf16"
     shard_size: int | None = None  # ranks that share one copy of the parameters; the others replicate it
+    shard_text_encoder: bool = False  # cut T5 over the same ranks: less memory, more traffic
     activation_checkpointing: bool = True
     num_workers: int = 4
     log_every: int = 50
@@ -112,7 +115,9 @@ class Fit:
         self.net, self.ema = system.backbone, copy.deepcopy(system.backbone).requires_grad_(False)
         for module, saves_memory in ((self.net, trainer.activation_checkpointing), (self.ema, False)):
             dist.shard(module, mesh, precision=trainer.precision, activation_checkpointing=saves_memory)
-        system.load_encoders(world.device)
+        system.load_encoders(
+            world.device, partial(dist.place_sharded, mesh=mesh) if trainer.shard_text_encoder else None
+        )
         for module in (self.net, self.ema):
             dist.materialise(module, world.device, seed)
         self.optimizer = torch.optim.AdamW(
@@ -122,6 +127,19 @@ class Fit:
         self.start = checkpoint.resume(found, self.net, self.ema, self.optimizer) if found else 0
         if found and world.is_main:
             log.say(f"resuming from {found}")
+        if trainer.init_from and not found:
+            self.warm_start(Path(trainer.init_from))
+
+    def warm_start(self, path: Path) -> None:
+        """Take the weights of a FLUX file; `init_from.txt` says which."""
+        found = flux_format.warm_start(path, self.net, self.ema)
+        if self.world.is_main:
+            report = self.folder / "init_from.txt"
+            report.write_text(found.report(), encoding="utf-8")
+            log.say(
+                f"starting from {path}: {len(found.used)} tensors taken, {len(found.missing)} not in it, "
+                f"{len(found.left_over)} left over; names in {report}"
+            )
 
     def run(self) -> None:
         trainer, main = self.trainer, self.world.is_main

@@ -5,12 +5,12 @@ Sizes (`grids`, `lens`) are Python integers on the host: the data loader knows t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from selfe.draws import Draws
@@ -117,13 +117,24 @@ class Backbone(Denoiser, Protocol):
         ...
 
 
+Read = Callable[[str, slice], Tensor]  # (name, rows) -> these rows of a stored tensor, on the host
+
+
+class Place(Protocol):
+    """Gives a module on the meta device its memory and the values that `read` finds under its parameters' names."""
+
+    def __call__(self, module: nn.Module, blocks: Iterable[nn.Module], read: Read) -> None: ...
+
+
 class TextEncoder(Protocol):
     """Frozen; every caption at its true length. Built without weights; `load` brings them to the device."""
 
     text_dim: int
     pooled_dim: int
 
-    def load(self, device: torch.device) -> None: ...
+    def load(self, device: torch.device, shard: Place | None = None) -> None:
+        """With `shard`, large parts are cut over ranks; every rank must then make the same calls."""
+        ...
 
     def __call__(self, captions: Sequence[str]) -> TextCond: ...
 

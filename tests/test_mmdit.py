@@ -1,8 +1,7 @@
-"""The denoiser: sizes, packing, the second clock, and equality with diffusers' FLUX transformer."""
+"""The denoiser: sizes, packing and the second clock. Its equality with FLUX stands in test_flux_format.py."""
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
 
 from selfe.backbones.mmdit import MMDiT, grid_angles, rotate
 from selfe.types import Packed, TextCond, packed
@@ -109,86 +108,3 @@ def test_rope_is_relative():
 def test_bad_axes_are_refused():
     with pytest.raises(ValueError, match="rope_axes"):
         MMDiT(width=64, num_heads=2, rope_axes=(4, 8, 12))
-
-
-def test_equals_diffusers_flux():
-    """Without the second clock, output and input gradient are those of diffusers' FluxTransformer2DModel."""
-    net = small(dtype=torch.float32, s_branch=False)
-    peer = FluxTransformer2DModel(
-        in_channels=8,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=24,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        pooled_projection_dim=6,
-        guidance_embeds=False,
-        axes_dims_rope=(4, 8, 12),
-    )
-    peer.load_state_dict(to_diffusers(net.state_dict()))
-    x, t, s, cond = inputs(torch.float32)
-    x.tokens.requires_grad_()
-    ours = net(x, t, s, cond)
-    (gradient,) = torch.autograd.grad(ours.sin().sum(), x.tokens)
-    parts = zip(x.with_tokens(ours).split(), x.with_tokens(gradient).split(), strict=True)
-    for i, (v, grad) in enumerate(parts):
-        tokens = x.split()[i].detach()[None].requires_grad_()
-        rows, columns = x.grids[i]
-        position = (
-            torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns)).reshape(-1, 3).float()
-        )
-        theirs = peer(
-            hidden_states=tokens,
-            encoder_hidden_states=cond.text.split()[i][None],
-            pooled_projections=cond.pooled[[i]],
-            timestep=t[[i]],
-            img_ids=position,
-            txt_ids=torch.zeros(CAPTIONS[i], 3),
-            return_dict=False,
-        )[0]
-        torch.testing.assert_close(v, theirs[0], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(grad, torch.autograd.grad(theirs.sin().sum(), tokens)[0][0], rtol=1e-5, atol=1e-5)
-
-
-def to_diffusers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Our names and fused projections as diffusers writes them."""
-    out = {}
-
-    def put(name: str, ours: str, part: slice = slice(None)) -> None:
-        for kind in ("weight", "bias"):
-            if f"{ours}.{kind}" in state:
-                out[f"{name}.{kind}"] = state[f"{ours}.{kind}"][part]
-
-    for name, ours in {"x_embedder": "image_in", "context_embedder": "text_in", "proj_out": "out"}.items():
-        put(name, ours)
-    for name, ours in {"timestep_embedder": "t_in", "text_embedder": "pooled_in"}.items():
-        put(f"time_text_embed.{name}.linear_1", f"{ours}.0")
-        put(f"time_text_embed.{name}.linear_2", f"{ours}.2")
-    for kind in ("weight", "bias"):
-        shift, scale = state[f"out_modulation.{kind}"].chunk(2)
-        out[f"norm_out.linear.{kind}"] = torch.cat([scale, shift])
-    w = 48
-    for n in range(2):
-        ours, name = f"double_blocks.{n}", f"transformer_blocks.{n}"
-        for half, suffix, qkv in (
-            ("image", "", ("to_q", "to_k", "to_v")),
-            ("text", "_context", ("add_q_proj", "add_k_proj", "add_v_proj")),
-        ):
-            put(f"{name}.norm1{suffix}.linear", f"{ours}.{half}.modulation")
-            for i, part in enumerate(qkv):
-                put(f"{name}.attn.{part}", f"{ours}.{half}.qkv_in", slice(i * w, (i + 1) * w))
-            added = "added_" if suffix else ""
-            put(f"{name}.attn.norm_{added}q", f"{ours}.{half}.qk_norm.q_norm")
-            put(f"{name}.attn.norm_{added}k", f"{ours}.{half}.qk_norm.k_norm")
-            put(f"{name}.attn.to_add_out" if suffix else f"{name}.attn.to_out.0", f"{ours}.{half}.attention_out")
-            put(f"{name}.ff{suffix}.net.0.proj", f"{ours}.{half}.mlp.0")
-            put(f"{name}.ff{suffix}.net.2", f"{ours}.{half}.mlp.2")
-        ours, name = f"single_blocks.{n}", f"single_transformer_blocks.{n}"
-        put(f"{name}.norm.linear", f"{ours}.modulation")
-        for i, part in enumerate(("to_q", "to_k", "to_v")):
-            put(f"{name}.attn.{part}", f"{ours}.qkv_mlp_in", slice(i * w, (i + 1) * w))
-        put(f"{name}.proj_mlp", f"{ours}.qkv_mlp_in", slice(3 * w, None))
-        put(f"{name}.attn.norm_q", f"{ours}.qk_norm.q_norm")
-        put(f"{name}.attn.norm_k", f"{ours}.qk_norm.k_norm")
-        put(f"{name}.proj_out", f"{ours}.attention_mlp_out")
-    return out

@@ -14,10 +14,11 @@ LAYERS = {
     "types": 0,
     "attention": 0,
     "draws": 0.1,
+    "weights": 0.1,
     "flow": 0.2,
     **dict.fromkeys(["backbones", "encoders", "objectives", "samplers", "data"], 1),
     "system": 2,
-    **dict.fromkeys(["device", "dist", "ema", "checkpoint", "log", "pictures", "config"], 3),
+    **dict.fromkeys(["device", "dist", "ema", "checkpoint", "flux_format", "log", "pictures", "config"], 3),
     "launch": 4,
     **dict.fromkeys(["train", "infer"], 5),
 }

@@ -12,13 +12,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from selfe.draws import Draws
-from selfe.encoders.t5_clip import cached
 from selfe.types import DTYPES, Packed, Precision, UserError, packed
+from selfe.weights import AGAIN, Weights, cached
 
 SCALE, SHIFT = 0.3611, 0.1159  # of FLUX.1's latents: (z - shift) * scale has mean about 0 and width about 1
 CHANNELS, PATCH = 16, 2
@@ -69,19 +67,12 @@ class FluxVAE:
 
     def pretrained(self) -> dict[str, Tensor]:
         """The tensors of `ae.safetensors`, every one present with its shape and none left over."""
-        path = cached(self.cache_dir, "ae.safetensors")
-        again = "fetch it again with scripts/cache_pretrained_only.sh"
-        try:
-            found = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}); {again}") from error
-        shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-        wanted = {name: tuple(tensor.shape) for name, tensor in self.net.state_dict().items()}
-        for name in sorted(shapes.keys() | wanted.keys()):
-            if shapes.get(name) != wanted.get(name):
-                holds, needs = (shape.get(name, "nothing") for shape in (shapes, wanted))
-                raise UserError(f"{path}: {name}: the file holds {holds}, FLUX.1's autoencoder has {needs}; {again}")
-        return found
+        weights = Weights.open(cached(self.cache_dir, "ae.safetensors"))
+        wanted = {name: tensor.shape for name, tensor in self.net.state_dict().items()}
+        weights.expect(wanted, "FLUX.1's autoencoder")
+        if foreign := sorted(weights.shapes.keys() - wanted.keys()):
+            raise UserError(f"{weights.path}: {foreign[0]} is not of FLUX.1's autoencoder; {AGAIN}")
+        return {name: weights.read(name) for name in wanted}
 
     @torch.no_grad()
     def encode(self, images: Sequence[Tensor], draws: Draws) -> Packed:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,10 +20,18 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
+from transformers.utils import logging as logging_of_transformers
 
-from selfe.types import DTYPES, Precision, TextCond, UserError, packed
+from selfe.types import DTYPES, Place, Precision, Read, TextCond, UserError, packed
+from selfe.weights import AGAIN, Weights, cached
 
+T5_FOLDER, CLIP_FOLDER = "t5-v1_1-xxl", "clip-vit-large-patch14"
+TOKENIZERS = {"tokenizer.json"}, {"spiece.model"}, {"vocab.json", "merges.txt"}  # without, an empty one would be made
 CLIP_MAX_TOKENS = 77  # its position table
+Tokenizer = PreTrainedTokenizerBase
+Parts = tuple[Tokenizer, T5Config, Read, Tokenizer, CLIPTextModel]  # T5 as what `place` needs, CLIP ready
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,8 +54,9 @@ class ClipSize:
 class T5Clip:
     """Captions to T5 tokens (last hidden state) and CLIP's pooled output, every caption at its true length.
 
-    Captions of equal length share a forward pass, so no token is ever padded and a caption's code does not depend on
-    its neighbours' lengths.
+    Captions of equal length share a forward pass, so no token is padded and a caption's code does not depend on its
+    neighbours' lengths. Only a T5 that is sharded over ranks takes all captions in one masked pass, because every rank
+    must make the same calls; what comes out has the true lengths all the same.
     """
 
     def __init__(
@@ -61,28 +72,37 @@ class T5Clip:
         Args:
             cache_dir: holds `t5-v1_1-xxl/` and `clip-vit-large-patch14/`.
             skip_pretrained: random weights of these sizes and a byte-level tokenizer instead; nothing is read.
-            max_tokens: of T5; longer captions are cut. CLIP cuts at 77.
+            max_tokens: of T5; longer captions are cut, which is said once. CLIP always cuts at 77.
         """
         self.cache_dir, self.skip_pretrained, self.max_tokens = cache_dir, skip_pretrained, max_tokens
         self.t5_size, self.clip_size, self.dtype = t5, clip, DTYPES[dtype]
         self.text_dim, self.pooled_dim = t5.d_model, clip.hidden_size
+        self.num_cut = 0  # captions that were too long for T5
 
-    def load(self, device: torch.device) -> None:
-        """Bring tokenizers and weights to the device.
+    def load(self, device: torch.device, shard: Place | None = None) -> None:
+        """Bring tokenizers and weights to the device; T5, which is nine tenths of them, through `shard` if given.
 
         Raises:
-            UserError: files are missing, or do not have the sizes of the configuration.
+            UserError: files are missing, damaged, or do not have the sizes of the configuration.
         """
-        parts = self.random() if self.skip_pretrained else self.pretrained()
-        self.t5_tokenizer, self.t5, self.clip_tokenizer, self.clip = parts
-        for model in (self.t5, self.clip):
-            model.to(device, self.dtype).eval().requires_grad_(False)
-        self.device = device
+        self.device, self.sharded = device, shard is not None
+        self.t5_tokenizer, config, read, self.clip_tokenizer, self.clip = (
+            self.random() if self.skip_pretrained else self.pretrained()
+        )
+        with torch.device("meta"):
+            self.t5 = T5EncoderModel(config).to(self.dtype).eval().requires_grad_(False)
+        self.t5.set_input_embeddings(self.t5.shared)  # one module, so that its memory is given once
+        (shard or self.whole)(self.t5, (self.t5.shared, *self.t5.encoder.block), read)
+        self.clip.to(device, self.dtype).eval().requires_grad_(False)
         self.empty = self.encode_each([""])[0]  # needed in every step
-        if not all(code.isfinite().all() for code in self.empty):
-            raise UserError(f"{self.cache_dir}: the text encoders give infinite numbers; fetch the weights again")
 
-    def random(self) -> tuple[PreTrainedTokenizerBase, nn.Module, PreTrainedTokenizerBase, nn.Module]:
+    def whole(self, module: nn.Module, blocks: Iterable[nn.Module], read: Read) -> None:
+        """All of T5 on this device."""
+        module.to_empty(device=self.device)
+        for name, parameter in module.named_parameters():
+            parameter.copy_(read(name, slice(None)))
+
+    def random(self) -> Parts:
         """Stand-ins of the configured sizes, the same on every machine."""
         tokenizer = ByT5Tokenizer()
         t5 = T5Config(vocab_size=len(tokenizer), feed_forward_proj="gated-gelu", **asdict(self.t5_size))
@@ -95,68 +115,103 @@ class T5Clip:
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return tokenizer, T5EncoderModel(t5), tokenizer, CLIPTextModel(clip)
+            state = T5EncoderModel(t5).state_dict()
+            return tokenizer, t5, lambda name, rows: state[name][rows], tokenizer, CLIPTextModel(clip)
 
-    def pretrained(self) -> tuple[PreTrainedTokenizerBase, nn.Module, PreTrainedTokenizerBase, nn.Module]:
-        parts = []
-        for name, kind, size in (
-            ("t5-v1_1-xxl", T5EncoderModel, self.t5_size),
-            ("clip-vit-large-patch14", CLIPTextModel, self.clip_size),
-        ):
-            folder = cached(self.cache_dir, name)
-            try:
-                model = kind.from_pretrained(folder, dtype=self.dtype, local_files_only=True, use_safetensors=True)
-                parts += [AutoTokenizer.from_pretrained(folder, local_files_only=True), model]
-            except (OSError, ValueError) as error:
-                raise UserError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
-            for key, wanted in asdict(size).items():
-                if (found := getattr(model.config, key)) != wanted:
-                    raise UserError(f"{folder}: {key} is {found}, system.text_encoder.params asks for {wanted}")
-        return tuple(parts)
+    def pretrained(self) -> Parts:
+        folder = cached(self.cache_dir, T5_FOLDER)
+        weights = Weights.open(folder)
+        with naming(folder):
+            t5_tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            t5 = T5Config.from_pretrained(folder, local_files_only=True)
+        expect_size(folder, t5, self.t5_size)
+        with torch.device("meta"):
+            wanted = {name: p.shape for name, p in T5EncoderModel(t5).named_parameters()}
+        wanted.pop("encoder.embed_tokens.weight", None)  # the same as shared.weight
+        weights.expect(wanted, "T5's encoder")
+
+        folder = cached(self.cache_dir, CLIP_FOLDER)
+        Weights.open(folder)
+        with naming(folder):
+            clip_tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            clip, loaded = CLIPTextModel.from_pretrained(
+                folder, dtype=self.dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+        expect_size(folder, clip.config, self.clip_size)
+        if loaded["missing_keys"]:
+            raise UserError(f"{folder}: {min(loaded['missing_keys'])} is missing from the weights; {AGAIN}")
+        return t5_tokenizer, t5, weights.read, clip_tokenizer, clip
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> TextCond:
         """Captions -> text (T, text_dim) and pooled (B, pooled_dim), float32."""
         others = [caption for caption in captions if caption]
+        if self.sharded and not others:
+            others = [""]  # the other ranks wait for this rank's call
         codes = iter(self.encode_each(others) if others else ())
         texts, pooled = zip(*(next(codes) if caption else self.empty for caption in captions), strict=True)
         return TextCond(packed(torch.cat(texts), [(1, len(text)) for text in texts]), torch.stack(pooled))
 
+    @torch.no_grad()
     def encode_each(self, captions: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
-        """B x (text (n, text_dim), pooled (pooled_dim,))."""
-        texts = self.forward_by_length(
-            self.ids(self.t5_tokenizer, captions, self.max_tokens), lambda ids: self.t5(ids).last_hidden_state
-        )
-        pooled = self.forward_by_length(
-            self.ids(self.clip_tokenizer, captions, CLIP_MAX_TOKENS), lambda ids: self.clip(ids).pooler_output
-        )
+        """B x (text (n, text_dim), pooled (pooled_dim,)), float32."""
+        ids = self.t5_ids(captions)
+        groups = [list(range(len(ids)))] if self.sharded else by_length(ids)
+        texts = self.forward_each(ids, groups, lambda ids, mask: self.t5(ids, attention_mask=mask).last_hidden_state)
+        texts = [text[: len(row)] for text, row in zip(texts, ids, strict=True)]
+        ids = self.clip_tokenizer(list(captions), truncation=True, max_length=CLIP_MAX_TOKENS)["input_ids"]
+        pooled = self.forward_each(ids, by_length(ids), lambda ids, mask: self.clip(ids).pooler_output)
         return list(zip(texts, pooled, strict=True))
 
-    def ids(self, tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], max_tokens: int) -> list[list[int]]:
-        return tokenizer(list(captions), truncation=True, max_length=max_tokens)["input_ids"]
+    def t5_ids(self, captions: Sequence[str]) -> list[list[int]]:
+        """Token numbers of each caption, the last one its end token; what is too long is cut and counted."""
+        rows = self.t5_tokenizer(list(captions), verbose=False)["input_ids"]
+        long = [(len(row), caption) for row, caption in zip(rows, captions, strict=True) if len(row) > self.max_tokens]
+        if not long:
+            return rows
+        if not self.num_cut:
+            logger.warning("captions are cut to %d T5 tokens; the first (%d): %.60s...", self.max_tokens, *long[0])
+        self.num_cut += len(long)
+        return self.t5_tokenizer(list(captions), truncation=True, max_length=self.max_tokens)["input_ids"]
 
-    @torch.no_grad()
-    def forward_by_length(self, ids: list[list[int]], forward: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """Rows of equal length go through `forward` together; results in the order of `ids`, float32."""
-        groups = defaultdict(list)
-        for number, row in enumerate(ids):
-            groups[len(row)].append(number)
-        results: list = [None] * len(ids)
-        for numbers in groups.values():
-            output = forward(torch.tensor([ids[n] for n in numbers], device=self.device)).float()
-            for n, row in zip(numbers, output, strict=True):
-                results[n] = row
-        return results
+    def forward_each(
+        self, ids: list[list[int]], groups: list[list[int]], forward: Callable[[Tensor, Tensor], Tensor]
+    ) -> list[Tensor]:
+        """Each group of rows, padded to its longest, through `forward(ids, mask)`; a float32 result per row."""
+        results: dict[int, Tensor] = {}
+        for group in groups:
+            padded = nn.utils.rnn.pad_sequence([torch.tensor(ids[n]) for n in group], batch_first=True)
+            mask = torch.arange(padded.shape[1]) < torch.tensor([len(ids[n]) for n in group])[:, None]
+            results |= zip(group, forward(padded.to(self.device), mask.to(self.device)).float(), strict=True)
+        return [results[n] for n in range(len(ids))]
 
 
-def cached(cache_dir: str | None, name: str) -> Path:
-    """The path of a frozen part's files, or one line that says how to get them."""
-    remedy = "run scripts/cache_pretrained_only.sh, or set SELFE_SKIP_PRETRAINED=1 for random weights"
-    if cache_dir is None:
-        raise UserError(
-            f"{name} is needed, but SELFE_CACHE_DIR is not set; set it to the folder of the weights, {remedy}"
-        )
-    path = Path(cache_dir) / name
-    if not path.exists():
-        raise UserError(f"{path}: not found in SELFE_CACHE_DIR; {remedy}")
-    return path
+@contextmanager
+def naming(folder: Path) -> Iterator[None]:
+    """What a library has to say about a folder in one line, and only if it fails."""
+    if not any(files <= {file.name for file in folder.iterdir()} for files in TOKENIZERS):
+        raise UserError(f"{folder}: the tokenizer's files are missing; {AGAIN}")
+    verbosity = logging_of_transformers.get_verbosity()
+    logging_of_transformers.set_verbosity_error()  # it would list CLIP's vision tower, which is not wanted
+    logging_of_transformers.disable_progress_bar()
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]}); {AGAIN}") from error
+    finally:
+        logging_of_transformers.set_verbosity(verbosity)
+        logging_of_transformers.enable_progress_bar()
+
+
+def expect_size(folder: Path, config: T5Config | CLIPTextConfig, size: T5Size | ClipSize) -> None:
+    for key, wanted in asdict(size).items():
+        if (found := getattr(config, key)) != wanted:
+            raise UserError(f"{folder}: {key} is {found}, system.text_encoder.params asks for {wanted}")
+
+
+def by_length(ids: Sequence[list[int]]) -> list[list[int]]:
+    """The numbers of rows of equal length, which can share a pass without padding."""
+    groups = defaultdict(list)
+    for number, row in enumerate(ids):
+        groups[len(row)].append(number)
+    return list(groups.values())

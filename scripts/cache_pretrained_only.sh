@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Fetch the frozen encoders: scripts/cache_pretrained_only.sh --cache-dir DIR [--hf-token TOKEN] [--flux-vae-only]. --help says the rest.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+"$here/scripts/setup.sh" --no-dev --inexact
+export HF_HUB_DISABLE_TELEMETRY=1
+exec "$here/.venv/bin/python" "$here/scripts/cache_pretrained.py" "$@"
