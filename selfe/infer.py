@@ -11,6 +11,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -60,24 +61,23 @@ class Inferencer:
             check_one_size(todo)
         path, folder = checkpoint.find(Path(self.ckpt_dir)), Path(self.output_dir)
         nets, facts = self.load(path, system.backbone, world.device)
-        if world.is_main:
-            shared = facts | {"precision": self.precision, "format": self.format, "layout": self.layout}
-            lock = jobs.open_folder(folder, shared | of_system(settings), todo, self.layout)
-            again = {"inferencer": {k: v for k, v in settings["inferencer"].items() if k != "prompts"}}
-            config.save(settings | again, folder / "config.yaml")
-        dist.barrier()
-        there = set(jobs.drawn(folder)) & {picture.file for picture in todo}
-        dist.barrier()  # nobody may draw before everybody has seen what is missing
-        if len(there) < len(todo):
-            system.text_encoder = Remembered(system.text_encoder)
-            system.load_encoders(world.device)
-            self.draw_share(system, nets, todo, there, facts, world)
-        dist.barrier()
-        if world.is_main:
-            self.describe(todo, requests, facts | {"checkpoint": str(path)}, drew=len(there) < len(todo))
-            lock.close()
-            new = len(todo) - len(there)
-            log.say(f"{len(todo)} pictures of {path} ({self.weights} weights) in {folder}, {new} of them new")
+        shared = facts | {"precision": self.precision, "format": self.format, "layout": self.layout}
+        keep = jobs.opened(folder, shared | of_system(settings), todo, self.layout)
+        with keep if world.is_main else nullcontext():
+            dist.barrier()
+            there = set(jobs.drawn(folder)) & {picture.file for picture in todo}
+            dist.barrier()  # nobody may draw before everybody has seen what is missing
+            if len(there) < len(todo):
+                system.text_encoder = Remembered(system.text_encoder)
+                system.load_encoders(world.device)
+                self.draw_share(system, nets, todo, there, facts, world)
+            dist.barrier()
+            if world.is_main:
+                again = {name: value for name, value in settings["inferencer"].items() if name != "prompts"}
+                config.save(settings | {"inferencer": again}, folder / "config.yaml")
+                new = len(todo) - len(there)
+                self.describe(todo, requests, facts | {"checkpoint": str(path)}, drew=new > 0)
+                log.say(f"{len(todo)} pictures of {path} ({self.weights} weights) in {folder}, {new} of them new")
 
     @property
     def kinds(self) -> tuple[Weights, ...]:
@@ -144,9 +144,7 @@ class Inferencer:
         )
         for picture, image in zip(batch, images, strict=True):
             if not image.isfinite().all():
-                raise UserError(
-                    f"{picture.file}: not all numbers are finite; try inferencer.precision=fp32 or an earlier checkpoint"
-                )
+                raise UserError(f"{picture.file}: not all numbers are finite; try inferencer.precision=fp32")
             path = Path(self.output_dir) / picture.file
             pictures.save(pictures.to_image(image), path, self.format, record(picture, facts))
 

@@ -13,10 +13,11 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 from selfe import pictures
 from selfe.prompts import Request, shorten, sweep
@@ -166,28 +167,29 @@ def share(made: Sequence[list[Picture]], processes: int) -> list[list[list[Pictu
 # ---- what is there ----
 
 
-def open_folder(folder: Path, facts: dict, todo: Sequence[Picture], layout: Layout) -> IO:
-    """Make a folder ready for this job, on one process: nobody else draws into it, no half-written file is left, and
-    all that it holds belongs to the job. Returns the lock, held until it is closed or the process ends.
+@contextmanager
+def opened(folder: Path, facts: dict, todo: Sequence[Picture], layout: Layout) -> Iterator[None]:
+    """Keep a folder for this job, on one process: nobody else draws into it, no half-written file is left, and all that
+    it holds belongs to the job.
 
     Args:
         facts: what all pictures share, weights' fingerprints and the like; `job.json` keeps them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"{folder}: another process is drawing into it; wait, or set inferencer.output_dir") from error
-    for leftover in folder.rglob("*" + pictures.PARTIAL):
-        leftover.unlink()
-    path = folder / "job.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if changed := differences(known, facts):
-        raise UserError(f"{folder}: was drawn with {changed}; set another inferencer.output_dir, or the same settings")
-    check_leftovers(folder, todo, layout)
-    pictures.write(path, (json.dumps(known | facts, indent=1, ensure_ascii=False) + "\n").encode())
-    return lock
+    with (folder / ".lock").open("w") as lock:  # let go of when the process ends, however it ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{folder}: another process draws into it; wait, or set inferencer.output_dir") from error
+        for leftover in folder.rglob("*" + pictures.PARTIAL):
+            leftover.unlink()
+        path = folder / "job.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if changed := differences(known, facts):
+            raise UserError(f"{folder}: was drawn with {changed}; set another inferencer.output_dir, or go back")
+        check_leftovers(folder, todo, layout)
+        pictures.write(path, (json.dumps(known | facts, indent=1, ensure_ascii=False) + "\n").encode())
+        yield
 
 
 def differences(there: dict, here: dict) -> str:
@@ -208,7 +210,7 @@ def check_leftovers(folder: Path, todo: Sequence[Picture], layout: Layout) -> No
         alike = [differences(record, other) for other in planned.values() if other["prompt"] == record.get("prompt")]
         change = min(alike, key=len, default=f"prompt {shorten(str(record.get('prompt')), 60)!r}, which this job lacks")
         raise UserError(
-            f"{folder}: {file} is there with {change}; set another inferencer.output_dir, or the same settings "
+            f"{folder}: {file} is there with {change}; set another inferencer.output_dir, or go back "
             "(prompts and list entries may be added, not taken away)"
         )
 

@@ -1,4 +1,4 @@
-"""A sampling job's folder without sampling: the bundled photographs, blurred as fewer steps would, with full records."""
+"""A sampling job's folder without sampling: the bundled photographs, the more blurred the fewer steps, with records."""
 
 import json
 from collections.abc import Sequence
