@@ -119,8 +119,8 @@ def thumbnails(paths: Iterable[Path], home: Path) -> dict[Path, Path]:
     """Small copies of the large pictures among these, made where they are missing or old; picture -> copy."""
 
     def small(path: Path) -> tuple[Path, Path] | None:
-        there = f"{path.parent.resolve().name}_" if path.parent.resolve() != home.parent.resolve() else ""
-        thumb = home / f"{there}{path.stem}.webp"
+        place = Path(os.path.relpath(path.with_suffix(".webp").resolve(), home.parent.resolve()))
+        thumb = home / "_".join(part for part in place.parts if part != "..")
         if thumb.exists() and thumb.stat().st_mtime >= path.stat().st_mtime:
             return path, thumb
         with Image.open(path) as image:
@@ -135,7 +135,7 @@ def thumbnails(paths: Iterable[Path], home: Path) -> dict[Path, Path]:
 
     home.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(filter(None, pool.map(small, paths)))
+        return dict(filter(None, pool.map(small, dict.fromkeys(paths))))
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -289,4 +289,4 @@ def refuse(constant: str) -> None:
 
 def shorten(text: str, limit: int = 300) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= limit else f"{text[:limit]} ... ({len(text)} characters)"
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
