@@ -153,9 +153,18 @@ def page(painter: Painter) -> Any:
                     )
                 button = gr.Button("Draw", variant="primary", elem_id="draw")
             with gr.Column(scale=3):
-                image = gr.Image(label="Picture", format="png", elem_id="picture")
+                image = gr.Image(
+                    label="Picture", format="png", height=440, buttons=["download", "fullscreen"], elem_id="picture"
+                )
                 said = gr.Textbox(label="Time", interactive=False, elem_id="time")
-        strip = gr.Gallery(label="The same noise in 1, 2, 4 and 8 steps", columns=4, format="png", elem_id="strip")
+        strip = gr.Gallery(
+            label="The same noise in 1, 2, 4 and 8 steps",
+            columns=4,
+            height="auto",
+            format="png",
+            buttons=["download", "fullscreen"],
+            elem_id="strip",
+        )
         inputs = [prompt, negative_prompt, num_steps, cfg_scale, seed, sampler, eta, s_ratio]
         gr.on([button.click, prompt.submit], show, inputs, [image, said, strip], api_name=False)
     return blocks

@@ -82,7 +82,6 @@ def test_the_page_in_a_browser(painter, tmp_path):
             all_of(driver, "#draw")[0].click()
             until(driver, "document.querySelector('#picture img')?.naturalWidth == 48")
             until(driver, "document.querySelectorAll('#strip img').length >= 4")
-            driver.save_screenshot("/tmp/d1.png"); browser.resize(driver, 390, 844); import time; time.sleep(1); driver.save_screenshot("/tmp/d2.png")
             assert "4 steps in" in all_of(driver, "#time textarea, #time input")[0].get_property("value")
             assert [
                 url for url in browser.requests(driver) if not url.startswith((blocks.local_url, "data:", "blob:"))
