@@ -134,6 +134,7 @@ function setStep(at) {
 function controls() {
   $("title").textContent = document.title = data.title;
   $("slider").max = steps.length - 1;
+  $("track").hidden = $("strips").hidden = steps.length < 2;
   $("slider").addEventListener("input", () => setStep(Number($("slider").value)));
   steps.forEach((n, i) => {
     const tick = make("button", "", n);
@@ -276,5 +277,6 @@ function keyboard() {
 controls();
 viewer();
 keyboard();
+if (location.hash === "#all") $("strips").click();
 layout();
 setStep(state.at);

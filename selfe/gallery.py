@@ -23,6 +23,7 @@ from selfe import pictures
 from selfe.types import UserError
 
 EMBED_BYTES = 24 * 2**20  # jobs up to this size are inside the page
+MOST = 20_000  # pictures that a page is made for without being asked
 THUMBNAIL = 384  # pixels of the longer side
 MIME = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
 FACTS = (
@@ -50,9 +51,8 @@ def build(folders: Sequence[Path], output: Path, embed_bytes: int = EMBED_BYTES)
             sweep["files"][record["num_steps"]] = inline(path) if embed else relative(path, output)
             if path in thumbs:
                 sweep.setdefault("thumbs", {})[record["num_steps"]] = relative(thumbs[path], output)
-    first = folders[0].resolve().name
     data = {
-        "title": " and ".join(names(folders)) if len(folders) > 1 else first,
+        "title": " and ".join(names(folders)) if len(folders) > 1 else "/".join(folders[0].resolve().parts[-2:]),
         "about": ", ".join(dict.fromkeys(f"step {job[0]['step']:,}" for job in jobs)),
         "folders": [about(*each) for each in zip(folders, names(folders), jobs, strict=True)],
         "prompts": list(prompts),

@@ -167,8 +167,10 @@ class Inferencer:
                 output = folder / f"{group}.npz"
                 if drew or not output.exists():
                     pictures.save_npz(paths, output)
-        if self.gallery:
+        if self.gallery and len(todo) <= gallery.MOST:
             gallery.build([folder], folder / "gallery.html")
+        elif self.gallery:
+            log.say(f"no gallery of {len(todo)} pictures; python -m selfe.gallery {folder} makes one all the same")
 
 
 def record(picture: Picture, facts: dict) -> dict:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
@@ -25,6 +26,7 @@ from selfe.types import Sampler, UserError
 
 Weights = Literal["ema", "live"]
 Layout = Literal["flat", "geneval", "npz"]
+MOST = 2_000_000  # pictures of a job
 DECODE = 2.0  # cost of encoders and files per picture, in passes of the denoiser; only for sharing work out
 
 
@@ -77,17 +79,16 @@ def plan(requests: Sequence[Request], weights: Sequence[Weights], layout: Layout
     """Every picture of a job, prompt by prompt. A line that is given twice goes on counting samples."""
     found: dict[str, Picture] = {}
     taken: Counter = Counter()
+    asked = 0
     for number, request in enumerate(requests):
         settings = request.settings
+        sweeps = [sweep(values) for values in (settings.cfg_scale, settings.s_ratio, settings.num_steps)]
+        asked += settings.num_samples * len(weights) * math.prod(map(len, sweeps))
+        if asked > MOST:
+            raise UserError(f"{request.where}: more than {MOST:,} pictures up to here; share the prompts among jobs")
         same = (request.prompt, repr(vars(settings) | sampler_record(settings.sampler)))
         first = settings.first_sample
-        for i, kind, cfg_scale, s_ratio, num_steps in product(
-            range(settings.num_samples),
-            weights,
-            sweep(settings.cfg_scale),
-            sweep(settings.s_ratio),
-            sweep(settings.num_steps),
-        ):
+        for i, kind, cfg_scale, s_ratio, num_steps in product(range(settings.num_samples), weights, *sweeps):
             facts = {
                 "prompt": request.prompt,
                 "negative_prompt": settings.negative_prompt,
@@ -181,8 +182,10 @@ def opened(folder: Path, facts: dict, todo: Sequence[Picture], layout: Layout) -
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"{folder}: another process draws into it; wait, or set inferencer.output_dir") from error
-        for leftover in folder.rglob("*" + pictures.PARTIAL):
-            leftover.unlink()
+        for place in (".", "thumbs", "*_steps*/*", "*_steps*/*/samples"):
+            for leftover in folder.glob(f"{place}/*{pictures.PARTIAL}"):
+                if leftover.is_file():  # a folder of that name is somebody else's
+                    leftover.unlink()
         path = folder / "job.json"
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if changed := differences(known, facts):

@@ -8,7 +8,8 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 CONTEXT = get_context("forkserver")
-CONTEXT.set_forkserver_preload(["selfe.infer"])
+PARTS = ("encoders.t5_clip", "encoders.flux_vae", "backbones.mmdit", "objectives.self_evaluation")
+CONTEXT.set_forkserver_preload(["selfe.infer", *(f"selfe.{part}" for part in PARTS)])  # parts that configs name
 
 
 def start(size: int, arguments: Sequence[str]) -> list[BaseProcess]:

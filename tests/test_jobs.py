@@ -11,7 +11,7 @@ from selfe.encoders.remembered import Remembered
 from selfe.jobs import batches, plan, share
 from selfe.prompts import Defaults, Request
 from selfe.samplers.euler import Euler
-from selfe.types import TextCond, packed
+from selfe.types import TextCond, UserError, packed
 
 
 def requests(*prompts: str, **settings) -> list[Request]:
@@ -41,6 +41,11 @@ def test_a_prompt_given_again_is_another_sample():
     assert [(p.prompt, p.sample) for p in found] == [("a", 0), ("a", 1), ("b", 0), ("b", 1), ("a", 2), ("a", 3)]
     (first, *_), (second, *_) = (plan(requests("a", num_steps=n), ["ema"], "flat", ".png") for n in (4, (4, 8)))
     assert first.file == second.file
+
+
+def test_absurd_jobs_are_refused():
+    with pytest.raises(UserError, match=r"line 1: more than 2,000,000 pictures"):
+        plan(requests("a", "b", num_samples=100_000, num_steps=tuple(range(1, 20))), ["ema"], "flat", ".png")
 
 
 def test_batches_hold_one_group_and_no_more_than_the_budget():
