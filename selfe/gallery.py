@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import hashlib
 import json
 import os
 import sys
@@ -63,12 +64,14 @@ def build(folders: Sequence[Path], output: Path, embed_bytes: int = EMBED_BYTES)
 
 
 def page(data: dict) -> str:
-    """The page around its data. No character of the data can end the element that holds it."""
+    """The page around its data. No character of the data can end the element that holds it, and no other script runs
+    than the one whose digest the page's policy names."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     template, code = ((files("selfe") / name).read_text(encoding="utf-8") for name in ("gallery.html", "gallery.js"))
-    before, _, rest = template.partition("{{data}}")
+    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    before, _, rest = template.replace("{{hash}}", f"sha256-{digest}").partition("{{data}}")
     between, _, after = rest.partition("{{code}}")
     return before + text + between + code + after
 

@@ -30,7 +30,7 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
     photos = captions()
     prompts = [*photos[:4], *((photos[4 + i][0], prompt) for i, prompt in enumerate(HOSTILE))]
     make_job(home / "first", prompts, weights=("ema", "live"))
-    make_job(home / "second", prompts, num_steps=(1, 4), blur=3)
+    make_job(home / "second", prompts, num_steps=(1, 4), num_samples=2, blur=3)
     gallery.build([home / "first"], home / "first" / "gallery.html")
     gallery.build([home / "first", home / "second"], home / "compare.html")
     return home / "first", home / "second"
@@ -182,12 +182,16 @@ def test_two_folders_side_by_side(driver, folders):
     resize(driver, 1440, 900)
     page = folders[0].parent / "compare.html"
     show(driver, page)
-    labels = [" ".join(caption.text.split()) for caption in all_of(driver, ".row figcaption")][:3]
-    assert labels == ["first EMA", "first live", "second EMA"]
-    assert len(set(sources(driver)[:3])) == 3
+    labels = [" ".join(caption.text.split()) for caption in all_of(driver, ".row figcaption")][:4]
+    assert labels == ["first EMA sample 0", "first live sample 0", "second EMA sample 0", "second EMA sample 1"]
+    assert len(set(sources(driver)[:4])) == 4
+    driver.execute_script("document.querySelector('h2').innerHTML = '<img src=x onerror=\"window.ran = 1\">'")
+    until(driver, "document.querySelector('h2 img').complete")
+    assert driver.execute_script("return window.ran") is None  # the policy stops even markup that got in
+    assert any("Content Security Policy" in line for line in browser.console(driver))
     press(driver, Keys.ARROW_RIGHT)
     assert all_of(driver, ".shot.none")[0].text == "no 8 steps"
-    quiet(driver, page.parent)
+    assert all(url.startswith((page.parent.as_uri(), "data:")) for url in browser.requests(driver))
 
 
 @browser.needed
