@@ -6,7 +6,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if [ "${CI:-}" = true ] && ! command -v chromedriver >/dev/null && command -v apt-get >/dev/null; then
   as_root=$([ "$(id -u)" = 0 ] || echo "sudo -n")
-  if ! { $as_root apt-get update && DEBIAN_FRONTEND=noninteractive $as_root apt-get install -y chromium chromium-driver; } >/dev/null 2>&1; then
+  install="apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y chromium chromium-driver"
+  if ! $as_root timeout 300 sh -c "$install" >/dev/null 2>&1; then
     echo "selfe: warning: no browser: could not install chromium and chromium-driver; tests that drive one are skipped" >&2
   fi
 fi
