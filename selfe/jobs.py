@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from selfe import pictures
-from selfe.prompts import Request, shorten, sweep
+from selfe.prompts import Defaults, Request, shorten, sweep
 from selfe.types import Sampler, UserError
 
 Weights = Literal["ema", "live"]
@@ -79,16 +79,12 @@ def plan(requests: Sequence[Request], weights: Sequence[Weights], layout: Layout
     """Every picture of a job, prompt by prompt. A line that is given twice goes on counting samples."""
     found: dict[str, Picture] = {}
     taken: Counter = Counter()
-    asked = 0
+    check_number(requests, len(weights))
     for number, request in enumerate(requests):
         settings = request.settings
-        sweeps = [sweep(values) for values in (settings.cfg_scale, settings.s_ratio, settings.num_steps)]
-        asked += settings.num_samples * len(weights) * math.prod(map(len, sweeps))
-        if asked > MOST:
-            raise UserError(f"{request.where}: more than {MOST:,} pictures up to here; share the prompts among jobs")
         same = (request.prompt, repr(vars(settings) | sampler_record(settings.sampler)))
         first = settings.first_sample
-        for i, kind, cfg_scale, s_ratio, num_steps in product(range(settings.num_samples), weights, *sweeps):
+        for i, kind, cfg_scale, s_ratio, num_steps in product(range(settings.num_samples), weights, *sweeps(settings)):
             facts = {
                 "prompt": request.prompt,
                 "negative_prompt": settings.negative_prompt,
@@ -108,6 +104,18 @@ def plan(requests: Sequence[Request], weights: Sequence[Weights], layout: Layout
             found.setdefault(picture.file, picture)
         taken[same] += settings.num_samples
     return list(found.values())
+
+
+def sweeps(settings: Defaults) -> tuple[tuple, tuple, tuple]:
+    return sweep(settings.cfg_scale), sweep(settings.s_ratio), sweep(settings.num_steps)
+
+
+def check_number(requests: Sequence[Request], num_weights: int) -> None:
+    asked = 0
+    for request in requests:
+        asked += request.settings.num_samples * num_weights * math.prod(map(len, sweeps(request.settings)))
+        if asked > MOST:
+            raise UserError(f"{request.where}: more than {MOST:,} pictures up to here; share the prompts among jobs")
 
 
 def flat_name(picture: Picture, suffix: str) -> str:
