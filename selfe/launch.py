@@ -52,9 +52,9 @@ PROGRAMS = {
     },
     "infer": {
         "script": "./infer.sh",
-        "purpose": "Draws pictures from a checkpoint.",
+        "purpose": "Draws pictures from a checkpoint. The same command finishes an interrupted job.",
         "example": "configs/infer/selfe.yaml",
-        "override": "inferencer.defaults.num_steps=[1,4]",
+        "override": """'inferencer.prompts=["a red bird on a branch"]'""",
     },
 }
 

@@ -17,6 +17,15 @@ def say(message: str) -> None:
     sys.stdout.flush()
 
 
+def duration(seconds: float) -> str:
+    """12 s, 3 min 20 s, 5 h 10 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
 class Progress:
     """A bar on a terminal; otherwise a plain line every `seconds`, the first and last always."""
 

@@ -68,9 +68,13 @@ class System:
         num_steps: int,
         cfg_scale: float,
         s_ratio: float,
+        negative_prompts: Sequence[str] | None = None,
     ) -> list[Tensor]:
-        """Pictures B x (3, height, width) in [-1, 1] for B prompts and B sizes in pixels; `num_steps` network calls."""
-        conds = self.encode({"cond": list(prompts), "null": [""] * len(prompts)})
+        """Pictures B x (3, height, width) in [-1, 1] for B prompts and B sizes in pixels; `num_steps` network calls.
+
+        Negative prompts take the place of the null prompt in guidance.
+        """
+        conds = self.encode({"cond": list(prompts), "null": list(negative_prompts or [""] * len(prompts))})
         noise = self.autoencoder.noise(sizes, draws)
         t, s = flow.sampling_times(num_steps, s_ratio, noise)
         x0 = sampler(guided(net, conds["cond"], conds["null"], cfg_scale), noise, t, s, draws)

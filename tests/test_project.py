@@ -11,16 +11,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "selfe"
 LAYERS = {
-    "types": 0,
-    "attention": 0,
-    "draws": 0.1,
-    "weights": 0.1,
-    "flow": 0.2,
-    **dict.fromkeys(["backbones", "encoders", "objectives", "samplers", "data"], 1),
-    "system": 2,
-    **dict.fromkeys(["device", "dist", "ema", "checkpoint", "flux_format", "log", "pictures", "config"], 3),
-    "launch": 4,
-    **dict.fromkeys(["train", "infer"], 5),
+    room: layer
+    for layer, rooms in {
+        0: "types attention",
+        0.1: "draws weights images buckets index cache",
+        0.2: "flow order",
+        0.3: "feed",
+        1: "backbones encoders objectives samplers data",
+        2: "system",
+        3: "config device dist ema checkpoint saving loading flux_format log sinks folder pictures sheets prompts jobs "
+        "gallery signals watch health clock observe",
+        4: "launch",
+        5: "train infer",
+    }.items()
+    for room in rooms.split()
 }
 FOLDERS = {room.name for room in PACKAGE.iterdir() if room.is_dir() and room.name != "__pycache__"}
 FILES = sorted(PACKAGE.rglob("*.py"))

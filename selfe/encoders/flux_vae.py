@@ -5,8 +5,10 @@ Parameter names are those of FLUX.1's `ae.safetensors`, so that the file loads a
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Literal
 
 import torch
@@ -22,6 +24,7 @@ SCALE, SHIFT = 0.3611, 0.1159  # of FLUX.1's latents: (z - shift) * scale has me
 CHANNELS, PATCH = 16, 2
 STAGES = (1, 2, 4, 4)  # width of each resolution, in units of the first
 PIXELS = 2 ** (len(STAGES) - 1)  # a latent stands for so many pixels a side
+TILE_OVERLAP = 8  # latents that neighbouring tiles share
 
 
 class FluxVAE:
@@ -37,6 +40,7 @@ class FluxVAE:
         latent: Literal["sample", "mean"] = "sample",
         width: int = 128,
         dtype: Precision = "bf16",
+        decode_pixels: int = 2048 * 2048,
     ):
         """
         Args:
@@ -44,11 +48,16 @@ class FluxVAE:
             skip_pretrained: random weights instead; nothing is read.
             latent: draw from the encoder's normal distribution, or take its mean.
             width: channels at full resolution, 128 in FLUX.1.
+            decode_pixels: at most so many are decoded at once; a picture with more is decoded in tiles.
         """
         if width % 32:
             raise ValueError(f"width must be a multiple of 32, the number of groups that are normalised, got {width}")
         self.cache_dir, self.skip_pretrained = cache_dir, skip_pretrained
-        self.latent, self.dtype = latent, DTYPES[dtype]
+        if decode_pixels < (4 * TILE_OVERLAP * PIXELS) ** 2:
+            raise ValueError(
+                f"decode_pixels must be at least {(4 * TILE_OVERLAP * PIXELS) ** 2}, a tile, got {decode_pixels}"
+            )
+        self.latent, self.dtype, self.decode_pixels = latent, DTYPES[dtype], decode_pixels
         self.net = nn.ModuleDict({"encoder": Encoder(width), "decoder": Decoder(width)})
 
     def load(self, device: torch.device) -> None:
@@ -89,7 +98,32 @@ class FluxVAE:
     def decode(self, latents: Packed) -> list[Tensor]:
         """Tokens (T, 64) -> B x (3, H, W), float32, in [-1, 1] up to the decoder's own error."""
         grids = unpatchify(latents.with_tokens(latents.tokens / SCALE + SHIFT))
-        return by_shape(grids, lambda z: self.net["decoder"](z.to(self.device, self.dtype)).float())
+        return by_shape(grids, self.decode_alike)
+
+    def decode_alike(self, z: Tensor) -> Tensor:
+        """(B, 16, h, w) -> (B, 3, 8 h, 8 w), never more than `decode_pixels` at once."""
+        pixels = z.shape[2] * z.shape[3] * PIXELS**2
+        if pixels > self.decode_pixels:
+            return torch.stack([self.decode_tiled(each) for each in z])
+        parts = z.split(self.decode_pixels // pixels)
+        return torch.cat([self.net["decoder"](part.to(self.device, self.dtype)).float() for part in parts])
+
+    def decode_tiled(self, z: Tensor) -> Tensor:
+        """(16, h, w) -> (3, 8 h, 8 w), in square tiles that fade into each other where they overlap."""
+        side = math.isqrt(self.decode_pixels) // PIXELS
+        total = torch.zeros(3, z.shape[1] * PIXELS, z.shape[2] * PIXELS, device=self.device)
+        weight = torch.zeros_like(total[0])
+        for top, left in product(*(starts(n, side) for n in z.shape[1:])):
+            tile = z[None, :, top : top + side, left : left + side].to(self.device, self.dtype)
+            picture = self.net["decoder"](tile)[0].float()
+            here = (
+                slice(top * PIXELS, top * PIXELS + picture.shape[1]),
+                slice(left * PIXELS, left * PIXELS + picture.shape[2]),
+            )
+            fade = ramp(picture.shape[1])[:, None].minimum(ramp(picture.shape[2])[None]).to(self.device)
+            total[:, here[0], here[1]] += picture * fade
+            weight[here] += fade
+        return total / weight
 
     def noise(self, sizes: Sequence[tuple[int, int]], draws: Draws) -> Packed:
         """Standard normal tokens (T, 64) for pictures of B x (height, width) pixels."""
@@ -104,6 +138,20 @@ class FluxVAE:
     @property
     def device(self) -> torch.device:
         return next(self.net.parameters()).device
+
+
+def starts(length: int, side: int) -> list[int]:
+    """Where tiles of `side` begin on a line of `length`, evenly, with at least `TILE_OVERLAP` in common."""
+    if length <= side:
+        return [0]
+    count = -(-(length - TILE_OVERLAP) // (side - TILE_OVERLAP))
+    return [round(i * (length - side) / (count - 1)) for i in range(count)]
+
+
+def ramp(length: int) -> Tensor:
+    """Weight of a tile's lines of pixels: rising over the overlap at either end, never 0."""
+    distance = torch.arange(1, length + 1).minimum(torch.arange(length, 0, -1))
+    return (distance / (TILE_OVERLAP * PIXELS)).clamp_max(1)
 
 
 def by_shape(inputs: Sequence[Tensor], forward: Callable[[Tensor], Tensor]) -> list[Tensor]:

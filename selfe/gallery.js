@@ -1,0 +1,282 @@
+// The gallery's page. All text comes from prompts, which are not to be trusted: it is set as text, never as markup.
+"use strict";
+const data = JSON.parse(document.getElementById("data").textContent);
+const $ = (id) => document.getElementById(id);
+const make = (tag, name, text) => {
+  const element = document.createElement(tag);
+  if (name) element.className = name;
+  if (text !== undefined) element.textContent = text;
+  return element;
+};
+
+const steps = [...new Set(data.sweeps.flatMap((sweep) => Object.keys(sweep.files).map(Number)))].sort((a, b) => a - b);
+const words = (n) => `${n} ${n === 1 ? "step" : "steps"}`;
+const state = { at: Math.max(steps.findIndex((n) => n >= 4), 0), query: "", hidden: new Set(), open: null };
+const current = () => steps[state.at];
+
+// What may differ between the pictures of a prompt, and how to call it.
+const sides = [
+  ["folder", (sweep) => data.folders[sweep.folder].name],
+  ["weights", (sweep) => (sweep.weights === "ema" ? "EMA" : sweep.weights)],
+  ["guidance", (sweep) => `guidance ${sweep.cfg_scale}`],
+  ["s ratio", (sweep) => `s ratio ${sweep.s_ratio}`],
+  ["sampler", (sweep) => [sweep.sampler, ...Object.entries(sweep.parameters).map((pair) => pair.join(" "))].join(", ")],
+  ["size", (sweep) => `${sweep.width} × ${sweep.height}`],
+  ["seed", (sweep) => `seed ${sweep.seed}`],
+  ["negative", (sweep) => (sweep.negative_prompt ? `not: ${sweep.negative_prompt}` : "no negative prompt")],
+  ["sample", (sweep) => `sample ${sweep.sample}`],
+].map(([name, of]) => ({ name, of, values: [...new Set(data.sweeps.map(of))] })).filter((side) => side.values.length > 1);
+const rows = data.prompts.map((prompt) => ({ prompt, sweeps: [] }));
+for (const sweep of data.sweeps) rows[sweep.prompt].sweeps.push(sweep);
+const visible = (sweep) => sides.every((side) => !state.hidden.has(`${side.name}\n${side.of(sweep)}`));
+
+// ---- rows: empty shells, filled while they are near the window ----
+
+const near = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) isIntersecting ? fill(target) : clear(target);
+}, { rootMargin: "900px 0px" });
+
+function layout() {
+  near.disconnect();
+  const query = state.query.toLowerCase().split(/\s+/).filter(Boolean);
+  const shells = [];
+  for (const row of rows) {
+    const shown = row.sweeps.filter(visible);
+    const text = row.prompt.toLowerCase();
+    if (!shown.length || !query.every((word) => text.includes(word))) continue;
+    const shell = make("article", "row");
+    shell.sweeps = shown;
+    const label = make("div");
+    label.append(make("h2", "", row.prompt || "(empty prompt)"));
+    label.lastChild.title = row.prompt;
+    if (!sides.some((side) => side.name === "seed")) label.append(make("div", "soft", `seed ${row.sweeps[0].seed}`));
+    shell.append(label, make("div", shown.length === 1 ? "cells single" : "cells"));
+    shells.push(shell);
+  }
+  const nothing = make("p", "", "No prompt has all of these words.");
+  nothing.id = "nothing";
+  $("rows").replaceChildren(...(shells.length ? shells : [nothing]));
+  const strips = document.body.classList.contains("strips");
+  const most = shells.reduce((most, shell) => Math.max(most, shell.sweeps.length), 1);
+  document.body.classList.toggle("cards", most === 1 && !strips);
+  document.body.style.setProperty("--n", strips ? steps.length : Math.min(most, 6));
+  shells.forEach((shell) => near.observe(shell));
+  const pictures = data.sweeps.reduce((sum, sweep) => sum + Object.keys(sweep.files).length, 0);
+  const part = shells.length < rows.length ? `${shells.length.toLocaleString("en")} of ` : "";
+  $("about").textContent = `${part}${rows.length.toLocaleString("en")} prompts, ${pictures.toLocaleString("en")} pictures · ${data.about}`;
+  $("about").title = $("about").textContent;
+}
+
+function fill(shell) {
+  if (shell.filled) return;
+  shell.filled = true;
+  shell.style.minHeight = "";
+  shell.lastChild.replaceChildren(...shell.sweeps.map(cell));
+}
+
+function clear(shell) {
+  if (!shell.filled || shell.contains(document.activeElement)) return;
+  shell.filled = false;
+  shell.style.minHeight = `${shell.offsetHeight}px`;
+  shell.lastChild.replaceChildren();
+}
+
+function cell(sweep) {
+  const figure = make("figure", "cell");
+  const strip = make("div", "strip");
+  for (const n of document.body.classList.contains("strips") ? steps : [current()]) strip.append(shot(sweep, n));
+  figure.append(strip);
+  if (sides.length && sweep.captioned) {
+    const caption = make("figcaption");
+    sides.forEach((side, i) => caption.append(make(i ? "span" : "b", "", side.of(sweep))));
+    figure.append(caption);
+  }
+  figure.sweep = sweep;
+  return figure;
+}
+
+function shot(sweep, n) {
+  const button = make("button", "shot");
+  button.style.aspectRatio = `${sweep.width} / ${sweep.height}`;
+  if (!sweep.files[n]) {
+    button.classList.add("none");
+    button.disabled = true;
+    button.textContent = `no ${words(n)}`;
+    return button;
+  }
+  const image = make("img", sweep.width <= 64 ? "tiny" : "");
+  image.loading = "lazy";
+  image.decoding = "async";
+  image.alt = `${data.prompts[sweep.prompt]}, ${words(n)}`;
+  image.src = (sweep.thumbs || sweep.files)[n];
+  button.append(image);
+  if (document.body.classList.contains("strips")) button.append(make("span", "", words(n)));
+  button.addEventListener("click", () => show(sweep, n));
+  return button;
+}
+
+for (const row of rows) for (const sweep of row.sweeps) sweep.captioned = row.sweeps.length > 1;
+
+// ---- controls ----
+
+function setStep(at) {
+  state.at = Math.min(Math.max(at, 0), steps.length - 1);
+  $("slider").value = state.at;
+  $("slider").setAttribute("aria-valuetext", words(current()));
+  $("number").replaceChildren(make("b", "", current()), ` ${current() === 1 ? "step" : "steps"}`);
+  [...$("ticks").children].forEach((tick, i) => tick.setAttribute("aria-pressed", i === state.at));
+  if (!document.body.classList.contains("strips")) {
+    for (const figure of document.querySelectorAll(".cell")) figure.firstChild.replaceChildren(shot(figure.sweep, current()));
+  }
+  if (state.open && state.open.files[current()]) show(state.open, current());
+}
+
+function controls() {
+  $("title").textContent = document.title = data.title;
+  $("slider").max = steps.length - 1;
+  $("track").hidden = $("strips").hidden = steps.length < 2;
+  $("slider").addEventListener("input", () => setStep(Number($("slider").value)));
+  steps.forEach((n, i) => {
+    const tick = make("button", "", n);
+    tick.title = words(n);
+    tick.addEventListener("click", () => setStep(i));
+    $("ticks").append(tick);
+  });
+  $("search").addEventListener("input", () => { state.query = $("search").value; layout(); });
+  for (const side of sides.filter((side) => side.values.length <= 12)) {
+    const group = make("fieldset");
+    group.append(make("legend", "", side.name));
+    for (const value of side.values) {
+      const chip = make("button", "", value);
+      chip.setAttribute("aria-pressed", "true");
+      chip.addEventListener("click", () => {
+        const key = `${side.name}\n${value}`;
+        state.hidden.has(key) ? state.hidden.delete(key) : state.hidden.add(key);
+        chip.setAttribute("aria-pressed", !state.hidden.has(key));
+        layout();
+      });
+      group.append(chip);
+    }
+    $("chips").append(group);
+  }
+  $("chips").hidden = !sides.length;
+  $("strips").addEventListener("click", () => {
+    $("strips").setAttribute("aria-pressed", document.body.classList.toggle("strips"));
+    layout();
+  });
+  const dark = (on) => document.documentElement.classList.toggle("dark", on);
+  const preference = matchMedia("(prefers-color-scheme: dark)");
+  dark(preference.matches);
+  preference.addEventListener("change", () => dark(preference.matches));
+  $("theme").addEventListener("click", () => dark());
+}
+
+// ---- one picture ----
+
+function show(sweep, n) {
+  state.open = sweep;
+  state.at = steps.indexOf(n);
+  $("full").className = sweep.width <= 64 ? "tiny" : "";
+  $("full").src = sweep.files[n];
+  $("full").alt = $("words").textContent = data.prompts[sweep.prompt];
+  $("sizes").replaceChildren(...steps.filter((m) => sweep.files[m]).map((m) => {
+    const button = make("button");
+    const image = make("img");
+    image.src = (sweep.thumbs || sweep.files)[m];
+    image.alt = "";
+    button.append(image, String(m));
+    button.title = words(m);
+    button.setAttribute("aria-pressed", m === n);
+    button.addEventListener("click", () => setStep(steps.indexOf(m)));
+    return button;
+  }));
+  const folder = data.folders[sweep.folder];
+  const facts = {
+    steps: n, guidance: sweep.cfg_scale, "s ratio": sweep.s_ratio, sampler: sweep.sampler, ...sweep.parameters,
+    seed: sweep.seed, sample: sweep.sample, size: `${sweep.width} × ${sweep.height}`, negative: sweep.negative_prompt || "none",
+    weights: `${sweep.weights === "ema" ? "EMA" : sweep.weights} of step ${folder.step.toLocaleString("en")}`, fingerprint: sweep.fingerprint,
+    checkpoint: folder.checkpoint, folder: folder.name,
+  };
+  $("facts").replaceChildren(...Object.entries(facts).flatMap(([name, value]) => [make("dt", "", name), make("dd", "", value)]));
+  $("command").textContent = command(sweep, n);
+  $("copy").textContent = "Copy command";
+  if (!$("viewer").open) {
+    $("viewer").showModal();
+    document.body.classList.add("busy");
+    setStep(state.at);
+  }
+}
+
+function move(by) {
+  const shown = [...document.querySelectorAll(".row")].flatMap((shell) => shell.sweeps);
+  const next = shown[shown.indexOf(state.open) + by];
+  if (!next) return;
+  const has = steps.filter((n) => next.files[n]);
+  show(next, has.includes(current()) ? current() : has[0]);
+  setStep(state.at);
+}
+
+// The shell line that draws a picture again. The prompt passes three readers: the shell, YAML and ${...} of the settings.
+function command(sweep, n) {
+  const folder = data.folders[sweep.folder];
+  const text = (value) => JSON.stringify(value.replace(/(\\*)\$\{/g, (_, slashes) => slashes + slashes + "\\${"))
+    .replace(/[\u007f-\u009f\u2028\u2029\ufeff\ufffe\uffff]/g, (c) => "\\u" + c.charCodeAt(0).toString(16).padStart(4, "0"));
+  const sampler = `selfe.samplers.${sweep.sampler}.${sweep.sampler[0].toUpperCase()}${sweep.sampler.slice(1)}`;
+  const defaults = {
+    seed: sweep.seed, first_sample: sweep.sample, num_samples: 1, num_steps: `[${n}]`, cfg_scale: sweep.cfg_scale, s_ratio: sweep.s_ratio,
+    height: sweep.height, width: sweep.width, negative_prompt: text(sweep.negative_prompt),
+    sampler: `{module: ${sampler}, params: ${JSON.stringify(sweep.parameters).replaceAll(":", ": ")}}`,
+  };
+  const settings = {
+    prompts: `[${text(data.prompts[sweep.prompt])}]`, ckpt_dir: text(folder.checkpoint), weights: sweep.weights, layout: "flat",
+    output_dir: text(`${folder.path}/again`), ...Object.fromEntries(Object.entries(defaults).map(([key, value]) => [`defaults.${key}`, value])),
+  };
+  const quote = (word) => (/^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", `'"'"'`)}'`);
+  return ["./infer.sh", folder.config, "1", ...Object.entries(settings).map(([key, value]) => `inferencer.${key}=${value}`)].map(quote).join(" ");
+}
+
+function viewer() {
+  $("viewer").addEventListener("close", () => {
+    state.open = null;
+    document.body.classList.remove("busy");
+  });
+  $("close").addEventListener("click", () => $("viewer").close());
+  $("previous").addEventListener("click", () => move(-1));
+  $("next").addEventListener("click", () => move(1));
+  $("copy").addEventListener("click", () => {
+    getSelection().selectAllChildren($("command"));
+    $("copy").textContent = document.execCommand("copy") ? "Copied" : "Press Ctrl-C";
+  });
+}
+
+function keyboard() {
+  const rowBy = (by) => {
+    const shells = [...document.querySelectorAll(".row")];
+    const top = document.querySelector("header").offsetHeight;
+    const at = shells.findIndex((shell) => shell.getBoundingClientRect().bottom > top + 20);
+    const shell = shells[Math.min(Math.max(at + by, 0), shells.length - 1)];
+    if (!shell) return;
+    fill(shell);
+    scrollBy({ top: shell.getBoundingClientRect().top - top });
+    shell.querySelector(".shot:enabled")?.focus({ preventScroll: true });
+  };
+  const anywhere = { ArrowLeft: () => setStep(state.at - 1), ArrowRight: () => setStep(state.at + 1), t: () => $("theme").click() };
+  const outside = { "/": () => $("search").focus(), a: () => $("strips").click(), j: () => rowBy(1), k: () => rowBy(-1) };
+  const inside = { ArrowUp: () => move(-1), ArrowDown: () => move(1), j: () => move(1), k: () => move(-1) };
+  addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.target === $("search")) {
+      if (event.key === "Escape") event.target.blur();
+      return;
+    }
+    const action = (state.open ? inside : outside)[event.key] || (event.target === $("slider") ? undefined : anywhere[event.key]);
+    if (action) { event.preventDefault(); action(); }
+  });
+}
+
+controls();
+viewer();
+keyboard();
+if (location.hash === "#all") $("strips").click();
+layout();
+setStep(state.at);

@@ -1,0 +1,35 @@
+"""Sampling in real processes that start at once: forked from a server that has imported everything."""
+
+import os
+from collections.abc import Sequence
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from tempfile import mkdtemp
+
+CONTEXT = get_context("forkserver")
+PARTS = ("encoders.t5_clip", "encoders.flux_vae", "backbones.mmdit", "objectives.self_evaluation")
+CONTEXT.set_forkserver_preload(["selfe.infer", *(f"selfe.{part}" for part in PARTS)])  # parts that configs name
+
+
+def start(size: int, arguments: Sequence[str]) -> list[BaseProcess]:
+    """`python -m selfe.infer ARGUMENTS` on `size` processes."""
+    store = str(Path(mkdtemp()) / "store")
+    started = [CONTEXT.Process(target=work, args=(rank, size, store, list(arguments))) for rank in range(size)]
+    for process in started:
+        process.start()
+    return started
+
+
+def work(rank: int, size: int, store: str, arguments: list[str]) -> None:
+    import torch
+
+    from selfe import infer
+
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= {"SELFE_STORE": store, "TORCHELASTIC_RESTART_COUNT": "0", "GLOO_SOCKET_IFNAME": "lo"}
+    infer.main(arguments)
+    os._exit(
+        0
+    )  # gloo's threads may still let go of tensors, which an interpreter that shuts down answers with an abort
