@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from selfe import checkpoint, config, dist, ema, launch, log, pictures
+from selfe.buckets import deal
 from selfe.dist import World
 from selfe.draws import Draws
 from selfe.samplers.renoise import Renoise
 from selfe.system import System
-from selfe.types import Batch, Data, Precision, Sampler, UserError
+from selfe.types import Batch, Data, Precision, Sampler, Split, UserError
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,8 @@ class Fit:
             (loss.per_sample.mean() / self.num_micro).backward()
             for name, rows in ({"loss": loss.per_sample.detach()} | loss.metrics).items():
                 measured[name].append(rows)
+            measured["replaced"].append(torch.tensor([float(len(batch.replaced))], device=self.world.device))
+            log.quarantine(self.folder, batch.replaced)
         grad_norm = dist.clip_grad_norm(self.net, trainer.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -184,6 +187,7 @@ class Fit:
         """Means over all ranks since the last summary."""
         num_samples = sum(len(rows) for rows in measured["loss"]) * self.world.size
         values = dist.mean_over_ranks(measured, self.world.device)
+        values["replaced"] = round(values["replaced"] * len(measured["replaced"]) * self.world.size)
         values |= {"grad_norm": grad_norm.item(), "lr": self.trainer.lr_at(step)}
         if not all(map(torch.isfinite, map(torch.tensor, values.values()))):
             raise UserError(
@@ -203,9 +207,10 @@ class Fit:
         )
         return iter(loader)
 
-    def part(self, split: Literal["train", "val"]) -> MicroBatches:
+    def part(self, split: Split) -> MicroBatches:
         trainer = self.trainer
-        return MicroBatches(self.data, self.seed, trainer.total_batch_size, trainer.micro_batch_size, self.world, split)
+        sizes = trainer.total_batch_size, trainer.micro_batch_size, self.system.objective.batch_multiple
+        return MicroBatches(self.data, self.seed, *sizes, self.world, split)
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
@@ -248,7 +253,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class MicroBatches(Dataset):
-    """One rank's micro-batches by their number in the whole run.
+    """One rank's micro-batches by their number in the whole run, dealt so that all ranks have equal work.
 
     A user's mistake is handed over, not raised: an exception that crosses processes arrives as a traceback.
     """
@@ -257,15 +262,16 @@ class MicroBatches(Dataset):
     seed: int
     total: int
     micro: int
+    multiple: int  # positions that stay together
     world: World
-    split: Literal["train", "val"]
+    split: Split
 
     def __getitem__(self, number: int) -> Batch | UserError:
-        per_rank = self.total // self.world.size
-        step, place = divmod(number, per_rank // self.micro)
-        first = self.world.rank * per_rank + place * self.micro
+        step, place = divmod(number, self.total // self.world.size // self.micro)
         try:
-            return self.data.batch(self.seed, step, self.total, range(first, first + self.micro), self.split)
+            costs = self.data.costs(self.seed, step, self.total, self.split)
+            positions = deal(costs, self.world.size, self.micro, self.multiple)[self.world.rank][place]
+            return self.data.batch(self.seed, step, self.total, positions, self.split)
         except UserError as error:
             return error
 

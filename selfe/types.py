@@ -17,11 +17,23 @@ if TYPE_CHECKING:
 
 
 Precision = Literal["bf16", "fp32"]
+Split = Literal["train", "val"]
 DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class UserError(ValueError):
     """A mistake the user can mend: one line that says what, where and how. Ends the program with exit code 2."""
+
+
+class BadSample(UserError):
+    """A picture or a line of a data set that cannot be used; `kind` is one of few words, to count by."""
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple:
+        return BadSample, (self.kind, str(self))
 
 
 @dataclass(frozen=True)
@@ -83,10 +95,11 @@ class TextCond:
 class Batch:
     """B captioned pictures of any shapes, and where they stand in the step's global batch."""
 
-    images: tuple[Tensor, ...]  # B x (3, H, W), float32 in [-1, 1]
+    images: tuple[Tensor, ...]  # B x (3, H, W), float32 in [-1, 1]; or what a cache holds for its autoencoder
     prompts: tuple[str, ...]
     positions: tuple[int, ...]  # place in the global batch, the key of all randomness of a sample
     names: tuple[str, ...]  # how an error message calls a sample: its file
+    replaced: tuple[str, ...] = ()  # what was wrong with pictures that others stand in for
 
 
 @dataclass(frozen=True)
@@ -154,7 +167,11 @@ class Data(Protocol):
 
     has_val: bool
 
-    def batch(self, seed: int, step: int, total: int, positions: range, split: Literal["train", "val"]) -> Batch:
+    def costs(self, seed: int, step: int, total: int, split: Split) -> Sequence[int]:
+        """The work of each position of the step's global batch, in image tokens, known before anything is decoded."""
+        ...
+
+    def batch(self, seed: int, step: int, total: int, positions: Sequence[int], split: Split) -> Batch:
         """These positions of the step's global batch of `total` samples; the same samples for any split over ranks."""
         ...
 
