@@ -130,6 +130,14 @@ class Feed:
     def has_val(self) -> bool:
         return "val" in self.sources
 
+    def facts(self) -> dict[str, str]:
+        """What a cache of encoded pictures depends on, by key path."""
+        facts = {"pixels": sorted(self.buckets), "multiple": self.multiple, "max_aspect": self.max_aspect}
+        facts["flip"] = self.flip
+        for split, sources in self.sources.items():
+            facts |= {f"{split}_manifest[{i}]": source.digest() for i, source in enumerate(sources)}
+        return {f"data.{key}": str(value) for key, value in facts.items()}
+
     def costs(self, seed: int, step: int, total: int, split: Split) -> list[int]:
         """Image tokens of each position of the step's global batch."""
         return [height * width // self.multiple**2 for *_, (height, width) in plan(self, seed, step, total, split)]

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from selfe.types import BadSample
@@ -92,6 +92,8 @@ def naming(name: str) -> Iterator[None]:
         raise BadSample("missing", f"{name}: no such image; mend the line or data.params.base_dir") from error
     except Exception as error:  # decoders of damaged files raise anything from KeyError to MemoryError
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = f"not one of {', '.join(FORMATS)}"
         kind = "truncated" if "truncated" in reason else "undecodable"
         message = f"{name}: cannot be decoded ({reason}); replace the image or remove the line"
         raise BadSample(kind, message) from error

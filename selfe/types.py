@@ -153,6 +153,10 @@ class Autoencoder(Protocol):
         """B x (3, H, W) in [-1, 1] -> float32 tokens."""
         ...
 
+    def moments(self, images: Sequence[Tensor]) -> tuple[Packed, Tensor | None]:
+        """What `encode` draws from: mean tokens and standard deviations (T, d), None if it gives the means."""
+        ...
+
     def decode(self, latents: Packed) -> list[Tensor]:
         """Tokens -> B x (3, H, W) in [-1, 1], float32."""
         ...

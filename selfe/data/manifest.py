@@ -202,7 +202,7 @@ def parse(line: bytes, where: Callable[[], str]) -> Line:
     prompt, *size = rest
     if not path or not prompt:
         kind = "empty caption" if path else "empty path"
-        raise BadSample(kind, f"{where()}: path or prompt is empty in {shown}; give both")
+        raise BadSample(kind, f"{where()}: {kind} in {shown}; a line needs both")
     if not size:
         return Line(path, prompt, None)
     if not all(number.isdecimal() and int(number) for number in size):
