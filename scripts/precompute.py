@@ -27,7 +27,7 @@ from selfe.dist import World
 from selfe.draws import Draws
 from selfe.feed import Feed, Row
 from selfe.system import System
-from selfe.types import BadSample, Objective, Split, UserError
+from selfe.types import BadSample, Objective, Split, UserError, signed
 
 LATENTS_PER_SHARD, CAPTIONS_PER_SHARD = 4096, 512
 SAMPLE = 64  # captions that are encoded to estimate the size of all
@@ -103,13 +103,14 @@ class Captions:
         keys = np.empty((self.starts[-1], 2), np.uint64)
         for place in range(self.starts[-1]):
             try:
-                keys[place] = np.frombuffer(bytes.fromhex(cache.digest(self.at(place))), np.uint64)
+                keys[place] = key_of(self.at(place))
             except BadSample:
                 if feed.on_bad_image == "error":
                     raise
                 keys[place] = 0
         unique, first = np.unique(keys, axis=0, return_index=True)
         self.first = np.sort(first[unique.any(axis=1)])
+        self.more = [caption for caption in self.more if not (unique == key_of(caption)).all(axis=1).any()]
 
     def at(self, place: int) -> str:
         source = int(np.searchsorted(self.starts, place, side="right")) - 1
@@ -120,6 +121,10 @@ class Captions:
 
     def __getitem__(self, number: int) -> str:
         return self.at(self.first[number]) if number < len(self.first) else self.more[number - len(self.first)]
+
+
+def key_of(caption: str) -> np.ndarray:
+    return np.frombuffer(bytes.fromhex(cache.digest(caption)), np.uint64)
 
 
 class Undropped(Draws):
@@ -177,7 +182,11 @@ class Precompute:
         progress.close()
 
     def encode_captions(self, number: int, items: range, progress: log.Progress) -> None:
-        captions = wanted(self.system.objective, [self.captions[i] for i in items], self.num_steps)
+        prompts = [self.captions[i] for i in items]
+        captions = wanted(self.system.objective, prompts, self.num_steps)
+        if "" not in prompts:  # the null prompt and what is made of it stand where the null prompt is an item
+            null = wanted(self.system.objective, [""], self.num_steps)
+            captions = [caption for caption in captions if caption not in null]
         captions.sort(key=len)  # those of a pass are of like length
         text, pooled = {}, {}
         for part in chunks(captions, self.options.batch_size):
@@ -207,7 +216,7 @@ class Precompute:
 
     def latents(self, keys: Sequence[str], pictures: Sequence[Tensor]) -> list[Tensor]:
         """B x (rows, columns, numbers per token): means and standard deviations, or one draw for all of training."""
-        mean, deviation = self.system.autoencoder.moments(pictures)
+        mean, deviation = self.system.autoencoder.moments([signed(picture) for picture in pictures])
         entries = mean.tokens
         if deviation is not None and self.options.one_sample:
             noise = Draws(tuple(("cache", key) for key in keys)).normal_like("latent", mean)
@@ -287,27 +296,29 @@ def main(arguments: list[str]) -> None:
     )
     options = parser.parse_intermixed_args(arguments)
     settings = config.load(options.config, options.overrides)
+    with dist.world(timeout_minutes=24 * 60) as world:
+        encode_all(settings, options.out, options, world)
+
+
+def encode_all(settings: dict, folder: Path, options: argparse.Namespace, world: World) -> None:
+    """Make the cache that a training with these settings needs; called by every process."""
     with torch.device("meta"):
         system = config.build(settings, "system")
     feed, trainer = config.build(settings, "data"), config.build(settings, "trainer")
     if not isinstance(feed, Feed):
-        raise UserError(
-            f"data.module: {settings['data']['module']} has no pictures to encode; name manifests or shards"
-        )
+        raise UserError(f"data.module: {settings['data']['module']} has no picture files; name manifests or shards")
     facts = cache.describe("text_encoder", system.text_encoder) | cache.describe("autoencoder", system.autoencoder)
     facts |= feed.facts() | {
         "precompute.one_sample": str(options.one_sample),
         "precompute.captions": str(wanted(system.objective, ["PROMPT"], trainer.max_steps)),
     }
-    with dist.world(timeout_minutes=24 * 60) as world:
-        if world.is_main:
-            claim(options.out, facts)
-        dist.barrier()
-        Precompute(system, feed, options.out, world, options, trainer).run()
-        if world.is_main:
-            path = options.out / "config.yaml"
-            config.save(from_cache(settings, options.out), path)
-            log.say(f"done; ./run.sh {path} trains from the cache")
+    if world.is_main:
+        claim(folder, facts)
+    dist.barrier()
+    Precompute(system, feed, folder, world, options, trainer).run()
+    if world.is_main:
+        config.save(from_cache(settings, folder), folder / "config.yaml")
+        log.say(f"done; ./run.sh {folder / 'config.yaml'} trains from the cache")
 
 
 if __name__ == "__main__":

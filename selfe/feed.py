@@ -167,7 +167,7 @@ class Feed:
         return Batch(pictures, prompts, tuple(positions), names, tuple(problems))
 
     def read(self, split: Split, row: Row, flipped: bool) -> Tensor:
-        """(3, height, width) in [-1, 1]."""
+        """(3, height, width) uint8."""
         image = self.sources[split][row.source].image(row.index, enough=2 * max(row.shape))
         picture = images.fit(image, row.shape)
         return picture.flip(-1) if flipped else picture

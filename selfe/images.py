@@ -43,7 +43,8 @@ def read(file: Path | BinaryIO, name: str, max_pixels: int = MAX_PIXELS, enough:
             shrink = max(min(image.size) // enough, 1)
             image.draft(None, (image.width // shrink, image.height // shrink))
         image.load()
-        return to_rgb(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)
+        return to_rgb(image)
 
 
 def size(file: Path | BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -60,9 +61,9 @@ def size(file: Path | BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> tupl
 
 
 def fit(image: Image.Image, shape: tuple[int, int]) -> Tensor:
-    """(3, height, width) float32 in [-1, 1]: scaled so that it just covers the shape, then cut at the centre."""
+    """(3, height, width) uint8: scaled so that it just covers the shape, then cut at the centre."""
     image = ImageOps.fit(image, shape[::-1], method=Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def regular(file: Path | BinaryIO) -> Path | BinaryIO:
@@ -100,6 +101,8 @@ def naming(name: str) -> Iterator[None]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
     if image.mode.startswith("I"):  # 16 bits, which `convert` would clip
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     if image.mode == "F":

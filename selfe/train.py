@@ -168,7 +168,7 @@ class Fit:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         for _ in range(self.num_micro):
-            batch = expect(next(micro_batches))
+            batch = expect(next(micro_batches)).to(self.world.device)
             draws = Draws.of_step(self.seed, step, batch.positions)
             loss = self.system.loss(self.net, self.ema, batch, draws, step)
             # FSDP averages over ranks; with this division, accumulation averages over micro-batches too
@@ -217,7 +217,7 @@ class Fit:
         """The objective on fixed pictures with fixed times and noise, so that only the weights change its value."""
         part, measured = self.part("val"), defaultdict(list)
         for number in range(self.trainer.val_batches * self.num_micro):
-            batch = expect(part[number])
+            batch = expect(part[number]).to(self.world.device)
             draws = Draws(tuple((self.seed, "val", number // self.num_micro, p) for p in batch.positions))
             loss = self.system.loss(self.net, self.ema, batch, draws, step)
             for name, rows in ({"loss": loss.per_sample} | loss.metrics).items():

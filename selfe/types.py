@@ -95,11 +95,31 @@ class TextCond:
 class Batch:
     """B captioned pictures of any shapes, and where they stand in the step's global batch."""
 
-    images: tuple[Tensor, ...]  # B x (3, H, W), float32 in [-1, 1]; or what a cache holds for its autoencoder
+    images: tuple[Tensor, ...]  # B x (3, H, W), uint8 or float32 in [-1, 1]; or what a cache holds for its autoencoder
     prompts: tuple[str, ...]
     positions: tuple[int, ...]  # place in the global batch, the key of all randomness of a sample
     names: tuple[str, ...]  # how an error message calls a sample: its file
     replaced: tuple[str, ...] = ()  # what was wrong with pictures that others stand in for
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on the device, pictures in [-1, 1]."""
+        return replace(self, images=tuple(signed(image.to(device, non_blocking=True)) for image in self.images))
+
+    def __reduce__(self) -> tuple:
+        """From a loader's worker, all pictures travel as one tensor, because each tensor costs a file descriptor."""
+        flat = torch.cat([image.flatten() for image in self.images])
+        rest = self.prompts, self.positions, self.names, self.replaced
+        return Batch.arrived, (flat, [image.shape for image in self.images], *rest)
+
+    @classmethod
+    def arrived(cls, flat: Tensor, shapes: Sequence[torch.Size], *rest: tuple) -> Batch:
+        parts = flat.split([shape.numel() for shape in shapes])
+        return cls(tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True)), *rest)
+
+
+def signed(image: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1]; anything else as it is."""
+    return image.float() / 127.5 - 1 if image.dtype == torch.uint8 else image
 
 
 @dataclass(frozen=True)
