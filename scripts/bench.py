@@ -1,9 +1,10 @@
 """Measure, against a peer or a bound, and say in one JSON object whether it holds.
 
-    .venv/bin/python scripts/bench.py data
+    .venv/bin/python scripts/bench.py data       the loader against Hugging Face's imagefolder
+    .venv/bin/python scripts/bench.py cache      a step from the cache against one from pictures
 
 One thread; CPU seconds, those of worker processes included; contenders take turns, medians count. Exit code 1 if a
-bound is missed. `data` needs a peer: scripts/setup.sh --group bench.
+bound is missed. The peer of `data` comes by scripts/setup.sh --group bench.
 """
 
 from __future__ import annotations
@@ -19,17 +20,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import precompute
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
-from selfe import launch
+from selfe import config, dist, launch
 from selfe.data.manifest import ManifestData
 from selfe.dist import World
+from selfe.draws import Draws
+from selfe.system import System
 from selfe.train import MicroBatches
-from selfe.types import UserError
+from selfe.types import Data, UserError
 
-PHOTOGRAPHS = Path(__file__).parents[1] / "debug_data" / "t2i_smoke"
+ROOT = Path(__file__).parents[1]
+PHOTOGRAPHS, SMOKE = ROOT / "debug_data" / "t2i_smoke", ROOT / "configs" / "debug" / "selfe_smoke.yaml"
+SELF_EVALUATING, NUM_STEPS = 4, 4  # steps of the smoke run that are timed
 
 
 def cpu_seconds(work: Callable[[], None]) -> float:
@@ -118,7 +124,54 @@ def peer(folder: str) -> Callable[[], None]:
     return work
 
 
-VERBS = {"data": data}
+def cache(rounds: int) -> dict:
+    """A step of the smoke system, forward and backward, on the bundled photographs: what the cache saves is what the
+    encoders and the decoding of pictures cost."""
+    with tempfile.TemporaryDirectory() as folder, dist.world() as world:
+        settings = config.load(SMOKE, ["system.text_encoder.params.skip_pretrained=1", "trainer.micro_batch_size=8"])
+        settings["system"]["autoencoder"]["params"]["skip_pretrained"] = True
+        options = argparse.Namespace(workers=0, batch_size=32, one_sample=False)
+        precompute.encode_all(settings, Path(folder), options, world)
+        live, cached = (loaded(s) for s in (settings, config.load(f"{folder}/config.yaml")))
+        works = {
+            "step from pictures": lambda: steps(*live),
+            "step from the cache": lambda: steps(*cached),
+            "pictures and encoders alone": lambda: steps(*live, encoders_only=True),
+            "reading the cache alone": lambda: steps(*cached, encoders_only=True),
+        }
+        seconds = {name: value / NUM_STEPS for name, value in take_turns(works, rounds).items()}
+    pictures, cache, encoders, reading = seconds.values()
+    saved = (pictures - cache) / (encoders - reading)
+    verdicts = [
+        at_least("cache: step from pictures / step from the cache", pictures / cache, 1),
+        at_least("cache: time saved / what encoding costs more than reading", saved, 0.9),
+    ]
+    return {"figures": {f"{name}, CPU seconds": round(s, 4) for name, s in seconds.items()}, "verdicts": verdicts}
+
+
+def loaded(settings: dict) -> tuple[System, Data]:
+    with torch.device("meta"):
+        system = config.build(settings, "system")
+    system.backbone.to_empty(device="cpu")
+    for name, parameter in system.backbone.named_parameters():
+        parameter.data.copy_(system.backbone.initial(name, parameter.shape, 0))
+    system.load_encoders(torch.device("cpu"))
+    return system, config.build(settings, "data")
+
+
+def steps(system: System, data: Data, encoders_only: bool = False) -> None:
+    for step in range(SELF_EVALUATING, SELF_EVALUATING + NUM_STEPS):
+        batch = data.batch(0, step, 8, range(8), "train").to(torch.device("cpu"))
+        draws = Draws.of_step(0, step, batch.positions)
+        if encoders_only:
+            system.encode(system.objective.captions(batch.prompts, draws, step))
+            system.autoencoder.encode(batch.images, draws)
+        else:
+            system.loss(system.backbone, system.backbone, batch, draws, step).per_sample.mean().backward()
+            system.backbone.zero_grad()
+
+
+VERBS = {"data": data, "cache": cache}
 
 
 def main(arguments: list[str]) -> None:

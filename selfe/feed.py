@@ -198,7 +198,8 @@ class Feed:
     def candidates(self, seed: int, phase: Phase, split: Split, row: Row) -> Iterator[Row]:
         """A row and then those that may stand in for it: of the same shape, in the order of its source's stream."""
         yield row
-        buckets, end = self.buckets[phase.pixels[row.budget]], row.place + len(self.sources[split][row.source])
+        buckets = self.buckets[phase.pixels[row.budget]]
+        end = row.place + 2 * len(self.sources[split][row.source])  # a whole epoch lies in between
         for first in range(row.place + 1, end, 256):
             places = np.arange(first, min(first + 256, end))
             indices = self.indices(seed, split, row.source, places)

@@ -37,7 +37,7 @@ def read(file: Path | BinaryIO, name: str, max_pixels: int = MAX_PIXELS, enough:
     Raises:
         BadSample: kind `missing`, `too large`, `truncated` or `undecodable`.
     """
-    with naming(name), Image.open(regular(file), formats=FORMATS) as image:
+    with naming(name), whole(file) as image:
         limit(image, name, max_pixels)
         if enough and image.format == "JPEG":
             shrink = max(min(image.size) // enough, 1)
@@ -64,6 +64,17 @@ def fit(image: Image.Image, shape: tuple[int, int]) -> Tensor:
     """(3, height, width) uint8: scaled so that it just covers the shape, then cut at the centre."""
     image = ImageOps.fit(image, shape[::-1], method=Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def whole(file: Path | BinaryIO) -> Image.Image:
+    """An opened picture. Of a PNG the checksums are compared first: its decoder makes grey of what does not unpack."""
+    image = Image.open(regular(file), formats=FORMATS)
+    if image.format != "PNG":
+        return image
+    image.verify()  # ends this object, and closes a file of its own
+    if not isinstance(file, Path):
+        file.seek(0)
+    return Image.open(file, formats=FORMATS)
 
 
 def regular(file: Path | BinaryIO) -> Path | BinaryIO:
@@ -95,7 +106,7 @@ def naming(name: str) -> Iterator[None]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             reason = f"not one of {', '.join(FORMATS)}"
-        kind = "truncated" if "truncated" in reason else "undecodable"
+        kind = "truncated" if "truncated" in reason.lower() else "undecodable"
         message = f"{name}: cannot be decoded ({reason}); replace the image or remove the line"
         raise BadSample(kind, message) from error
 

@@ -197,7 +197,7 @@ def test_every_odd_input_is_named_alike_by_checker_and_training(tmp_path):
     kinds = {finding.kind for finding in found.values()}
     assert {"", "missing", "undecodable", "truncated", "too large"} <= kinds
     assert 100 < len(bad) < len(lines) - 30
-    always_bad = ("claims_60000x60000.png", "mode_F.tiff", "program.jpg", "empty.jpg")
+    always_bad = ("claims_60000x60000.png", "mode_F.tiff", "program.jpg", "empty.jpg", "zeros.png")
     never_bad = ("with space.jpg", "été.jpg", "紅い.jpg", "called_jpg.txt", "twice.jpg", "mode_CMYK.tiff")
     assert {name: number_of[name] in bad for name in always_bad + never_bad} == dict.fromkeys(
         always_bad, True
