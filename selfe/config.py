@@ -189,7 +189,7 @@ def visit_union(value: Any, arms: tuple, path: str, build: bool) -> Any:
         except Problem as problem:
             problems.append(problem)
     deepest = max(problems, key=lambda problem: len(problem.path))  # of the arm that fits best
-    raise deepest if deepest.path != path else mismatch(value, Union[arms], path)  # noqa: UP007 - made at run time
+    raise deepest if deepest.path != path else mismatch(value, arms, path)
 
 
 def visit_sequence(value: Any, wanted: Any, path: str, build: bool) -> Any:
@@ -267,5 +267,6 @@ def suggest(key: str, valid: list[str]) -> str:
 
 
 def mismatch(value: Any, wanted: Any, path: str) -> Problem:
-    name = wanted.__name__ if isinstance(wanted, type) and not get_args(wanted) else str(wanted)
-    return Problem(path, f"expected {name}, got {type(value).__name__} {value!r}")
+    kinds = wanted if isinstance(wanted, tuple) else (wanted,)
+    names = (str(kind) if get_args(kind) else kind.__name__ for kind in kinds)
+    return Problem(path, f"expected {' or '.join(names)}, got {type(value).__name__} {value!r}")

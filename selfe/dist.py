@@ -1,4 +1,4 @@
-"""Processes and devices: the only home of the process group, the device choice, FSDP2 and activation checkpointing."""
+"""Processes: the only home of the process group, FSDP2 and activation checkpointing."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
+from selfe.device import choose_device
 from selfe.types import DTYPES, Precision, UserError
 
 
@@ -34,19 +35,11 @@ class World:
         return self.rank == 0
 
 
-def accelerator_count() -> int:
-    """How many accelerators this machine has; 0 means that processes run on the CPU."""
-    return torch.accelerator.device_count()
-
-
 @contextmanager
 def world(timeout_minutes: float = 10) -> Iterator[World]:
     """Join the process group that torchrun's variables describe, or form a group of one; leave it at the end."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if accelerator_count():
-        device = torch.device(torch.accelerator.current_accelerator().type, int(os.environ.get("LOCAL_RANK", 0)))
-        torch.accelerator.set_device_index(device.index)
+    device = choose_device(int(os.environ.get("LOCAL_RANK", 0)))
     dist.init_process_group(store=_store(size), rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes))
     try:
         yield World(rank, size, device)

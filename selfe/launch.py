@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from selfe import dist
+from selfe import device
 from selfe.types import UserError
 
 HELP = """\
@@ -93,7 +93,7 @@ def parse(arguments: list[str]) -> tuple[str, int, list[str]]:
     path, *rest = arguments
     if not Path(path).is_file():
         raise UserError(f"{path}: no such config file; the first argument is a YAML file, see --help")
-    available = dist.accelerator_count()
+    available = device.accelerator_count()
     num_processes = available or 1
     if rest and "=" not in rest[0]:
         if not rest[0].isdecimal() or int(rest[0]) < 1:

@@ -197,12 +197,11 @@ def parse(line: bytes, where: Callable[[], str]) -> Line:
     shown = repr(line[:60].decode(errors="replace"))
     if len(rest) not in (1, 3):
         kind = "too many tabs" if rest else "no tab"
-        wanted = "expected path, one tab, prompt (and maybe two more with width and height)"
-        raise BadSample(kind, f"{where()}: {wanted}; found {len(rest)} tabs in {shown}")
+        raise BadSample(kind, f"{where()}: expected path, one tab, prompt; found {len(rest)} tabs in {shown}")
     prompt, *size = rest
     if not path or not prompt:
         kind = "empty caption" if path else "empty path"
-        raise BadSample(kind, f"{where()}: {kind} in {shown}; a line needs both")
+        raise BadSample(kind, f"{where()}: path or prompt is empty in {shown}; give both")
     if not size:
         return Line(path, prompt, None)
     if not all(number.isdecimal() and int(number) for number in size):

@@ -1,0 +1,151 @@
+"""The launcher: what it is asked for, what it answers, and that it leaves nothing behind."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from selfe import device, launch
+from selfe.types import UserError
+
+ROOT = Path(__file__).parents[1]
+SMOKE = str(ROOT / "configs/debug/selfe_smoke.yaml")
+ENV = os.environ | {"SELFE_SKIP_PRETRAINED": "1"}
+
+
+def test_arguments(monkeypatch):
+    monkeypatch.setattr(device, "accelerator_count", lambda: 0)
+    assert launch.parse([SMOKE]) == (SMOKE, 1, [])
+    assert launch.parse([SMOKE, "3", "a.b=1", "c=2"]) == (SMOKE, 3, ["a.b=1", "c=2"])
+    assert launch.parse([SMOKE, "a.b=1"]) == (SMOKE, 1, ["a.b=1"])
+    monkeypatch.setattr(device, "accelerator_count", lambda: 4)
+    assert launch.parse([SMOKE]) == (SMOKE, 4, [])
+    assert launch.parse([SMOKE, "4"]) == (SMOKE, 4, [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.yaml"], "nowhere.yaml: no such config file"),
+        ([SMOKE, "two"], "NGPUS: 'two' is not a number of at least 1"),
+        ([SMOKE, "0"], "NGPUS: '0' is not a number of at least 1"),
+        ([SMOKE, "-1"], "NGPUS: '-1' is not a number of at least 1"),
+        ([SMOKE, "8"], "NGPUS: 8 asked for, this machine has 4; ask for at most 4"),
+        ([SMOKE, "2", "trainer.lr"], "'trainer.lr' is not key=value"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(device, "accelerator_count", lambda: 4)
+    assert launch.main(["train", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"selfe: error: {message}")
+
+
+@pytest.mark.parametrize("program", ["train", "infer"])
+def test_help(program, capsys):
+    assert launch.main([program, "--help"]) == 0
+    text = capsys.readouterr().out
+    for word in ("CONFIG [NGPUS] [key=value ...]", "SELFE_CACHE_DIR", "SELFE_SKIP_PRETRAINED", "NNODES", "Exit code"):
+        assert word in text
+    assert launch.main([program]) == 2
+
+
+def test_several_machines(monkeypatch):
+    for name in ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert launch.multi_node() is None
+    monkeypatch.setenv("NNODES", "2")
+    with pytest.raises(UserError, match="NNODES is 2, but NODE_RANK is not set"):
+        launch.multi_node()
+    for name, value in {"NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    found = launch.multi_node()
+    assert (found["rdzv_endpoint"], found["rdzv_configs"], found["max_nodes"]) == ("10.0.0.1:29500", {"rank": 1}, 2)
+    monkeypatch.setenv("NODE_RANK", "2")
+    with pytest.raises(UserError, match="NODE_RANK: 2 is not below NNODES = 2"):
+        launch.multi_node()
+    monkeypatch.setenv("NNODES", "many")
+    with pytest.raises(UserError, match="NNODES: 'many' is not a number"):
+        launch.multi_node()
+
+
+def failure(exitcode: int, folder: Path, name: str, content: str | None = None) -> ProcessFailure:
+    path = folder / name
+    if content:
+        path.write_text(content)
+    return ProcessFailure(0, 1, exitcode, str(path))
+
+
+def test_the_first_failure_speaks(tmp_path, capsys):
+    told = '{"message": "%s", "timestamp": 1, "time_ns": %d}'
+    later = failure(2, tmp_path, "later", told % ("the second", 20))
+    first = failure(2, tmp_path, "first", told % ("the first", 10))
+    ended = failure(-signal.SIGTERM, tmp_path, "ended")
+    killed = failure(-signal.SIGKILL, tmp_path, "killed")
+    assert launch.report(ChildFailedError("x", {0: later, 1: first, 2: ended})) == 2
+    assert capsys.readouterr().err == "selfe: error: the first\n"
+    assert launch.report(ChildFailedError("x", {0: later, 1: ended, 2: killed})) == 137
+    assert "process 2 was ended by SIGKILL (often: out of memory)" in capsys.readouterr().err
+
+
+def children(parent: int) -> list[int]:
+    """All processes below one."""
+    found = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    pairs = [tuple(map(int, line.split())) for line in found.splitlines()]
+    below = [pid for pid, ppid in pairs if ppid == parent]
+    return below + [pid for child in below for pid in children(child)]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def started(folder: Path) -> tuple[subprocess.Popen, list[int]]:
+    """A run of two processes that has come to its first step, and everything below its shell."""
+    run = subprocess.Popen(
+        [ROOT / "run.sh", SMOKE, "2", f"trainer.output_dir={folder}", "trainer.max_steps=100000"],
+        env=ENV,
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert "training 1/" in run.stdout.readline()
+    below = children(run.pid)
+    assert len(below) >= 2
+    return run, below
+
+
+def gone(pids: list[int]) -> bool:
+    for _ in range(100):
+        if not any(map(alive, pids)):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_ctrl_c_leaves_no_process_behind(tmp_path):
+    run, below = started(tmp_path)
+    os.killpg(run.pid, signal.SIGINT)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "Traceback" not in err
+    assert gone(below)
+
+
+def test_a_killed_process_ends_the_others_with_one_line(tmp_path):
+    run, below = started(tmp_path)
+    os.kill(below[-1], signal.SIGKILL)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 137
+    (line,) = err.splitlines()
+    assert "was ended by SIGKILL" in line
+    assert gone(below)

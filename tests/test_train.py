@@ -1,0 +1,89 @@
+"""The trainer's arithmetic: schedule, accumulation, who gets which sample. The loop itself runs in `test_smoke.py`."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from selfe import config, ema
+from selfe.dist import World
+from selfe.train import MicroBatches, Trainer
+from selfe.types import Batch, UserError
+
+
+def trainer(**changes) -> Trainer:
+    return Trainer(**{"output_dir": "x", "max_steps": 10_000, "total_batch_size": 16, "micro_batch_size": 2} | changes)
+
+
+def test_schedule_of_the_paper():
+    """1000 steps of warm-up, then linearly from 3e-4 to 1e-5 (S.2)."""
+    paper = trainer(max_steps=710_000)
+    assert paper.lr_at(0) == pytest.approx(3e-7)
+    assert paper.lr_at(499) == pytest.approx(1.5e-4)
+    assert paper.lr_at(999) == paper.lr_at(1000) == 3e-4
+    assert paper.lr_at((1000 + 709_999) // 2) == pytest.approx((3e-4 + 1e-5) / 2, rel=1e-4)
+    assert paper.lr_at(709_999) == pytest.approx(1e-5)
+    assert all(trainer(warmup_steps=0, max_steps=n).lr_at(0) == 3e-4 for n in (1, 2, 5))
+
+
+def test_micro_batches_per_step():
+    assert trainer().micro_batches(world_size=4, batch_multiple=2) == 2
+    with pytest.raises(UserError, match=r"16 is not a multiple of micro_batch_size 2 x 3 processes"):
+        trainer().micro_batches(3, 2)
+    with pytest.raises(UserError, match=r"trainer.micro_batch_size: the objective needs a multiple of 4, got 2"):
+        trainer().micro_batches(1, 4)
+
+
+@pytest.mark.parametrize("name", ["max_steps", "total_batch_size", "micro_batch_size", "log_every", "val_every"])
+def test_values_out_of_range_are_named(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        trainer(**{name: 0})
+
+
+class Positions:
+    """A data set that tells what it was asked for."""
+
+    has_val = False
+
+    def costs(self, seed: int, step: int, total: int, split: str) -> list[int]:
+        return [1 + position // 5 for position in range(total)]
+
+    def batch(self, seed: int, step: int, total: int, positions: Sequence[int], split: str) -> Batch:
+        return Batch((), tuple(str(step) for _ in positions), tuple(positions), ())
+
+
+@pytest.mark.parametrize(("size", "micro"), [(1, 16), (1, 2), (2, 4), (4, 2), (8, 2)])
+def test_every_position_of_a_step_once_on_any_number_of_ranks(size, micro):
+    accumulation = 16 // size // micro
+    for step in range(3):
+        seen = []
+        for rank in range(size):
+            part = MicroBatches(Positions(), 0, 16, micro, 2, World(rank, size, torch.device("cpu")), "train")
+            for place in range(accumulation):
+                batch = part[step * accumulation + place]
+                assert batch.prompts == (str(step),) * micro
+                seen += batch.positions
+        assert sorted(seen) == list(range(16))
+
+
+def test_ema_decay():
+    assert ema.decay_at(0, 0.9999, warmup=False) == 0.9999
+    assert ema.decay_at(0, 0.9999, warmup=True) == 0.1
+    assert ema.decay_at(10**6, 0.9999, warmup=True) == 0.9999
+
+
+def test_ema_stays_in_full_precision():
+    """In bf16 a decay of 0.9999 would never move: one update is smaller than the rounding."""
+    average, net = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    torch.nn.init.ones_(average.weight), torch.nn.init.constant_(net.weight, 1.01)
+    ema.update(average, net, 0.9999)
+    assert average.weight.item() == pytest.approx(1 + 1e-6, abs=2e-7)
+    assert average.weight.item() != 1
+    assert average.weight.to(torch.bfloat16) == 1
+
+
+def test_configured_defaults_are_the_papers():
+    settings = config.load("configs/train/selfe.yaml")
+    paper = config.build(settings, "trainer")
+    assert (paper.lr, paper.min_lr, paper.warmup_steps, paper.betas) == (3e-4, 1e-5, 1000, (0.9, 0.95))
+    assert (paper.clip_norm, paper.ema_decay, paper.max_steps, paper.total_batch_size) == (1.0, 0.9999, 710_000, 1024)
