@@ -1,6 +1,7 @@
 """Measure, against a peer or a bound, and say in one JSON object whether it holds.
 
     .venv/bin/python scripts/bench.py data       the loader against Hugging Face's imagefolder
+    .venv/bin/python scripts/bench.py manifest   opening ten million lines (Linux; 1.2 GB of temporary disk)
     .venv/bin/python scripts/bench.py cache      a step from the cache against one from pictures
 
 One thread; CPU seconds, those of worker processes included; contenders take turns, medians count. Exit code 1 if a
@@ -11,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import resource
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +26,7 @@ import numpy as np
 import precompute
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from selfe import config, dist, launch
 from selfe.data.manifest import ManifestData
@@ -61,6 +64,10 @@ def take_turns(contenders: dict[str, Callable[[], None]], rounds: int) -> dict[s
 
 def at_least(name: str, value: float, bound: float) -> dict:
     return {"name": name, "value": round(value, 3), "bound": f">= {bound}", "pass": value >= bound}
+
+
+def at_most(name: str, value: float, bound: float) -> dict:
+    return {"name": name, "value": round(value, 3), "bound": f"<= {bound}", "pass": value <= bound}
 
 
 def data(rounds: int) -> dict:
@@ -124,6 +131,63 @@ def peer(folder: str) -> Callable[[], None]:
     return work
 
 
+def manifest(rounds: int) -> dict:
+    """Ten million lines with sizes: seconds to index and to open, memory of a main process and two loading workers.
+
+    Memory is what they hold beyond the same processes on a manifest of 1000 lines, after 100 planned global batches of
+    1024 each; of pages that processes share, each counts its share (Pss).
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        small, large = lines(Path(folder), 1000), lines(Path(folder), 10_000_000)
+        start = time.perf_counter()
+        ManifestData(str(large))
+        indexed = time.perf_counter() - start
+        opened = statistics.median(cpu_seconds(lambda: ManifestData(str(large))) for _ in range(rounds))
+        before, after = (memory(ManifestData(str(path))) for path in (small, large))
+        size = large.stat().st_size
+    return {
+        "figures": {"seconds to index": round(indexed, 2), "megabytes of the file": round(size / 1e6)},
+        "verdicts": [
+            at_most("manifest: seconds to open when indexed", opened, 5),
+            at_most("manifest: MB resident in main process and two workers", (after - before) / 1e6, 200),
+        ],
+    }
+
+
+def lines(folder: Path, count: int) -> Path:
+    manifest = folder / f"{count}.tsv"
+    with manifest.open("w") as file:
+        for i in range(count):
+            path, prompt = f"images/{i // 10000:05d}/{i:09d}.jpg", f"picture {i}, described in a dozen words or so"
+            file.write(f"{path}\t{prompt}\t{512 + i % 300}\t{400 + i % 200}\n")
+    return manifest
+
+
+class Planned(Dataset):
+    """Plans global batches and says how much memory the process then has."""
+
+    def __init__(self, feed: ManifestData):
+        self.feed = feed
+
+    def __getitem__(self, step: int) -> tuple[int, int]:
+        self.feed.costs(0, step, 1024, "train")
+        self.feed.sources["train"][0].prompt(step)
+        return os.getpid(), resident()
+
+
+def memory(feed: ManifestData) -> int:
+    """Bytes in this process and two workers together, all of them planning."""
+    last = dict(DataLoader(Planned(feed), sampler=range(200), batch_size=None, num_workers=2))
+    for step in range(200, 300):
+        feed.costs(0, step, 1024, "train")
+    return sum(last.values()) + resident()
+
+
+def resident() -> int:
+    (line,) = (line for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if line.startswith("Pss:"))
+    return int(line.split()[1]) * 1024
+
+
 def cache(rounds: int) -> dict:
     """A step of the smoke system, forward and backward, on the bundled photographs: what the cache saves is what the
     encoders and the decoding of pictures cost."""
@@ -171,7 +235,7 @@ def steps(system: System, data: Data, encoders_only: bool = False) -> None:
             system.backbone.zero_grad()
 
 
-VERBS = {"data": data, "cache": cache}
+VERBS = {"data": data, "manifest": manifest, "cache": cache}
 
 
 def main(arguments: list[str]) -> None:

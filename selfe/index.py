@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import glob
 import hashlib
+import mmap
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,32 @@ PATIENCE = 100  # bad pictures, after which no more are looked for
 BAD = (0, 1)  # height and width of a picture that cannot be read; 0, 0 is one that nobody has looked at
 
 
+class Mapped:
+    """Records (n,) in a file, read-only."""
+
+    def __init__(self, path: Path, dtype: np.dtype):
+        with path.open("rb") as file:
+            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.records = np.frombuffer(self.map, dtype)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> np.void:
+        return self.records[index]
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """Copies (n,). The pages go back to the system at once, or random reading would in time make all resident."""
+        found = self.records[indices]
+        self.map.madvise(mmap.MADV_DONTNEED)
+        return found
+
+    def sizes(self, indices: np.ndarray) -> np.ndarray:
+        """(n, 2) heights and widths."""
+        found = self.take(indices)
+        return np.stack([found["height"], found["width"]], axis=1).astype(np.int64)
+
+
 def stamp(*facts: object) -> str:
     return hashlib.blake2b(repr(facts).encode(), digest_size=6).hexdigest()
 
@@ -37,8 +64,8 @@ def load(
     dtype: np.dtype,
     scan: Callable[[Path], None],
     measure: Callable[[np.ndarray], None],
-) -> np.ndarray:
-    """The records (n,) of a file, read-only.
+) -> Mapped:
+    """The records of a file.
 
     Args:
         key: the stamp.
@@ -58,7 +85,7 @@ def load(
             raise UserError(
                 f"{folder}: cannot write the index of {path.name} here; set data.params.index_dir to a folder of yours"
             ) from error
-    return np.memmap(final, dtype, "r")
+    return Mapped(final, dtype)
 
 
 def build(
@@ -69,8 +96,9 @@ def build(
         scan(partial)
         partial.rename(scanned)
     measure(np.memmap(scanned, dtype, "r+"))
-    for stale in final.parent.glob(f"{glob.escape(name)}.*.index"):
-        stale.unlink()
+    for suffix in ("index", "scanned"):
+        for stale in set(final.parent.glob(f"{glob.escape(name)}.*.{suffix}")) - {scanned}:
+            stale.unlink()
     scanned.rename(final)
 
 

@@ -10,10 +10,12 @@ import torch
 from made import manifest, picture
 from PIL import Image
 
-from selfe import config, images
+from selfe import config, images, train
 from selfe.data.manifest import RECORD, Manifest, ManifestData
 from selfe.feed import plan
 from selfe.types import BadSample, UserError
+
+SMOKE = Path(__file__).parents[1] / "configs/debug/selfe_smoke.yaml"
 
 
 def opened(path: Path, text: bytes, strict: bool = True) -> Manifest:
@@ -70,7 +72,7 @@ def test_index_is_small_kept_and_made_again_when_the_file_changes(folder):
     (kept,) = folder.glob("*.index")
     assert kept.stat().st_size == 2 * RECORD.itemsize
     assert RECORD.itemsize <= 16
-    assert isinstance(first.records, np.memmap)
+    assert len(first.records.map) == kept.stat().st_size
     (folder / "0.png").unlink()  # with an index nobody looks at pictures
     assert len(Manifest(folder / "a.tsv", folder, images.MAX_PIXELS)) == 2
     assert [path.name for path in folder.glob("*.index")] == [kept.name]
@@ -86,7 +88,7 @@ def test_a_long_file_is_indexed_block_by_block(tmp_path, monkeypatch):
     assert len(found) == 3000
     assert found.sizes(np.arange(3000)).tolist() == [[2 * i + 1, i + 1] for i in range(3000)]
     assert [found.prompt(i) for i in range(3000)] == [f"picture {i}" for i in range(3000)]
-    assert found.where(int(found.records["offset"][2999])).endswith("line 3000")
+    assert found.where(int(found.records[2999]["offset"])).endswith("line 3000")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -162,6 +164,18 @@ def test_a_bad_picture_is_replaced_by_the_next_of_its_bucket(tmp_path):
     assert {f"{path}, line 4", f"{path}, line 9"} == {problem.partition(": ")[0] for problem in batch.replaced}
     halves = [feed.batch(0, 0, 12, positions, "train") for positions in (range(6), range(6, 12))]
     assert halves[0].names + halves[1].names == batch.names
+
+
+def test_replacements_are_counted_and_listed(tmp_path, monkeypatch):
+    _, path = damaged(tmp_path)
+    monkeypatch.setenv("SELFE_SKIP_PRETRAINED", "1")
+    data = f"{{train_manifest: '{path}', base_dir: '{tmp_path}', pixels: 1024, on_bad_image: replace}}"
+    overrides = ["max_steps=3", "checkpoint_every=9", "log_every=3", "total_batch_size=4", f"output_dir={tmp_path}/run"]
+    train.main([str(SMOKE), f"data.params={data}", *(f"trainer.{override}" for override in overrides)])
+    (line,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    listed = (tmp_path / "run" / "quarantine.txt").read_text().splitlines()
+    assert line["replaced"] == len(listed) == 2  # an epoch is 12 pictures, of which 2 are bad
+    assert sorted(problem.partition(": ")[0] for problem in listed) == [f"{path}, line 4", f"{path}, line 9"]
 
 
 def test_a_bucket_without_a_good_picture_is_one_line(tmp_path):

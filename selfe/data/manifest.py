@@ -51,7 +51,7 @@ class Manifest:
         if not facts.st_size:
             raise empty(path)
         self.file = path.open("rb", buffering=0)
-        key = index.stamp(RECORD, facts.st_size, facts.st_mtime_ns, str(base_dir.resolve()))
+        key = index.stamp(RECORD, facts.st_size, facts.st_mtime_ns, str(base_dir.resolve()), max_pixels)
         self.records = index.load(path, key, index_dir, RECORD, self.scan, self.measure)
 
     def __reduce__(self) -> tuple:
@@ -61,8 +61,7 @@ class Manifest:
         return len(self.records)
 
     def sizes(self, indices: np.ndarray) -> np.ndarray:
-        records = self.records[indices]
-        return np.stack([records["height"], records["width"]], axis=1).astype(np.int64)
+        return self.records.sizes(indices)
 
     def prompt(self, index: int) -> str:
         return self.line(index).prompt
@@ -84,11 +83,11 @@ class Manifest:
     def digest(self) -> str:
         """Of up to 1024 lines, evenly spread, their sizes and the length of the file."""
         some = np.unique(np.linspace(0, len(self) - 1, 1024).astype(np.int64))
-        lines = [self.text_at(int(offset)) for offset in self.records["offset"][some]]
+        lines = [self.text_at(int(offset)) for offset in self.records.take(some)["offset"]]
         return index.stamp(len(self), self.path.stat().st_size, lines, self.sizes(some).tolist())
 
     def line(self, index: int) -> Line:
-        offset = int(self.records["offset"][index])
+        offset = int(self.records[index]["offset"])
         return parse(self.text_at(offset), lambda: self.where(offset))
 
     def text_at(self, offset: int) -> bytes:
@@ -110,7 +109,7 @@ class Manifest:
         try:
             yield
         except BadSample as problem:
-            where = self.where(int(self.records["offset"][index]))
+            where = self.where(int(self.records[index]["offset"]))
             raise BadSample(problem.kind, str(problem) if where in str(problem) else f"{where}: {problem}") from problem
 
     def measure(self, records: np.ndarray) -> None:

@@ -47,7 +47,8 @@ class Shards:
             )
         self.opened = lru_cache(maxsize=64)(lambda number: self.tars[number].open("rb", buffering=0))
         facts = [(tar.name, tar.stat().st_size, tar.stat().st_mtime_ns) for tar in self.tars]
-        self.records = index.load(self.tars[0], index.stamp(RECORD, facts), index_dir, RECORD, self.scan, self.measure)
+        key = index.stamp(RECORD, facts, max_pixels)
+        self.records = index.load(self.tars[0], key, index_dir, RECORD, self.scan, self.measure)
 
     def __reduce__(self) -> tuple:
         return Shards, (self.pattern, self.max_pixels, self.index_dir, self.strict)
@@ -56,8 +57,7 @@ class Shards:
         return len(self.records)
 
     def sizes(self, indices: np.ndarray) -> np.ndarray:
-        records = self.records[indices]
-        return np.stack([records["height"], records["width"]], axis=1).astype(np.int64)
+        return self.records.sizes(indices)
 
     def prompt(self, index: int) -> str:
         try:
@@ -83,7 +83,7 @@ class Shards:
     def digest(self) -> str:
         """Of the names and sizes of the tar files and of up to 1024 samples, evenly spread."""
         some = np.unique(np.linspace(0, len(self) - 1, 1024).astype(np.int64))
-        return index.stamp([(tar.name, tar.stat().st_size) for tar in self.tars], self.records[some].tolist())
+        return index.stamp([(tar.name, tar.stat().st_size) for tar in self.tars], self.records.take(some).tolist())
 
     def bytes_of(self, index: int, part: str) -> bytes:
         record = self.records[index]
