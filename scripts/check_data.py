@@ -26,9 +26,9 @@ import numpy as np
 from selfe import images, launch, log
 from selfe.buckets import Buckets
 from selfe.data.manifest import BOM, parse
+from selfe.feed import BYTES_PER_TOKEN
 from selfe.types import BadSample, UserError
 
-BYTES_PER_TOKEN = 4  # of English, about, when no tokenizer is at hand
 BATCH = 64  # lines that a worker takes at a time
 
 

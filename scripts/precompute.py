@@ -65,7 +65,7 @@ class Pictures(Dataset):
         block, index = self.locate(number)
         shape = self.shape(number)
         try:
-            picture = self.feed.read(block.split, Row(block.source, index, 0, 0, shape), block.flipped)
+            picture = self.feed.read(block.split, Row(block.source, index, 0, 0, shape, 0), block.flipped)
         except BadSample as problem:  # handed over: an exception that crosses processes arrives as a traceback
             return problem
         return cache.latent_key(block.split, block.source, index, shape, block.flipped), picture

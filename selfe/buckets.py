@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -61,28 +61,50 @@ class Buckets:
         return self.shapes[np.searchsorted(self.limits, np.log(sizes[:, 0] / sizes[:, 1]))]
 
 
-def deal(costs: Sequence[int], ranks: int, micro: int, multiple: int) -> list[list[list[int]]]:
+@lru_cache(maxsize=4)  # asked for by every micro-batch of a step
+def deal(costs: tuple[int, ...], ranks: int, micro: int, multiple: int) -> list[list[list[int]]]:
     """The positions of a global batch, dealt so that ranks have equal work: [rank][micro-batch] -> `micro` positions.
 
-    Groups of `multiple` neighbouring positions stay together and in order. The most expensive group goes first, always
-    to the emptiest micro-batch that has room. Ranks wait for each other in every micro-batch, so those of like cost run
-    at the same time.
+    Groups of `multiple` neighbouring positions stay together and in order. A rank's micro-batches are alike too, the
+    fullest first, because ranks wait for each other in every one.
     """
     groups = np.asarray(costs).reshape(-1, multiple).sum(axis=1)
-    room = micro // multiple
+    dealt = []
+    for mine in split(groups, ranks):
+        batches = mine[split(groups[mine], len(costs) // ranks // micro)]
+        batches = np.sort(batches[np.argsort(-groups[batches].sum(axis=1), kind="stable")], axis=1)
+        dealt.append((batches[..., None] * multiple + np.arange(multiple)).reshape(len(batches), micro).tolist())
+    return dealt
+
+
+def split(groups: np.ndarray, parts: int) -> np.ndarray:
+    """Costs (n,) -> numbers (parts, n / parts), equally many in each part and nearly equal cost."""
+    return even_out(groups, fill(groups, len(groups) // parts))
+
+
+def fill(groups: np.ndarray, room: int) -> np.ndarray:
+    """Costs (n,) -> numbers (n / room, room): the most expensive first, always to the emptiest that has room."""
     loads, contents = np.zeros(len(groups) // room), [[] for _ in range(len(groups) // room)]
     for group in np.argsort(-groups, kind="stable"):
         emptiest = int(np.argmin(loads))
-        contents[emptiest].append(int(group))
-        loads[emptiest] += groups[group]
-        if len(contents[emptiest]) == room:
-            loads[emptiest] = np.inf
-    loads = np.array([groups[content].sum() for content in contents])
-    dealt, work = [[] for _ in range(ranks)], np.zeros(ranks)
-    for together in np.argsort(-loads, kind="stable").reshape(-1, ranks):
-        for micro_batch, rank in zip(together, np.argsort(work, kind="stable"), strict=True):
-            dealt[rank].append(
-                [group * multiple + i for group in sorted(contents[micro_batch]) for i in range(multiple)]
-            )
-            work[rank] += loads[micro_batch]
-    return dealt
+        contents[emptiest].append(group)
+        loads[emptiest] += groups[group] if len(contents[emptiest]) < room else np.inf
+    return np.array(contents)
+
+
+def even_out(groups: np.ndarray, contents: np.ndarray) -> np.ndarray:
+    """Groups exchanged between the fullest and another, the best exchange each time, as long as that helps."""
+    contents, room = contents.copy(), contents.shape[1]
+    loads = groups[contents].sum(axis=1)
+    for _ in range(4 * len(contents)):
+        fullest = int(np.argmax(loads))
+        moved = groups[contents[fullest]][:, None] - groups[contents].reshape(1, -1)  # work that an exchange moves
+        after = np.maximum(loads[fullest] - moved, np.repeat(loads, room) + moved)
+        mine, other = np.unravel_index(np.argmin(after), after.shape)
+        if after[mine, other] >= loads[fullest]:
+            break
+        theirs = np.unravel_index(other, contents.shape)
+        loads[fullest] -= moved[mine, other]
+        loads[theirs[0]] += moved[mine, other]
+        contents[fullest, mine], contents[theirs] = contents[theirs], contents[fullest, mine]
+    return contents

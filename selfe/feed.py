@@ -22,6 +22,9 @@ from selfe.draws import generator
 from selfe.order import mixed, permute
 from selfe.types import BadSample, Batch, Split, UserError
 
+BYTES_PER_TOKEN = 4  # of English captions, about
+MAX_CAPTION = 512  # tokens; longer ones are cut by the text encoder
+
 
 class Source(Protocol):
     """Captioned pictures by number. What it knows without reading them costs no memory: it lies in mapped files."""
@@ -30,6 +33,10 @@ class Source(Protocol):
 
     def sizes(self, indices: np.ndarray) -> np.ndarray:
         """(n,) -> (n, 2) height and width of the upright pictures; height 0: cannot be read."""
+        ...
+
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        """(n,) -> (n,) bytes of the captions, about."""
         ...
 
     def prompt(self, index: int) -> str: ...
@@ -68,6 +75,7 @@ class Row(NamedTuple):
     place: int  # in the stream of its source
     budget: int  # number of its pixel budget in the phase
     shape: tuple[int, int]  # height, width
+    cost: int  # tokens of picture and caption, about
 
 
 Read = Callable[[Split, Row, bool], Tensor]  # (split, row, flipped) -> picture or what stands for it
@@ -138,9 +146,9 @@ class Feed:
             facts |= {f"{split}_manifest[{i}]": source.digest() for i, source in enumerate(sources)}
         return {f"data.{key}": str(value) for key, value in facts.items()}
 
-    def costs(self, seed: int, step: int, total: int, split: Split) -> list[int]:
-        """Image tokens of each position of the step's global batch."""
-        return [height * width // self.multiple**2 for *_, (height, width) in plan(self, seed, step, total, split)]
+    def costs(self, seed: int, step: int, total: int, split: Split) -> tuple[int, ...]:
+        """Tokens of picture and caption at each position of the step's global batch; captions by their length."""
+        return tuple(row.cost for row in plan(self, seed, step, total, split))
 
     def batch(self, seed: int, step: int, total: int, positions: Sequence[int], split: Split) -> Batch:
         """These positions of the step's global batch; its samples are number step x total and on of the run."""
@@ -214,19 +222,21 @@ def plan(feed: Feed, seed: int, step: int, total: int, split: Split) -> tuple[Ro
     numbers = np.arange(step * total, (step + 1) * total)
     weights = feed.weights if split == "train" else (1,)
     sources, places = mixed(numbers, weights)
-    indices, sizes = np.empty_like(numbers), np.empty((total, 2), np.int64)
+    indices, lengths, sizes = np.empty_like(numbers), np.empty_like(numbers), np.empty((total, 2), np.int64)
     for source in range(len(weights)):
         its = sources == source
         indices[its] = feed.indices(seed, split, source, places[its])
         sizes[its] = feed.sizes(split, source, indices[its])
+        lengths[its] = feed.sources[split][source].lengths(indices[its])
     phase = feed.phase(step, split)
     budgets = dealt_budgets(phase, step, sizes)
     shapes = np.empty_like(sizes)
     for number, pixels in enumerate(phase.pixels):
         shapes[budgets == number] = feed.buckets[pixels].nearest(sizes[budgets == number])
     order = np.lexsort((shapes[:, 0], -shapes.prod(axis=1)))
-    columns = (column[order].tolist() for column in (sources, indices, places, budgets, shapes))
-    return tuple(Row(*values[:4], tuple(values[4])) for values in zip(*columns, strict=True))
+    costs = shapes.prod(axis=1) // feed.multiple**2 + (lengths // BYTES_PER_TOKEN).clip(max=MAX_CAPTION)
+    columns = (column[order].tolist() for column in (sources, indices, places, budgets, shapes, costs))
+    return tuple(Row(*values[:4], tuple(values[4]), values[5]) for values in zip(*columns, strict=True))
 
 
 def dealt_budgets(phase: Phase, step: int, sizes: np.ndarray) -> np.ndarray:

@@ -191,8 +191,8 @@ class Data(Protocol):
 
     has_val: bool
 
-    def costs(self, seed: int, step: int, total: int, split: Split) -> Sequence[int]:
-        """The work of each position of the step's global batch, in image tokens, known before anything is decoded."""
+    def costs(self, seed: int, step: int, total: int, split: Split) -> tuple[int, ...]:
+        """The work of each position of the step's global batch, in tokens, known before anything is decoded."""
         ...
 
     def batch(self, seed: int, step: int, total: int, positions: Sequence[int], split: Split) -> Batch:

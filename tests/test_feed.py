@@ -136,8 +136,11 @@ def test_budgets_share_each_batch_and_small_pictures_are_not_enlarged(tmp_path):
         num_small = sum(tuple(sizes[row.index]) == (300, 200) for row in rows)
         enlarged = sum(tuple(sizes[row.index]) == (300, 200) for row in large)
         assert enlarged == max(0, num_small - (30 - len(large)))
-        costs = feed.costs(0, step, 30, "train")
-        assert costs == sorted(costs, reverse=True) == [row.shape[0] * row.shape[1] // 256 for row in rows]
+        areas = [row.shape[0] * row.shape[1] for row in rows]
+        assert areas == sorted(areas, reverse=True)
+        line = len(b"0000000.jpg\tpicture 0\t300\t300\n")
+        for cost, area in zip(feed.costs(0, step, 30, "train"), areas, strict=True):
+            assert 0 <= cost - area // 256 - line // 4 <= 1
 
 
 def test_buckets_keep_the_budget_the_multiple_and_nearly_the_aspect():
@@ -157,27 +160,35 @@ def test_buckets_keep_the_budget_the_multiple_and_nearly_the_aspect():
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(0, 99))
 def test_dealing_hands_out_every_position_once(ranks, num_micro, room, multiple, seed):
     micro = room * multiple
-    costs = np.random.default_rng(seed).integers(1, 2000, ranks * num_micro * micro).tolist()
-    dealt = deal(costs, ranks, micro, multiple)
+    costs = np.random.default_rng(seed).integers(1, 2000, ranks * num_micro * micro)
+    dealt = deal(tuple(costs.tolist()), ranks, micro, multiple)
     assert [[len(positions) for positions in rank] for rank in dealt] == [[micro] * num_micro] * ranks
     assert sorted(p for rank in dealt for positions in rank for p in positions) == list(range(len(costs)))
 
 
-@pytest.mark.parametrize(("ranks", "micro"), [(8, 32), (64, 16), (64, 4)])
-def test_the_busiest_rank_has_little_more_work_than_the_mean(tmp_path, ranks, micro):
-    """An epoch of pictures as the web has them, half at 256^2 and half at 512^2 pixels. Planned, not run.
-
-    Ranks wait for each other in every micro-batch, so the busiest rank's work is a sum of maxima.
+@pytest.mark.parametrize(("ranks", "micro", "waiting"), [(8, 32, 1.001), (64, 16, 1.01), (64, 4, 1.07)])
+def test_the_busiest_rank_has_little_more_work_than_the_mean(tmp_path, ranks, micro, waiting):
+    """An epoch of pictures as the web has them, half at 256^2 and half at 512^2 pixels, with captions of 5 to 512
+    tokens. Planned, not run. `waiting`: as ranks wait for each other in every micro-batch, the sum of their maxima; in
+    micro-batches of two pairs, the longest captions have nobody to even them out.
     """
     random = np.random.default_rng(0)
     width = np.exp(random.normal(np.log(800), 0.6, 50_000)).clip(64, 8000)
     aspect = np.exp(random.normal(0.1, 0.35, 50_000)).clip(0.2, 5)
     sizes = np.stack([width / aspect, width], axis=1).astype(int) + 1
-    feed = ManifestData(str(lines_only(tmp_path / "a.tsv", sizes)), str(tmp_path), phases=(Phase(0, (65536, 262144)),))
+    tokens = np.exp(random.normal(np.log(40), 0.9, 50_000)).clip(5, 512).astype(int)
+    (tmp_path / "a.tsv").write_text(
+        "".join(f"a.jpg\t{'word' * n}\t{w}\t{h}\n" for n, (h, w) in zip(tokens.tolist(), sizes.tolist(), strict=True))
+    )
+    feed = ManifestData(str(tmp_path / "a.tsv"), str(tmp_path), phases=(Phase(0, (65536, 262144)),))
     ratios = []
     for step in range(50_000 // 1024):
-        costs = np.array(feed.costs(0, step, 1024, "train"))
-        work = costs[np.array(deal(costs, ranks, micro, 2))].sum(axis=2)  # (ranks, micro-batches)
-        ratios.append(work.max(axis=0).sum() / work.sum(axis=1).mean())
-    print(f"{ranks} ranks, micro-batches of {micro}: mean {np.mean(ratios):.4f}, worst step {max(ratios):.4f}")
-    assert max(ratios) <= 1.03
+        costs = feed.costs(0, step, 1024, "train")
+        work = np.array(costs)[np.array(deal(costs, ranks, micro, 2))].sum(axis=2)  # (ranks, micro-batches)
+        ratios.append((work.sum(axis=1).max(), work.max(axis=0).sum()) / work.sum(axis=1).mean())
+    busiest, waited = np.max(ratios, axis=0)
+    print(
+        f"{ranks} ranks, micro-batches of {micro}: busiest {busiest:.4f}, with waiting {waited:.4f} in the worst step"
+    )
+    assert busiest <= 1.03
+    assert waited <= waiting

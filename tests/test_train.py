@@ -45,8 +45,8 @@ class Positions:
 
     has_val = False
 
-    def costs(self, seed: int, step: int, total: int, split: str) -> list[int]:
-        return [1 + position // 5 for position in range(total)]
+    def costs(self, seed: int, step: int, total: int, split: str) -> tuple[int, ...]:
+        return tuple(1 + position // 5 for position in range(total))
 
     def batch(self, seed: int, step: int, total: int, positions: Sequence[int], split: str) -> Batch:
         return Batch((), tuple(str(step) for _ in positions), tuple(positions), ())

@@ -20,7 +20,7 @@ class CachedData:
         cache.check(folder, source.facts())
         self.source, self.latents, self.has_val = source, cache.Store(folder / "latents"), source.has_val
 
-    def costs(self, seed: int, step: int, total: int, split: Split) -> list[int]:
+    def costs(self, seed: int, step: int, total: int, split: Split) -> tuple[int, ...]:
         return self.source.costs(seed, step, total, split)
 
     def batch(self, seed: int, step: int, total: int, positions: Sequence[int], split: Split) -> Batch:

@@ -50,7 +50,7 @@ class Manifest:
         facts = path.stat()
         if not facts.st_size:
             raise empty(path)
-        self.file = path.open("rb", buffering=0)
+        self.file, self.num_bytes = path.open("rb", buffering=0), facts.st_size
         key = index.stamp(RECORD, facts.st_size, facts.st_mtime_ns, str(base_dir.resolve()), max_pixels)
         self.records = index.load(path, key, index_dir, RECORD, self.scan, self.measure)
 
@@ -62,6 +62,13 @@ class Manifest:
 
     def sizes(self, indices: np.ndarray) -> np.ndarray:
         return self.records.sizes(indices)
+
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        """(n,) bytes of the lines, paths included: what is alike for all does not matter."""
+        last = len(self) - 1
+        ends = self.records.take(np.minimum(indices + 1, last))["offset"]
+        ends = np.where(indices == last, self.num_bytes, ends).astype(np.int64)
+        return ends - self.records.take(indices)["offset"].astype(np.int64)
 
     def prompt(self, index: int) -> str:
         return self.line(index).prompt
@@ -84,7 +91,7 @@ class Manifest:
         """Of up to 1024 lines, evenly spread, their sizes and the length of the file."""
         some = np.unique(np.linspace(0, len(self) - 1, 1024).astype(np.int64))
         lines = [self.text_at(int(offset)) for offset in self.records.take(some)["offset"]]
-        return index.stamp(len(self), self.path.stat().st_size, lines, self.sizes(some).tolist())
+        return index.stamp(len(self), self.num_bytes, lines, self.sizes(some).tolist())
 
     def line(self, index: int) -> Line:
         offset = int(self.records[index]["offset"])

@@ -59,6 +59,9 @@ class Shards:
     def sizes(self, indices: np.ndarray) -> np.ndarray:
         return self.records.sizes(indices)
 
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        return self.records.take(indices)["prompt_bytes"].astype(np.int64)
+
     def prompt(self, index: int) -> str:
         try:
             prompt = self.bytes_of(index, "prompt").decode("utf-8-sig").strip()
