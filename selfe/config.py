@@ -182,12 +182,14 @@ def visit_union(value: Any, arms: tuple, path: str, build: bool) -> Any:
     arms = tuple(arm for arm in arms if arm is not types.NoneType)
     if len(arms) == 1:
         return visit(value, arms[0], path, build)
+    problems = []
     for arm in arms:
         try:
             return visit(value, arm, path, build)
-        except Problem:
-            continue
-    raise mismatch(value, arms, path)
+        except Problem as problem:
+            problems.append(problem)
+    deepest = max(problems, key=lambda problem: len(problem.path))  # of the arm that fits best
+    raise deepest if deepest.path != path else mismatch(value, arms, path)
 
 
 def visit_sequence(value: Any, wanted: Any, path: str, build: bool) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,13 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def quarantine(folder: Path, problems: Sequence[str]) -> None:
+    """Add to the list of bad pictures that others stood in for; every process writes whole lines."""
+    if problems:
+        with (folder / "quarantine.txt").open("a", encoding="utf-8") as file:
+            file.write("".join(f"{problem}\n" for problem in problems))
 
 
 class Progress:

@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from selfe import checkpoint, config, dist, ema, flux_format, launch, log, pictures
+from selfe.buckets import deal
 from selfe.dist import World
 from selfe.draws import Draws
 from selfe.samplers.renoise import Renoise
 from selfe.system import System
-from selfe.types import Batch, Data, Precision, Sampler, UserError
+from selfe.types import Batch, Data, Precision, Sampler, Split, UserError
 
 
 @dataclass(frozen=True)
@@ -185,13 +186,15 @@ class Fit:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         for _ in range(self.num_micro):
-            batch = expect(next(micro_batches))
+            batch = expect(next(micro_batches)).to(self.world.device)
             draws = Draws.of_step(self.seed, step, batch.positions)
             loss = self.system.loss(self.net, self.ema, batch, draws, step)
             # FSDP averages over ranks; with this division, accumulation averages over micro-batches too
             (loss.per_sample.mean() / self.num_micro).backward()
             for name, rows in ({"loss": loss.per_sample.detach()} | loss.metrics).items():
                 measured[name].append(rows)
+            measured["replaced"].append(torch.tensor([float(len(batch.replaced))], device=self.world.device))
+            log.quarantine(self.folder, batch.replaced)
         grad_norm = dist.clip_grad_norm(self.net, trainer.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -202,6 +205,7 @@ class Fit:
         """Means over all ranks since the last summary."""
         num_samples = sum(len(rows) for rows in measured["loss"]) * self.world.size
         values = dist.mean_over_ranks(measured, self.world.device)
+        values["replaced"] = round(values["replaced"] * len(measured["replaced"]) * self.world.size)
         values |= {"grad_norm": grad_norm.item(), "lr": self.trainer.lr_at(step)}
         if not all(map(torch.isfinite, map(torch.tensor, values.values()))):
             raise UserError(
@@ -221,16 +225,17 @@ class Fit:
         )
         return iter(loader)
 
-    def part(self, split: Literal["train", "val"]) -> MicroBatches:
+    def part(self, split: Split) -> MicroBatches:
         trainer = self.trainer
-        return MicroBatches(self.data, self.seed, trainer.total_batch_size, trainer.micro_batch_size, self.world, split)
+        sizes = trainer.total_batch_size, trainer.micro_batch_size, self.system.objective.batch_multiple
+        return MicroBatches(self.data, self.seed, *sizes, self.world, split)
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
         """The objective on fixed pictures with fixed times and noise, so that only the weights change its value."""
         part, measured = self.part("val"), defaultdict(list)
         for number in range(self.trainer.val_batches * self.num_micro):
-            batch = expect(part[number])
+            batch = expect(part[number]).to(self.world.device)
             draws = Draws(tuple((self.seed, "val", number // self.num_micro, p) for p in batch.positions))
             loss = self.system.loss(self.net, self.ema, batch, draws, step)
             for name, rows in ({"loss": loss.per_sample} | loss.metrics).items():
@@ -266,7 +271,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class MicroBatches(Dataset):
-    """One rank's micro-batches by their number in the whole run.
+    """One rank's micro-batches by their number in the whole run, dealt so that all ranks have equal work.
 
     A user's mistake is handed over, not raised: an exception that crosses processes arrives as a traceback.
     """
@@ -275,15 +280,16 @@ class MicroBatches(Dataset):
     seed: int
     total: int
     micro: int
+    multiple: int  # positions that stay together
     world: World
-    split: Literal["train", "val"]
+    split: Split
 
     def __getitem__(self, number: int) -> Batch | UserError:
-        per_rank = self.total // self.world.size
-        step, place = divmod(number, per_rank // self.micro)
-        first = self.world.rank * per_rank + place * self.micro
+        step, place = divmod(number, self.total // self.world.size // self.micro)
         try:
-            return self.data.batch(self.seed, step, self.total, range(first, first + self.micro), self.split)
+            costs = self.data.costs(self.seed, step, self.total, self.split)
+            positions = deal(costs, self.world.size, self.micro, self.multiple)[self.world.rank][place]
+            return self.data.batch(self.seed, step, self.total, positions, self.split)
         except UserError as error:
             return error
 

@@ -17,11 +17,23 @@ if TYPE_CHECKING:
 
 
 Precision = Literal["bf16", "fp32"]
+Split = Literal["train", "val"]
 DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class UserError(ValueError):
     """A mistake the user can mend: one line that says what, where and how. Ends the program with exit code 2."""
+
+
+class BadSample(UserError):
+    """A picture or a line of a data set that cannot be used; `kind` is one of few words, to count by."""
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple:
+        return BadSample, (self.kind, str(self))
 
 
 @dataclass(frozen=True)
@@ -83,10 +95,31 @@ class TextCond:
 class Batch:
     """B captioned pictures of any shapes, and where they stand in the step's global batch."""
 
-    images: tuple[Tensor, ...]  # B x (3, H, W), float32 in [-1, 1]
+    images: tuple[Tensor, ...]  # B x (3, H, W), uint8 or float32 in [-1, 1]; or what a cache holds for its autoencoder
     prompts: tuple[str, ...]
     positions: tuple[int, ...]  # place in the global batch, the key of all randomness of a sample
     names: tuple[str, ...]  # how an error message calls a sample: its file
+    replaced: tuple[str, ...] = ()  # what was wrong with pictures that others stand in for
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on the device, pictures in [-1, 1]."""
+        return replace(self, images=tuple(signed(image.to(device, non_blocking=True)) for image in self.images))
+
+    def __reduce__(self) -> tuple:
+        """From a loader's worker, all pictures travel as one tensor, because each tensor costs a file descriptor."""
+        flat = torch.cat([image.flatten() for image in self.images])
+        rest = self.prompts, self.positions, self.names, self.replaced
+        return Batch.arrived, (flat, [image.shape for image in self.images], *rest)
+
+    @classmethod
+    def arrived(cls, flat: Tensor, shapes: Sequence[torch.Size], *rest: tuple) -> Batch:
+        parts = flat.split([shape.numel() for shape in shapes])
+        return cls(tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True)), *rest)
+
+
+def signed(image: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1]; anything else as it is."""
+    return image.float() / 127.5 - 1 if image.dtype == torch.uint8 else image
 
 
 @dataclass(frozen=True)
@@ -151,6 +184,10 @@ class Autoencoder(Protocol):
         """B x (3, H, W) in [-1, 1] -> float32 tokens."""
         ...
 
+    def moments(self, images: Sequence[Tensor]) -> tuple[Packed, Tensor | None]:
+        """What `encode` draws from: mean tokens and standard deviations (T, d), None if it gives the means."""
+        ...
+
     def decode(self, latents: Packed) -> list[Tensor]:
         """Tokens -> B x (3, H, W) in [-1, 1], float32."""
         ...
@@ -165,7 +202,11 @@ class Data(Protocol):
 
     has_val: bool
 
-    def batch(self, seed: int, step: int, total: int, positions: range, split: Literal["train", "val"]) -> Batch:
+    def costs(self, seed: int, step: int, total: int, split: Split) -> tuple[int, ...]:
+        """The work of each position of the step's global batch, in tokens, known before anything is decoded."""
+        ...
+
+    def batch(self, seed: int, step: int, total: int, positions: Sequence[int], split: Split) -> Batch:
         """These positions of the step's global batch of `total` samples; the same samples for any split over ranks."""
         ...
 

@@ -1,167 +1,188 @@
-"""The cache script, as a user calls it, against a small Hub on the loopback interface."""
+"""Training from a cache of latents and captions equals training from pictures, and a stale cache is refused."""
 
+import argparse
 import json
-import os
-import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
+import precompute
 import pytest
 import torch
-from hub import COMMIT, Hub
-from huggingface_hub import constants
-from real_encoders import ROOT, write_cache
-from safetensors.torch import load_file, save_file
-from test_pretrained import assert_equals_reference, loaded
+from made import manifest
+from ranks import on_ranks
 
-from selfe.types import UserError
+from selfe import cache, config
+from selfe.buckets import deal
+from selfe.dist import World
+from selfe.draws import Draws
+from selfe.types import BadSample, UserError
 
-sys.path.append(str(ROOT / "scripts"))
-import cache_pretrained
-
-T5, CLIP, FLUX = "google/t5-v1_1-xxl", "openai/clip-vit-large-patch14", "black-forest-labs/FLUX.1-dev"
-CAPTIONS = ["a cup of coffee", "", "a red cat on a chair by the sea", "a cat", "an astronaut"]
+ROOT = Path(__file__).parents[1]
+SMOKE = str(ROOT / "configs/debug/selfe_smoke.yaml")
+CPU = torch.device("cpu")
+OPTIONS = argparse.Namespace(workers=0, batch_size=4, one_sample=False)
 
 
 @pytest.fixture(scope="module")
-def repos(tmp_path_factory) -> dict[str, Path]:
-    """As on the real Hub: T5 only as a pickle, CLIP in several formats, FLUX with its transformer."""
-    folder = write_cache(tmp_path_factory.mktemp("hub"))
-    t5, clip, flux = folder / "t5-v1_1-xxl", folder / "clip-vit-large-patch14", folder / "flux"
-    # large enough for an interruption to leave something: bytes arrive in pieces of 10 MiB
-    state = load_file(t5 / "model.safetensors") | {"lm_head.weight": torch.rand(2**23)}
-    torch.save(state, t5 / "pytorch_model.bin")
-    (t5 / "model.safetensors").unlink()
-    (t5 / "tf_model.h5").write_bytes(b"unwanted")
-    torch.save(load_file(clip / "model.safetensors"), clip / "pytorch_model.bin")
-    flux.mkdir()
-    (folder / "ae.safetensors").rename(flux / "ae.safetensors")
-    save_file({"img_in.weight": torch.zeros(4, 4)}, flux / "flux1-dev.safetensors")
-    (flux / "model_index.json").write_text("{}")
-    return {T5: t5, CLIP: clip, FLUX: flux}
+def settings(tmp_path_factory) -> dict:
+    """The smoke system on 12 small pictures of several shapes, at two budgets, mirrored, with validation."""
+    folder = tmp_path_factory.mktemp("pictures")
+    path = manifest(folder, [(32, 32), (24, 48), (64, 40), (80, 80)] * 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SELFE_SKIP_PRETRAINED", "1")
+        settings = config.load(SMOKE, [f"data.params.train_manifest={path}", f"data.params.val_manifest={path}"])
+    params = settings["data"]["params"]
+    params |= {"base_dir": str(folder), "pixels": 1024, "flip": True}
+    params |= {"phases": [{"step": 2, "pixels": [1024, 4096], "shares": [1, 1]}]}
+    return settings
 
 
-@pytest.fixture
-def fetch(monkeypatch, tmp_path):
-    """The script's main in this process: `fetch(hub, *options)`. The token is neither printed nor stored."""
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-
-    def run(hub: Hub, *options: str) -> None:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)  # HF_ENDPOINT is read at import
-        template = "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + template)
-        cache_pretrained.main(["--cache-dir", str(tmp_path / "cache"), *options])
-
-    return run
+def build(settings: dict) -> tuple:
+    with torch.device("meta"):
+        system = config.build(settings, "system")
+    return system, config.build(settings, "data"), config.build(settings, "trainer")
 
 
-def assert_secret(token: str, said: str, folder: Path) -> None:
-    assert token not in said
-    assert not [file for file in folder.rglob("*") if file.is_file() and token.encode() in file.read_bytes()]
+def encode(settings: dict, out: Path, world: World, options: argparse.Namespace = OPTIONS) -> None:
+    precompute.encode_all(settings, out, options, world)
 
 
-def start(script: str, hub: Hub, cache: Path, *options: str, **changes: str) -> subprocess.Popen:
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "SELFE_"))}
-    env = inherited | {"HF_ENDPOINT": hub.url, "HF_HOME": str(cache.parent / "hf_home")} | changes
-    words = [ROOT / "scripts" / script, "--cache-dir", cache, *options]
-    words = [sys.executable, *words] if script.endswith(".py") else words
-    return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.fixture(scope="module")
+def cached(settings, tmp_path_factory) -> dict:
+    """The settings of training from a cache, which is made."""
+    out = tmp_path_factory.mktemp("cache") / "all"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precompute, "LATENTS_PER_SHARD", 16)
+        patch.setattr(precompute, "CAPTIONS_PER_SHARD", 4)
+        patch.setattr(precompute.dist, "barrier", lambda: None)
+        encode(settings, out, World(0, 1, CPU))
+    return config.load(out / "config.yaml")
 
 
-def test_complete_download_then_nothing_to_fetch(repos, tmp_path, fetch, capsys):
-    cache = tmp_path / "cache"
-    with Hub(repos) as hub:
-        process = start("cache_pretrained_only.sh", hub, cache, "--flux-vae-only", "--hf-token", hub.token)
-        said = "".join(process.communicate(timeout=200))
-        assert process.returncode == 0, said
-        assert f"export SELFE_CACHE_DIR={cache}" in said
-        assert_secret(hub.token, said, tmp_path)
-        names = {str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file()}
-        clip = {"config.json", "merges.txt", "model.safetensors", "special_tokens_map.json", "tokenizer_config.json"}
-        t5 = {"config.json", "model.safetensors", "special_tokens_map.json", "spiece.model", "tokenizer_config.json"}
-        assert names == {"fetched.json", "ae.safetensors"} | {f"t5-v1_1-xxl/{name}" for name in t5} | {
-            f"clip-vit-large-patch14/{name}" for name in clip | {"vocab.json"}
-        }
-        assert len(hub.gets()) == len(set(hub.gets())) == len(names) - 1
-        hub.requests.clear()
-        fetch(hub, "--flux-vae-only")
-        assert not hub.requests
-        fetch(hub, "--hf-token", hub.token)  # now with the transformer
-        assert hub.gets() == [(FLUX, "flux1-dev.safetensors")]
-        assert_secret(hub.token, capsys.readouterr().out, tmp_path)
-
-    state = load_file(cache / "t5-v1_1-xxl/model.safetensors")
-    assert {name.split(".")[0] for name in state} == {"shared", "encoder"}
-    assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
-    assert (cache / "ae.safetensors").read_bytes() == (repos[FLUX] / "ae.safetensors").read_bytes()
-    assert json.loads((cache / "fetched.json").read_text())["t5-v1_1-xxl/model"]["repo"] == T5
-    assert_equals_reference(loaded(cache)(CAPTIONS), cache, CAPTIONS)
+def encode_on(world: World, settings: dict, out: str) -> dict:
+    precompute.LATENTS_PER_SHARD, precompute.CAPTIONS_PER_SHARD = 16, 4
+    encode(settings, Path(out), world)
+    return {}
 
 
-def test_killed_download_continues_where_it_stopped(repos, tmp_path, fetch):
-    cache = tmp_path / "cache"
-    size = (repos[T5] / "pytorch_model.bin").stat().st_size
-    with Hub(repos, stall="pytorch_model.bin") as hub:
-        process = start("cache_pretrained.py", hub, cache, "--flux-vae-only", HF_TOKEN=hub.token)
-        assert hub.half_way.wait(timeout=100)
-        (part,) = (cache / "t5-v1_1-xxl").glob("pytorch_model.bin.*.part")
-        deadline = time.monotonic() + 60
-        while part.stat().st_size == 0 and time.monotonic() < deadline:  # until what was sent has been written
-            time.sleep(0.02)
-        process.kill()
-        process.communicate()
-    kept = part.stat().st_size
-    assert 0 < kept < size
-    with Hub(repos) as hub:
-        fetch(hub, "--flux-vae-only")
-        assert ("GET", f"/{T5}/resolve/{COMMIT}/pytorch_model.bin", f"bytes={kept}-") in hub.requests
-        assert [name for repo, name in hub.gets() if repo == T5] == ["pytorch_model.bin"]  # the others were whole
-    assert not list(cache.rglob("*.part"))
-    loaded(cache)
+@torch.no_grad()
+def losses(settings: dict) -> list[torch.Tensor]:
+    """Loss per sample of 12 steps through all phases of the smoke run, then of a validation batch."""
+    system, data, _ = build(settings)
+    system.backbone.to_empty(device=CPU)
+    for name, p in system.backbone.named_parameters():
+        p.copy_(system.backbone.initial(name, p.shape, 0))
+        p.add_(torch.linspace(-0.05, 0.05, p.numel()).view_as(p))  # away from the zeros of the start
+    system.load_encoders(CPU)
+    found = []
+    for step, split in [*((step, "train") for step in range(12)), (0, "val")]:
+        positions = deal(data.costs(0, step, 8, split), 1, 8, 2)[0][0]
+        batch = data.batch(0, step, 8, positions, split).to(CPU)
+        draws = Draws.of_step(0, step, batch.positions)
+        found.append(system.loss(system.backbone, system.backbone, batch, draws, step).per_sample)
+    return found
 
 
-def test_no_access_is_one_line(repos, fetch):
-    with Hub(repos, gated=FLUX) as hub:
-        with pytest.raises(UserError, match="the Hub answers 401: give --hf-token a valid token"):
-            fetch(hub, "--hf-token", "hf_wrong")
-        with pytest.raises(UserError, match=f"{FLUX}: gated; accept its licence on {hub.url}/{FLUX}"):
-            fetch(hub, "--hf-token", hub.token)
-        assert not hub.served
-    hub.url = "http://127.0.0.1:9"  # where nobody listens
-    with pytest.raises(UserError, match=r"no connection to .* run again"):
-        fetch(hub)
+def test_losses_from_the_cache_are_those_from_pictures_step_by_step(settings, cached):
+    expected, found = losses(settings), losses(cached)
+    assert len(found) == 13
+    for step, (a, b) in enumerate(zip(expected, found, strict=True)):
+        torch.testing.assert_close(b, a, rtol=2**-7, atol=0, msg=lambda text, step=step: f"step {step}: {text}")
+    assert max((a - b).abs().max() for a, b in zip(expected, found, strict=True)) > 0  # they are rounded
 
 
-def test_the_line_is_all_that_a_user_sees(repos, tmp_path):
-    with Hub(repos, gated=FLUX) as hub:
-        process = start("cache_pretrained.py", hub, tmp_path / "cache", HF_TOKEN=hub.token)
-        out, err = process.communicate(timeout=100)
-    assert (process.returncode, out, len(err.splitlines())) == (2, "", 1)
-    assert err.startswith(f"selfe: error: {FLUX}: gated")
+def test_training_from_the_cache_loads_no_encoder(cached):
+    system, data, trainer = build(cached)
+    system.load_encoders(CPU)
+    assert not hasattr(system.text_encoder, "t5")
+    assert vars(system.autoencoder)["autoencoder"].device.type == "meta"
+    assert trainer.samples.prompts == ()
+    with pytest.raises(UserError, match="decode=1"):
+        system.autoencoder.noise([(32, 32)], Draws.of_step(0, 0, [0]))
+    assert data.has_val
 
 
-def test_damaged_file_is_one_line_and_fetched_again(repos, tmp_path, fetch):
-    cache = tmp_path / "cache"
-    right = (repos[FLUX] / "ae.safetensors").read_bytes()
-    with Hub(repos) as hub:
-        hub.wrong["ae.safetensors"] = right[:-1] + bytes([right[-1] ^ 1])
-        with pytest.raises(UserError, match=f"ae.safetensors: {len(right)} bytes came, and they are not"):
-            fetch(hub, "--flux-vae-only")
-        hub.wrong["ae.safetensors"] = right[:-1]
-        with pytest.raises(UserError, match=r"broken off|bytes came"):
-            fetch(hub, "--flux-vae-only")
-        assert not (cache / "ae.safetensors").exists()
-        hub.wrong.clear()
-        shutil.copy(repos[FLUX] / "flux1-dev.safetensors", cache / "ae.safetensors")  # another file in its place
-        fetch(hub, "--flux-vae-only")
-    assert (cache / "ae.safetensors").read_bytes() == right
+def test_the_cache_holds_each_caption_once_and_null_and_fake_prompts(cached):
+    folder = Path(cached["data"]["params"]["cache_dir"])
+    text = cache.Store(folder / "text")
+    for caption in ("", "fake image ", "picture 3", "fake image picture 3", "an astronaut"):
+        assert text.read(cache.digest(caption), caption).shape == (1, len(caption.encode()) + 1, 64)
+    assert len(text.records) == 2 * (12 + 1 + 2)  # pictures, null, samples; each with its fake twin
+    latents = cache.Store(folder / "latents")
+    assert len(latents.records) == 12 * (2 * 2 + 1)  # two budgets, mirrored or not; validation at one
+    system, _, _ = build(cached)
+    system.load_encoders(CPU)
+    with pytest.raises(BadSample, match=r"does not hold the caption 'never seen'; run scripts/precompute.py"):
+        system.text_encoder(["picture 3", "never seen"])
 
 
-def test_full_disk_is_one_line(tmp_path):
-    files = [cache_pretrained.File(T5, COMMIT, "pytorch_model.bin", 10**15, "0" * 64, "")]
-    plan = [(cache_pretrained.parts(True)[0], files)]
-    with pytest.raises(UserError, match=r"1250000.0 GB are needed, .* GB are free"):
-        cache_pretrained.check_space(tmp_path / "not" / "yet", plan)
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("system.text_encoder.params.encoder.params.max_tokens", "64", "text_encoder.max_tokens was 512, is now 64"),
+        ("system.autoencoder.params.autoencoder.params.latent", "mean", "autoencoder.latent was sample, is now mean"),
+        ("data.params.source.params.multiple", "32", "data.multiple was 16, is now 32"),
+        ("data.params.source.params.pixels", "2048", r"data.pixels was \[1024, 4096\], is now \[1024, 2048, 4096\]"),
+    ],
+)
+def test_a_stale_cache_says_what_changed(cached, key, value, said):
+    folder = Path(cached["data"]["params"]["cache_dir"])
+    settings = config.load(folder / "config.yaml", [f"{key}={value}"])
+    with pytest.raises(UserError, match=said):
+        build(settings)
+
+
+def test_a_changed_manifest_makes_the_cache_stale(cached, tmp_path):
+    path = Path(cached["data"]["params"]["source"]["params"]["train_manifest"])
+    other = tmp_path / "other.tsv"
+    other.write_text(path.read_text().replace("picture 3\n", "picture three\n"))
+    key = "data.params.source.params.train_manifest"
+    with pytest.raises(UserError, match=r"data.train_manifest\[0\] was"):
+        build(config.load(Path(cached["data"]["params"]["cache_dir"]) / "config.yaml", [f"{key}={other}"]))
+
+
+def test_interrupted_and_continued_by_two_processes_is_the_same_cache(settings, cached, tmp_path):
+    whole = Path(cached["data"]["params"]["cache_dir"])
+    out = tmp_path / "cache"
+    (out / "latents").mkdir(parents=True)
+    (out / "fingerprint.json").write_text((whole / "fingerprint.json").read_text())
+    first = cache.shard_path(whole / "latents", 0)
+    (out / "latents" / first.name).write_bytes(first.read_bytes())
+    stamp = (out / "latents" / first.name).stat().st_mtime_ns
+    with pytest.raises(UserError, match="no finished cache"):
+        cache.Store(out / "latents")
+    on_ranks(2, encode_on, settings, str(out))
+    assert (out / "latents" / first.name).stat().st_mtime_ns == stamp
+    for name in ("latents", "text", "pooled"):
+        stores = cache.Store(whole / name), cache.Store(out / name)
+        keys, others = (store.records[["high", "low"]].tolist() for store in stores)
+        assert keys == others
+        for high, low in keys:
+            a, b = (store.read(f"{high:016x}{low:016x}", name) for store in stores)
+            torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-4)
+    other = settings | {"data": settings["data"] | {"params": settings["data"]["params"] | {"flip": False}}}
+    with pytest.raises(UserError, match=r"data\.flip was True, is now False"):
+        encode(other, out, World(0, 1, CPU))
+
+
+def test_one_sample_is_half_the_size(settings, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(precompute.dist, "barrier", lambda: None)
+    options = argparse.Namespace(workers=0, batch_size=4, one_sample=True)
+    encode(settings, tmp_path / "cache", World(0, 1, CPU), options)
+    store = cache.Store(tmp_path / "cache" / "latents")
+    assert set(store.records["width"].tolist()) == {64}
+    said = capfd.readouterr().out
+    assert "60 pictures" in said
+    size = sum(path.stat().st_size for path in (tmp_path / "cache" / "latents").glob("*.safetensors"))
+    tokens = int((store.records["rows"].astype(int) * store.records["columns"]).sum())
+    assert f"60 pictures {tokens * 64 * 2 / 1e6:.2f} MB" in said
+    assert size - 60 * 200 < tokens * 64 * 2 < size
+    assert json.loads((tmp_path / "cache" / "fingerprint.json").read_text())["precompute.one_sample"] == "True"
+
+
+def test_a_full_disk_is_told_before_the_work_starts(settings, tmp_path, monkeypatch):
+    usage = argparse.Namespace(free=1000)
+    monkeypatch.setattr(precompute.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(precompute.dist, "barrier", lambda: None)
+    with pytest.raises(UserError, match=r"the disk lacks 0\.\d+ MB"):
+        encode(settings, tmp_path / "cache", World(0, 1, CPU))
+    assert not list((tmp_path / "cache").glob("*/*"))

@@ -1,5 +1,7 @@
 """The trainer's arithmetic: schedule, accumulation, who gets which sample. The loop itself runs in `test_smoke.py`."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -43,7 +45,10 @@ class Positions:
 
     has_val = False
 
-    def batch(self, seed: int, step: int, total: int, positions: range, split: str) -> Batch:
+    def costs(self, seed: int, step: int, total: int, split: str) -> tuple[int, ...]:
+        return tuple(1 + position // 5 for position in range(total))
+
+    def batch(self, seed: int, step: int, total: int, positions: Sequence[int], split: str) -> Batch:
         return Batch((), tuple(str(step) for _ in positions), tuple(positions), ())
 
 
@@ -53,7 +58,7 @@ def test_every_position_of_a_step_once_on_any_number_of_ranks(size, micro):
     for step in range(3):
         seen = []
         for rank in range(size):
-            part = MicroBatches(Positions(), 0, 16, micro, World(rank, size, torch.device("cpu")), "train")
+            part = MicroBatches(Positions(), 0, 16, micro, 2, World(rank, size, torch.device("cpu")), "train")
             for place in range(accumulation):
                 batch = part[step * accumulation + place]
                 assert batch.prompts == (str(step),) * micro

@@ -1,166 +1,219 @@
-"""A TSV manifest of pictures and captions, cut to aspect-ratio buckets; its order is a function of (seed, step)."""
+"""A TSV manifest: a line per picture with path, tab and prompt, and maybe two more tabs with width and height."""
 
 from __future__ import annotations
 
-import math
-import struct
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import torch
-from PIL import Image, ImageOps
-from torch import Tensor
+from PIL import Image
 
-from selfe.draws import generator
-from selfe.types import Batch, UserError
+from selfe import images, index
+from selfe.feed import Feed
+from selfe.types import BadSample, UserError
 
-DAMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)  # of a picture file
+RECORD = np.dtype([("offset", "<u8"), ("height", "<u2"), ("width", "<u2")])  # 12 bytes per line; sizes as in `index`
+CHUNK = 1 << 24  # bytes of a manifest that are looked at together
+BOM = b"\xef\xbb\xbf"
+
+
+class ManifestData(Feed):
+    """Manifests in UTF-8, with or without byte order mark, with line ends of any system; blank lines are left out."""
+
+    def open(self, path: Path, base_dir: Path) -> Manifest:
+        return Manifest(path, base_dir, self.max_pixels, self.index_dir, strict=self.on_bad_image == "error")
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A line of a manifest."""
+class Line:
+    """What a line says."""
 
-    where: str  # "FILE, line N"
-    path: Path
+    path: str
     prompt: str
+    size: tuple[int, int] | None  # height, width
 
 
-class ManifestData:
-    """Lines `path<TAB>prompt`; every picture once per epoch, in a new order each epoch.
+class Manifest:
+    """The lines of a file by number, through an index of where they start. A number counts lines that are not blank."""
 
-    A picture goes to the bucket of the nearest aspect ratio: scaled so that it just covers it, then cut at the centre.
-    """
-
-    def __init__(
-        self,
-        train_manifest: str,
-        base_dir: str = ".",
-        val_manifest: str | None = None,
-        pixels: int = 65536,
-        multiple: int = 16,
-        max_aspect: float = 2.0,
-    ):
-        """
-        Args:
-            train_manifest: a UTF-8 file with a line per picture.
-            base_dir: where relative picture paths start.
-            val_manifest: the same for validation, used in the file's order.
-            pixels: height x width of a bucket is at most this.
-            multiple: height and width are multiples of this: 8 (autoencoder) x 2 (patches).
-            max_aspect: of the longest bucket.
-        """
-        if pixels < multiple**2:
-            raise ValueError(f"pixels {pixels} is less than {multiple} x {multiple}; give at least {multiple**2}")
-        if max_aspect < 1:
-            raise ValueError(f"max_aspect must be at least 1, got {max_aspect}")
-        self.buckets = buckets(pixels, multiple, max_aspect)
-        self.entries = {"train": read_manifest(Path(train_manifest), Path(base_dir))}
-        if val_manifest:
-            self.entries["val"] = read_manifest(Path(val_manifest), Path(base_dir))
-
-    @property
-    def has_val(self) -> bool:
-        return "val" in self.entries
-
-    def batch(self, seed: int, step: int, total: int, positions: range, split: Literal["train", "val"]) -> Batch:
-        """These positions of the step's global batch of `total` samples; sample step x total + position of the run."""
-        entries = self.entries[split]
-        chosen = []
-        for position in positions:
-            epoch, place = divmod(step * total + position, len(entries))
-            chosen.append(entries[order(seed, epoch, len(entries))[place] if split == "train" else place])
-        return Batch(
-            images=tuple(self.load(entry) for entry in chosen),
-            prompts=tuple(entry.prompt for entry in chosen),
-            positions=tuple(positions),
-            names=tuple(str(entry.path) for entry in chosen),
+    def __init__(self, path: Path, base_dir: Path, max_pixels: int, index_dir: Path | None = None, strict: bool = True):
+        if not path.is_file():
+            raise UserError(f"{path}: no such manifest; set data.params.train_manifest (or val_manifest) to a TSV file")
+        self.path, self.base_dir, self.max_pixels, self.index_dir, self.strict = (
+            *(path, base_dir, max_pixels, index_dir, strict),
         )
+        facts = path.stat()
+        if not facts.st_size:
+            raise empty(path)
+        self.file, self.num_bytes = path.open("rb", buffering=0), facts.st_size
+        key = index.stamp(RECORD, facts.st_size, facts.st_mtime_ns, str(base_dir.resolve()), max_pixels)
+        self.records = index.load(path, key, index_dir, RECORD, self.scan, self.measure)
 
-    def load(self, entry: Entry) -> Tensor:
-        """(3, height, width) in [-1, 1], cut to the nearest bucket."""
-        image = read_image(entry)
-        height, width = nearest(self.buckets, image.height, image.width)
-        image = ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+    def __reduce__(self) -> tuple:
+        return Manifest, (self.path, self.base_dir, self.max_pixels, self.index_dir, self.strict)
 
+    def __len__(self) -> int:
+        return len(self.records)
 
-@lru_cache(maxsize=2)  # a batch may straddle two epochs
-def order(seed: int, epoch: int, length: int) -> np.ndarray:
-    """A permutation of the lines."""
-    return generator(seed, "epoch", epoch).permutation(length)
+    def sizes(self, indices: np.ndarray) -> np.ndarray:
+        return self.records.sizes(indices)
 
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        """(n,) bytes of the lines, paths included: what is alike for all does not matter."""
+        last = len(self) - 1
+        ends = self.records.take(np.minimum(indices + 1, last))["offset"]
+        ends = np.where(indices == last, self.num_bytes, ends).astype(np.int64)
+        return ends - self.records.take(indices)["offset"].astype(np.int64)
 
-def read_manifest(path: Path, base_dir: Path) -> list[Entry]:
-    """Every line of a manifest, checked; blank lines are left out."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such manifest; set data.params.train_manifest (or val_manifest) to a TSV file")
-    entries = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        where = f"{path}, line {number}"
+    def prompt(self, index: int) -> str:
+        return self.line(index).prompt
+
+    def name(self, index: int) -> str:
+        return str(self.base_dir / self.line(index).path)
+
+    def image(self, index: int, enough: int | None) -> Image.Image:
+        with self.telling_line(index):
+            name = self.name(index)
+            return images.read(Path(name), name, self.max_pixels, enough)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) from the header of the picture file."""
+        with self.telling_line(index):
+            name = self.name(index)
+            return images.size(Path(name), name, self.max_pixels)
+
+    def digest(self) -> str:
+        """Of up to 1024 lines, evenly spread, their sizes and the length of the file."""
+        some = np.unique(np.linspace(0, len(self) - 1, 1024).astype(np.int64))
+        lines = [self.text_at(int(offset)) for offset in self.records.take(some)["offset"]]
+        return index.stamp(len(self), self.num_bytes, lines, self.sizes(some).tolist())
+
+    def line(self, index: int) -> Line:
+        offset = int(self.records[index]["offset"])
+        return parse(self.text_at(offset), lambda: self.where(offset))
+
+    def text_at(self, offset: int) -> bytes:
+        """The line that starts here. Read, not mapped: over an epoch a map would make the whole file resident."""
+        found = b""
+        while b"\n" not in found and (more := os.pread(self.file.fileno(), 4096, offset + len(found))):
+            found += more
+        return found.partition(b"\n")[0]
+
+    def where(self, offset: int) -> str:
+        """FILE, line N; counted when asked for, because only errors ask."""
+        before = sum(
+            os.pread(self.file.fileno(), min(CHUNK, offset - i), i).count(b"\n") for i in range(0, offset, CHUNK)
+        )
+        return f"{self.path}, line {before + 1}"
+
+    @contextmanager
+    def telling_line(self, index: int) -> Iterator[None]:
         try:
-            name, *prompt = line.decode("utf-8-sig" if number == 1 else "utf-8").split("\t")
+            yield
+        except BadSample as problem:
+            where = self.where(int(self.records[index]["offset"]))
+            raise BadSample(problem.kind, str(problem) if where in str(problem) else f"{where}: {problem}") from problem
+
+    def measure(self, records: np.ndarray) -> None:
+        self.records = records  # what there is so far
+        index.measure(records, self.size, self.path.name, self.strict)
+
+    def scan(self, out: Path) -> None:
+        """Write a record per line, checking all lines on the way."""
+        found = 0
+        with out.open("wb") as file, mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            first = len(BOM) if text[: len(BOM)] == BOM else 0
+            while first < len(text):
+                end = text.find(b"\n", min(first + CHUNK, len(text)) - 1) + 1 or len(text)
+                records = self.scan_block(text[first:end], first)
+                records.tofile(file)
+                found, first = found + len(records), end
+        if not found:
+            raise empty(self.path)
+
+    def scan_block(self, block: bytes, first: int) -> np.ndarray:
+        """The records of a block of whole lines that starts at offset `first`."""
+        try:
+            block.decode()
         except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8 at byte {error.start} of the line; save the file as UTF-8") from error
-        if not name.strip() and not prompt:
-            continue
-        if len(prompt) != 1:
-            raise UserError(f"{where}: expected path, one tab, prompt; found {len(prompt)} tabs in {preview(line)}")
-        if not name.strip() or not prompt[0].strip():
-            raise UserError(f"{where}: path or prompt is empty in {preview(line)}; give both")
-        entries.append(Entry(where, base_dir / name.strip(), prompt[0].strip()))
-    if not entries:
-        raise UserError(f"{path}: the manifest is empty; write a line per picture: path, tab, prompt")
-    return entries
+            start = first + block.rfind(b"\n", 0, error.start) + 1
+            parse(self.text_at(start), lambda: self.where(start))
+        data = np.frombuffer(block, np.uint8)
+        ends = np.flatnonzero(data == ord("\n"))
+        if not block.endswith(b"\n"):
+            ends = np.append(ends, len(data))
+        starts = np.insert(ends[:-1] + 1, 0, 0)
+        ends = ends - ((ends > starts) & (data[ends - 1] == ord("\r")))
+        starts, ends = (edges[ends > starts] for edges in (starts, ends))
+        tabs = np.append(np.flatnonzero(data == ord("\t")), len(data))
+        tab = np.searchsorted(tabs, starts)
+        num_tabs = np.searchsorted(tabs, ends) - tab
+        records = np.zeros(len(starts), RECORD)
+        records["offset"] = first + starts.astype(np.uint64)
+        one, three = num_tabs == 1, num_tabs == 3
+        second = np.where(three, tabs[np.minimum(tab + 1, len(tabs) - 1)], ends)  # where the prompt ends
+        fine = (one | three) & (tabs[tab] > starts) & (second > tabs[tab] + 1)
+        third = tabs[np.minimum(tab + 2, len(tabs) - 1)][three]
+        for name, begin, stop in (("width", second[three] + 1, third), ("height", third + 1, ends[three])):
+            records[name][three], legible = numbers(data, begin, stop)
+            fine[three] &= legible
+        return self.settle(records, fine)
+
+    def settle(self, records: np.ndarray, fine: np.ndarray) -> np.ndarray:
+        """Lines that the quick look does not understand, one by one: blank, in order after all, or an error."""
+        keep = np.ones(len(records), bool)
+        for i in np.flatnonzero(~fine):
+            offset = int(records["offset"][i])
+            if not self.text_at(offset).strip():
+                keep[i] = False
+            elif size := parse(self.text_at(offset), partial(self.where, offset)).size:
+                records["height"][i], records["width"][i] = np.clip(size, 1, 65535)
+        return records[keep]
 
 
-def preview(line: bytes) -> str:
-    return repr(line[:60].decode(errors="replace"))
+def numbers(data: np.ndarray, begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Decimal numbers between offsets (n,) -> values (n,), and which are indeed numbers from 1 to 65535."""
+    values, legible = np.zeros(len(begin), np.int64), (end > begin) & (end - begin <= 5)
+    for place in range(5):
+        at = end - 1 - place
+        digits = data[at.clip(0)] - np.uint8(ord("0"))  # wraps round below "0"
+        inside = at >= begin
+        legible &= (digits <= 9) | ~inside
+        values += np.where(inside, digits.astype(np.int64) * 10**place, 0)
+    legible &= (values >= 1) & (values <= 65535)
+    return np.where(legible, values, 0), legible
 
 
-def read_image(entry: Entry) -> Image.Image:
-    """A picture as RGB: upright as its EXIF data say, transparency on white, 16-bit grey scaled to 8."""
-    if not entry.path.is_file():
-        raise UserError(f"{entry.where}: {entry.path}: no such image; mend the line or data.params.base_dir")
+def parse(line: bytes, where: Callable[[], str]) -> Line:
+    """The fields of a line.
+
+    Raises:
+        BadSample: kind `invalid UTF-8`, `no tab`, `too many tabs`, `empty path`, `empty caption` or `bad size`.
+    """
     try:
-        with Image.open(entry.path) as image:
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
-    except DAMAGE as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{entry.where}: {entry.path}: cannot be decoded ({reason}); replace the image or remove the line"
-        ) from error
+        path, *rest = (field.strip() for field in line.decode().split("\t"))
+    except UnicodeDecodeError as error:
+        message = f"{where()}: not UTF-8 at byte {error.start} of the line; save the file as UTF-8"
+        raise BadSample("invalid UTF-8", message) from error
+    shown = repr(line[:60].decode(errors="replace"))
+    if len(rest) not in (1, 3):
+        kind = "too many tabs" if rest else "no tab"
+        raise BadSample(kind, f"{where()}: expected path, one tab, prompt; found {len(rest)} tabs in {shown}")
+    prompt, *size = rest
+    if not path or not prompt:
+        kind = "empty caption" if path else "empty path"
+        raise BadSample(kind, f"{where()}: path or prompt is empty in {shown}; give both")
+    if not size:
+        return Line(path, prompt, None)
+    if not all(number.isdecimal() and int(number) for number in size):
+        raise BadSample("bad size", f"{where()}: width and height must be numbers of pixels in {shown}")
+    return Line(path, prompt, (int(size[1]), int(size[0])))
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits, which `convert` would clip
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("32-bit floating point pixels have no known range")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
-
-
-def buckets(pixels: int, multiple: int, max_aspect: float) -> tuple[tuple[int, int], ...]:
-    """(height, width) pairs up to `max_aspect`: the largest of every height, and with the two exchanged."""
-    longest = int(math.sqrt(pixels * max_aspect))
-    found = set()
-    for height in range(multiple, longest + 1, multiple):
-        width = pixels // height // multiple * multiple
-        if width and max(height, width) <= max_aspect * min(height, width):
-            found |= {(height, width), (width, height)}
-    side = math.isqrt(pixels) // multiple * multiple
-    return tuple(sorted(found | {(side, side)}))
-
-
-def nearest(buckets: tuple[tuple[int, int], ...], height: int, width: int) -> tuple[int, int]:
-    """The bucket whose aspect ratio is nearest, measured in logarithms."""
-    aspect = math.log(height / width)
-    return min(buckets, key=lambda bucket: (abs(math.log(bucket[0] / bucket[1]) - aspect), -bucket[0] * bucket[1]))
+def empty(path: Path) -> UserError:
+    return UserError(f"{path}: the manifest is empty; write a line per picture: path, tab, prompt")

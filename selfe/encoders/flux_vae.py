@@ -86,13 +86,21 @@ class FluxVAE:
     @torch.no_grad()
     def encode(self, images: Sequence[Tensor], draws: Draws) -> Packed:
         """B x (3, H, W) in [-1, 1] -> tokens (T, 64), float32, of mean about 0 and width about 1."""
+        mean, deviation = self.moments(images)
+        if deviation is None:
+            return mean
+        return mean.with_tokens(mean.tokens + deviation * draws.normal_like("latent", mean))
+
+    @torch.no_grad()
+    def moments(self, images: Sequence[Tensor]) -> tuple[Packed, Tensor | None]:
+        """What `encode` draws from: mean tokens and standard deviations, (T, 64) each; None if it gives the means."""
         moments = by_shape(images, lambda x: self.net["encoder"](x.to(self.device, self.dtype)).float())
         mean, log_variance = zip(*(m.chunk(2) for m in moments), strict=True)
-        latents = patchify(mean)
-        if self.latent == "sample":
-            width = patchify([torch.exp(0.5 * v.clamp(-30, 20)) for v in log_variance])
-            latents = latents.with_tokens(latents.tokens + width.tokens * draws.normal_like("latent", latents))
-        return latents.with_tokens((latents.tokens - SHIFT) * SCALE)
+        mean = patchify(mean)
+        mean = mean.with_tokens((mean.tokens - SHIFT) * SCALE)
+        if self.latent == "mean":
+            return mean, None
+        return mean, patchify([torch.exp(0.5 * v.clamp(-30, 20)) for v in log_variance]).tokens * SCALE
 
     @torch.no_grad()
     def decode(self, latents: Packed) -> list[Tensor]:

@@ -1,0 +1,33 @@
+"""A data set whose pictures were encoded before: the same order and shapes, latents from a cache instead of files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from selfe import cache
+from selfe.feed import Feed, Row
+from selfe.types import Batch, Split
+
+
+class CachedData:
+    """`source` says which pictures come when; its picture files are not opened. Goes with `CachedLatents`."""
+
+    def __init__(self, cache_dir: str, source: Feed):
+        folder = Path(cache_dir)
+        cache.check(folder, source.facts())
+        self.source, self.latents, self.has_val = source, cache.Store(folder / "latents"), source.has_val
+
+    def costs(self, seed: int, step: int, total: int, split: Split) -> tuple[int, ...]:
+        return self.source.costs(seed, step, total, split)
+
+    def batch(self, seed: int, step: int, total: int, positions: Sequence[int], split: Split) -> Batch:
+        """As of the source, with pictures (rows, columns, numbers per token) in bf16."""
+        return self.source.collect(seed, step, total, positions, split, self.read)
+
+    def read(self, split: Split, row: Row, flipped: bool) -> Tensor:
+        key = cache.latent_key(split, row.source, row.index, row.shape, flipped)
+        name = f"{self.source.sources[split][row.source].name(row.index)} at {row.shape[0]} x {row.shape[1]}"
+        return self.latents.read(key, name)

@@ -1,0 +1,36 @@
+"""Captions that were encoded before: their codes from a cache, in place of a text encoder that is never loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from selfe import cache
+from selfe.types import TextCond, TextEncoder, packed
+
+
+class CachedText:
+    """What `encoder` would give, rounded to bf16."""
+
+    def __init__(self, cache_dir: str, encoder: TextEncoder):
+        self.folder = Path(cache_dir)
+        cache.check(self.folder, cache.describe("text_encoder", encoder))
+        self.text_dim, self.pooled_dim = encoder.text_dim, encoder.pooled_dim
+
+    def load(self, device: torch.device, shard: object = None) -> None:
+        self.device = device
+        self.text, self.pooled = cache.Store(self.folder / "text"), cache.Store(self.folder / "pooled")
+
+    def __call__(self, captions: Sequence[str]) -> TextCond:
+        """Captions -> text (T, text_dim) and pooled (B, pooled_dim), float32.
+
+        Raises:
+            UserError: a caption is not in the cache.
+        """
+        keys = [(cache.digest(caption), f"the caption {caption[:60]!r}") for caption in captions]
+        texts = [self.text.read(key, name)[0] for key, name in keys]
+        pooled = [self.pooled.read(key, name)[0, 0] for key, name in keys]
+        tokens = torch.cat(texts).to(self.device).float()
+        return TextCond(packed(tokens, [(1, len(text)) for text in texts]), torch.stack(pooled).to(self.device).float())
