@@ -76,6 +76,8 @@ def shard(module: nn.Module, mesh: DeviceMesh, *, precision: Precision, activati
     Stored in fp32, computed in `precision`, gradients reduced in fp32. The module casts its own inputs, because times
     must not be rounded to bf16.
     """
+    if mesh["replicate"].size() == 1:
+        mesh = mesh["shard"]  # spares an all-reduce of every gradient over one rank
     policy = MixedPrecisionPolicy(DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False)
     for stack in module.children():
         for block in stack if isinstance(stack, nn.ModuleList) else ():

@@ -56,6 +56,7 @@ class Trainer:
     lr: float = 3e-4
     min_lr: float = 1e-5
     warmup_steps: int = 1000
+    decay_start: int = 0  # until this step, if it is later than the warm-up, the learning rate stays at lr
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.01
     clip_norm: float = 1.0
@@ -79,11 +80,12 @@ class Trainer:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def lr_at(self, step: int) -> float:
-        """Linear warm-up to `lr`, then linear decay that reaches `min_lr` at the last step."""
+        """Linear warm-up to `lr`, held until `decay_start`, then linear decay that reaches `min_lr` at the last step."""
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(self.max_steps - 1 - self.warmup_steps, 1)
-        return self.lr + (self.min_lr - self.lr) * min(progress, 1.0)
+        start = max(self.warmup_steps, self.decay_start)
+        progress = (step - start) / max(self.max_steps - 1 - start, 1)
+        return self.lr + (self.min_lr - self.lr) * min(max(progress, 0.0), 1.0)
 
     def micro_batches(self, world_size: int, batch_multiple: int) -> int:
         """Micro-batches per rank and step."""
