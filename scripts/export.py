@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, CLIPTextModel
 from selfe import checkpoint, config, flux_format, launch
 from selfe.backbones.mmdit import MMDiT
 from selfe.encoders.flux_vae import CHANNELS, SCALE, SHIFT, STAGES, FluxVAE
-from selfe.encoders.t5_clip import CLIP_FOLDER, T5_FOLDER, T5Clip
+from selfe.encoders.t5_clip import CLIP_FOLDER, T5_FOLDER, T5Clip, naming
 from selfe.system import System
 from selfe.types import DTYPES, UserError
 from selfe.weights import cached, write
@@ -163,7 +163,8 @@ def write_text_encoders(out: Path, encoder: T5Clip) -> dict[str, str]:
         for file in sorted(sources["tokenizer_2"].iterdir()):
             if file.name == "config.json" or ".safetensors" in file.suffixes:
                 link(file, out / "text_encoder_2" / file.name)
-        clip = CLIPTextModel.from_pretrained(sources["tokenizer"], local_files_only=True)
+        with naming(sources["tokenizer"]):
+            clip = CLIPTextModel.from_pretrained(sources["tokenizer"], local_files_only=True)
         tokenizers = {
             name: AutoTokenizer.from_pretrained(path, local_files_only=True) for name, path in sources.items()
         }
