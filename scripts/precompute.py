@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -289,7 +290,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--out", type=Path, required=True, help="the folder of the cache")
-    parser.add_argument("--workers", type=int, default=4, help="processes that read pictures, per encoding process")
+    workers = min(4, len(os.sched_getaffinity(0)))
+    parser.add_argument("--workers", type=int, default=workers, help="processes that read pictures, per encoder")
     parser.add_argument("--batch-size", type=int, default=32, help="pictures or captions that are encoded together")
     parser.add_argument(
         "--one-sample", action="store_true", help="a fixed draw instead of mean and deviation: half the size"

@@ -81,9 +81,10 @@ def load(
             with locked(final.with_suffix(".lock")):
                 if not final.exists():
                     build(path.name, final, dtype, scan, measure)
-        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        except OSError as error:
             raise UserError(
-                f"{folder}: cannot write the index of {path.name} here; set data.params.index_dir to a folder of yours"
+                f"{folder}: cannot write the index of {path.name} here ({error.strerror}); set data.params.index_dir "
+                "to a folder of yours"
             ) from error
     return Mapped(final, dtype)
 
@@ -93,8 +94,11 @@ def build(
 ) -> None:
     scanned, partial = (final.with_suffix(suffix) for suffix in (".scanned", ".partial"))
     if not scanned.exists():
-        scan(partial)
-        partial.rename(scanned)
+        try:
+            scan(partial)
+            partial.rename(scanned)
+        finally:
+            partial.unlink(missing_ok=True)
     measure(np.memmap(scanned, dtype, "r+"))
     for suffix in ("index", "scanned"):
         for stale in set(final.parent.glob(f"{glob.escape(name)}.*.{suffix}")) - {scanned}:
@@ -105,11 +109,13 @@ def build(
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """One process at a time, on file systems that know locks."""
-    with path.open("w") as file:
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-    path.unlink(missing_ok=True)  # whoever waited for it finds the work done
+    try:
+        with path.open("w") as file:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+    finally:
+        path.unlink(missing_ok=True)  # whoever waited for it finds the work done
 
 
 def measure(records: np.ndarray, header: Callable[[int], tuple[int, int]], name: str, strict: bool) -> None:

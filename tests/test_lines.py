@@ -60,6 +60,7 @@ def test_mistakes_are_one_line(folder, text, said):
     with pytest.raises(UserError, match=said) as error:
         read()
     assert "\n" not in str(error.value)
+    assert not [path for path in folder.iterdir() if path.suffix in (".lock", ".partial")]
 
 
 def test_several_bad_pictures_are_counted(folder):

@@ -44,9 +44,8 @@ class Manifest:
     def __init__(self, path: Path, base_dir: Path, max_pixels: int, index_dir: Path | None = None, strict: bool = True):
         if not path.is_file():
             raise UserError(f"{path}: no such manifest; set data.params.train_manifest (or val_manifest) to a TSV file")
-        self.path, self.base_dir, self.max_pixels, self.index_dir, self.strict = (
-            *(path, base_dir, max_pixels, index_dir, strict),
-        )
+        self.path, self.base_dir, self.max_pixels = path, base_dir, max_pixels
+        self.index_dir, self.strict = index_dir, strict
         facts = path.stat()
         if not facts.st_size:
             raise empty(path)
