@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from selfe.device import choose_device
 from selfe.types import DTYPES, Precision, UserError
+
+Group = dist.ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,31 @@ def gather(value: Any, world: World) -> list[Any]:
     values = [None] * world.size if world.is_main else None
     dist.gather_object(value, values)
     return values or []
+
+
+def broadcast(value: Any, world: World) -> Any:
+    """Rank 0's value on every rank. For small host-side things."""
+    values = [value if world.is_main else None]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def host_group(timeout_minutes: float) -> Group:
+    """A second way to talk between all ranks, over host memory, for a thread that must not disturb training."""
+    return dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+
+
+def together(action: Callable[[], Any], world: World, group: Group) -> list[Any]:
+    """`action()` on every rank; every rank's result. If it raises OSError on any, OSError is raised on all."""
+    try:
+        mine = (action(), None)
+    except OSError as error:
+        mine = (None, f"process {world.rank}: {error}")
+    everyone = [None] * world.size
+    dist.all_gather_object(everyone, mine, group=group)
+    if errors := [error for _, error in everyone if error]:
+        raise OSError(errors[0])
+    return [result for result, _ in everyone]
 
 
 def barrier() -> None:

@@ -18,6 +18,7 @@ from selfe import checkpoint, config, dist, ema, launch, log, pictures
 from selfe.dist import World
 from selfe.draws import Draws
 from selfe.samplers.renoise import Renoise
+from selfe.saving import Keep, Saver
 from selfe.system import System
 from selfe.types import Batch, Data, Precision, Sampler, UserError
 
@@ -64,6 +65,7 @@ class Trainer:
     num_workers: int = 4
     log_every: int = 50
     checkpoint_every: int = 5000
+    checkpoints: Keep = Keep()  # noqa: RUF009 - frozen
     val_every: int = 5000
     val_batches: int = 1  # of total_batch_size pictures each
     samples: Samples = Samples()
@@ -118,7 +120,8 @@ class Fit:
         self.optimizer = torch.optim.AdamW(
             self.net.parameters(), lr=trainer.lr, betas=trainer.betas, weight_decay=trainer.weight_decay, fused=True
         )
-        found = checkpoint.latest(self.folder / "checkpoints")
+        self.saver = Saver(self.folder / "checkpoints", trainer.checkpoints, world)
+        found = checkpoint.newest_good(self.saver.folder, world)
         self.start = checkpoint.resume(found, self.net, self.ema, self.optimizer) if found else 0
         if found and world.is_main:
             log.say(f"resuming from {found}")
@@ -137,7 +140,7 @@ class Fit:
         for step in range(self.start, end):
             grad_norm = self.step(step, micro_batches, measured)
             done = step + 1
-            note = ""
+            note, score = "", None
             if done % trainer.log_every == 0 or done == end:
                 values = self.summary(measured, grad_norm, step, time.perf_counter() - clock)
                 measured, clock = defaultdict(list), time.perf_counter()
@@ -146,15 +149,15 @@ class Fit:
                     metrics.write(step, values)
             if done % trainer.val_every == 0 and self.data.has_val:
                 values = self.validate(step)
+                score = values["val_loss"]
                 if main:
                     metrics.write(step, values)
             if done % trainer.samples.every == 0 and trainer.samples.prompts:
                 self.draw_samples(done)
             progress.advance(1, note)
             if done % trainer.checkpoint_every == 0 or done == end:
-                path = checkpoint.save(
-                    self.folder / "checkpoints", done, self.net, self.ema, self.optimizer, self.world
-                )
+                self.saver.begin(done, checkpoint.training_state(self.net, self.ema, self.optimizer), score)
+        path = self.saver.finish()
         progress.close()
         if main:
             metrics.close()

@@ -1,5 +1,6 @@
 """Run a function on several gloo processes and bring back what rank 0 returned."""
 
+import multiprocessing
 import os
 import socket
 import tempfile
@@ -8,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.multiprocessing import spawn
+from torch.multiprocessing import start_processes
 
 from selfe import dist
+
+# one process imports everything once, alone and without threads, and every rank of every test is a fork of it
+multiprocessing.set_forkserver_preload(["selfe.train"])
 
 
 def on_ranks(size: int, function: Callable, *arguments: Any) -> Any:
@@ -20,7 +24,7 @@ def on_ranks(size: int, function: Callable, *arguments: Any) -> Any:
         port = free.getsockname()[1]
         free.close()
         path = Path(folder) / "result.pt"
-        spawn(_child, args=(size, port, path, function, arguments), nprocs=size)
+        start_processes(_child, (size, port, path, function, arguments), nprocs=size, start_method="forkserver")
         return torch.load(path, weights_only=True)
 
 

@@ -16,7 +16,7 @@ LAYERS = {
     "flow": 0.2,
     **dict.fromkeys(["backbones", "encoders", "objectives", "samplers", "data"], 1),
     "system": 2,
-    **dict.fromkeys(["device", "dist", "ema", "checkpoint", "log", "pictures", "config"], 3),
+    **dict.fromkeys(["device", "dist", "ema", "checkpoint", "saving", "log", "pictures", "config"], 3),
     "launch": 4,
     **dict.fromkeys(["train", "infer"], 5),
 }
