@@ -22,6 +22,7 @@ from selfe.device import choose_device
 from selfe.types import DTYPES, Precision, UserError
 
 Group = dist.ProcessGroup
+_notes: dist.Store  # beside the process group, as global as it is
 
 
 @dataclass(frozen=True)
@@ -42,20 +43,34 @@ def world(timeout_minutes: float = 10) -> Iterator[World]:
     """Join the process group that torchrun's variables describe, or form a group of one; leave it at the end."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group(store=_store(size), rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes))
+    global _notes
+    store = _store(size)
+    _notes = dist.PrefixStore("notes", store)
+    dist.init_process_group(store=store, rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes))
     try:
         yield World(rank, size, device)
     finally:
         dist.destroy_process_group()
 
 
-def _store(size: int) -> dist.Store | None:
-    """Where the processes meet: a file if the launcher names one, else (None) torchrun's address and port."""
+def _store(size: int) -> dist.Store:
+    """Where the processes meet: a file if the launcher names one, else torchrun's address and port."""
     if size == 1:
         return dist.HashStore()
     if path := os.environ.get("SELFE_STORE"):
         return dist.FileStore(f"{path}_{os.environ['TORCHELASTIC_RESTART_COUNT']}", size)
-    return None
+    store, _, _ = next(dist.rendezvous("env://"))
+    return store
+
+
+def post(name: str, note: str) -> None:
+    """Leave a note for the other processes. Works when collective calls do not."""
+    _notes.set(name, note)
+
+
+def posted(name: str) -> str | None:
+    """A note that some process has left, None if there is none (yet)."""
+    return _notes.get(name).decode() if _notes.check([name]) else None
 
 
 def make_mesh(world: World, shard_size: int | None) -> DeviceMesh:
@@ -107,6 +122,18 @@ def clip_grad_norm(module: nn.Module, max_norm: float) -> Tensor:
     return nn.utils.clip_grad_norm_(module.parameters(), max_norm).full_tensor()
 
 
+def agree(grad_norm: Tensor, signal: int, device: torch.device) -> tuple[float, int]:
+    """What all ranks know after a step, with one small exchange and one wait for the device.
+
+    The gradient norm, to the bit the same on all, and the signal that asked any of them to stop (0: none).
+    """
+    heard = torch.tensor([float(signal > 0), float(signal)], dtype=torch.float64).to(device)
+    values = torch.cat([grad_norm.double().reshape(1), heard])
+    dist.all_reduce(values)
+    norm, stops, signals = values.tolist()
+    return norm / dist.get_world_size(), round(signals / max(stops, 1))
+
+
 def mean_over_ranks(rows: dict[str, list[Tensor]], device: torch.device) -> dict[str, float]:
     """Means over everything that all ranks measured: name -> list of 1-D tensors, the same names on every rank."""
     names = sorted(rows)
@@ -114,6 +141,12 @@ def mean_over_ranks(rows: dict[str, list[Tensor]], device: torch.device) -> dict
     sums = torch.stack([torch.stack([v.sum() for v in values]), torch.tensor([len(v) for v in values]).to(device)])
     dist.all_reduce(sums)
     return dict(zip(names, (sums[0] / sums[1]).tolist(), strict=True))
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """In place, the same on every rank."""
+    dist.all_reduce(values)
+    return values
 
 
 def gather(value: Any, world: World) -> list[Any]:

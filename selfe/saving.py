@@ -52,10 +52,11 @@ class Saver:
         if world.is_main:
             clear(folder)
 
-    def begin(self, step: int, state: dict, score: float | None = None) -> None:
+    def begin(self, step: int, state: dict, notes: dict | None = None) -> None:
         """Copy the state of `step` finished steps and start to write it; waits for the save before it.
 
-        Raises UserError when too many saves in a row have failed. `score` is the validation loss, lower is better.
+        Raises UserError when too many saves in a row have failed. `notes` go into the marker; a `score` among
+        them, lower is better, ranks it.
         """
         self.wait()
         if len(self.failures) >= self.keep.max_failed_saves:
@@ -64,7 +65,7 @@ class Saver:
                 f"mend that and start again: the run continues from {self.saved or 'its newest checkpoint'}"
             )
         staged = self.stager.stage(state)
-        self.pending = self.thread.submit(self.write, step, staged, score)
+        self.pending = self.thread.submit(self.write, step, staged, notes or {})
 
     def wait(self) -> None:
         """Until no save is under way; counts one that failed."""
@@ -86,7 +87,7 @@ class Saver:
             )
         return self.saved
 
-    def write(self, step: int, state: dict, score: float | None) -> Path:
+    def write(self, step: int, state: dict, notes: dict) -> Path:
         """One checkpoint, in the background thread of every rank. OSError on all ranks if any failed."""
         final = self.folder / f"step_{step:08d}"
         aside = final.with_name(final.name + ASIDE)
@@ -100,7 +101,7 @@ class Saver:
             checkpoint.write(state, aside, group)
             parts = dist.together(lambda: checkpoint.written(aside, world.rank), world, group)
             files = {name: entry for part in parts for name, entry in part.items()}
-            marker = {"step": step, "processes": world.size, "score": score, "files": files}
+            marker = {"step": step, "processes": world.size, "files": files} | notes
             on_main(lambda: publish(aside, final, marker))
         except OSError as error:
             if world.is_main:
@@ -174,7 +175,7 @@ def prune(folder: Path, keep: Keep) -> None:
     markers = {
         path: checkpoint.read_marker(path) for path in checkpoint.candidates(folder) if checkpoint.is_whole(path)
     }
-    scored = [path for path, marker in markers.items() if marker["score"] is not None]
+    scored = [path for path, marker in markers.items() if marker.get("score") is not None]
     best = sorted(scored, key=lambda path: markers[path]["score"])[: keep.keep_best]
     last = list(markers)[: keep.keep_last]
     for path, marker in markers.items():

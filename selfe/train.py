@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import copy
-import time
-from collections import defaultdict
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from selfe import checkpoint, config, dist, ema, launch, log, pictures
+from selfe import checkpoint, config, dist, ema, health, launch, log, pictures
+from selfe.clock import Clock
 from selfe.dist import World
 from selfe.draws import Draws
+from selfe.health import Guard, Health
+from selfe.observe import Cells, Measured, ema_distance
 from selfe.samplers.renoise import Renoise
 from selfe.saving import Keep, Saver
+from selfe.signals import Ear, Stopped
 from selfe.system import System
 from selfe.types import Batch, Data, Precision, Sampler, UserError
+from selfe.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,14 @@ class Trainer:
     precision: Precision = "bf16"
     shard_size: int | None = None  # ranks that share one copy of the parameters; the others replicate it
     activation_checkpointing: bool = True
+    timeout_minutes: float = 10  # without progress on any process; then all end
     num_workers: int = 4
+    health: Health = Health()  # noqa: RUF009 - frozen
+    peak_tflops: float | None = None  # of one device, for the estimate of its use (MFU); null: looked up by its name
     log_every: int = 50
     checkpoint_every: int = 5000
     checkpoints: Keep = Keep()  # noqa: RUF009 - frozen
+    cells_every: int = 1000  # a multiple of log_every
     val_every: int = 5000
     val_batches: int = 1  # of total_batch_size pictures each
     samples: Samples = Samples()
@@ -123,6 +131,9 @@ class Fit:
         self.saver = Saver(self.folder / "checkpoints", trainer.checkpoints, world)
         found = checkpoint.newest_good(self.saver.folder, world)
         self.start = checkpoint.resume(found, self.net, self.ema, self.optimizer) if found else 0
+        self.guard = Guard(trainer.health, checkpoint.read_marker(found)["guard"] if found else None)
+        self.measured, self.cells, self.clock = Measured(), Cells(), Clock(world.device, trainer.peak_tflops)
+        self.steps_logged = self.start
         if found and world.is_main:
             log.say(f"resuming from {found}")
 
@@ -135,65 +146,110 @@ class Fit:
             return
         metrics = log.Metrics(self.folder, self.start, trainer.wandb.mode, trainer.wandb.project) if main else None
         progress = log.Progress("training", end, self.start, quiet=not main)
-        measured, clock = defaultdict(list), time.perf_counter()
+        ear, watch = Ear(), Watch(self.world, trainer.timeout_minutes, partial(launch.end, 1))
         micro_batches = self.micro_batches(end)
         for step in range(self.start, end):
-            grad_norm = self.step(step, micro_batches, measured)
-            done = step + 1
-            note, score = "", None
-            if done % trainer.log_every == 0 or done == end:
-                values = self.summary(measured, grad_norm, step, time.perf_counter() - clock)
-                measured, clock = defaultdict(list), time.perf_counter()
-                note = f"loss {values['loss']:.4f}"
-                if main:
-                    metrics.write(step, values)
+            launch.STATUS["step"] = step
+            watch.beat(step, "training")
+            grad_norm, stop = self.step(step, micro_batches, ear.heard)
+            done, last = step + 1, step + 1 == end or stop > 0
+            values, score = {}, None
+            if done % trainer.log_every == 0 or last:
+                values |= self.summary(step, grad_norm)
+            if done % trainer.cells_every == 0 and main:
+                self.cells.write(self.folder, step)
             if done % trainer.val_every == 0 and self.data.has_val:
-                values = self.validate(step)
-                score = values["val_loss"]
-                if main:
-                    metrics.write(step, values)
+                watch.beat(step, "validating")
+                values |= self.validate(step)
+                score = values["val_ema_loss"]
             if done % trainer.samples.every == 0 and trainer.samples.prompts:
+                watch.beat(step, "drawing samples")
                 self.draw_samples(done)
-            progress.advance(1, note)
-            if done % trainer.checkpoint_every == 0 or done == end:
-                self.saver.begin(done, checkpoint.training_state(self.net, self.ema, self.optimizer), score)
+            if values and main:
+                metrics.write(step, values)
+            progress.advance(1, f"loss {values['loss']:.4f}" if "loss" in values else "")
+            if done % trainer.checkpoint_every == 0 or last:
+                watch.beat(step, "saving", limited=False)
+                self.save(done, score)
+            if last:
+                break
+        watch.beat(step, "saving", limited=False)
         path = self.saver.finish()
-        progress.close()
+        progress.close(), watch.close(), ear.close()
         if main:
             metrics.close()
-            log.say(f"{done} steps done; checkpoint: {path}")
+        self.part_with(f"{done} steps done; checkpoint: {path}", stop)
 
-    def step(self, step: int, micro_batches: Iterator[Batch], measured: dict[str, list[Tensor]]) -> Tensor:
-        """One optimizer step over `num_micro` micro-batches; adds what it measured and returns the gradient norm."""
-        trainer = self.trainer
+    def part_with(self, message: str, stop: int) -> None:
+        """The last word of a run, and how its processes end if a signal asked for it."""
+        if stop:
+            message = f"stopped by {signal.Signals(stop).name}: {message}; the same command continues"
+        if self.world.is_main:
+            log.say(message)
+        if stop:
+            raise Stopped(stop, message)
+
+    def save(self, done: int, score: float | None) -> None:
+        self.clock.mark("checkpoint")
+        state = checkpoint.training_state(self.net, self.ema, self.optimizer)
+        self.saver.begin(done, state, {"score": score, "guard": self.guard.memory})
+        self.clock.mark("other")
+
+    def step(self, step: int, micro_batches: Iterator[Batch], heard: int) -> tuple[float, int]:
+        """One optimizer step over `num_micro` micro-batches, unless its gradient is sick.
+
+        Returns the gradient norm, and the signal that any process has heard.
+        """
+        trainer, clock, measured = self.trainer, self.clock, Measured()
         lr = trainer.lr_at(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         for _ in range(self.num_micro):
+            clock.mark("data")
             batch = expect(next(micro_batches))
+            clock.mark("encode")
             draws = Draws.of_step(self.seed, step, batch.positions)
-            loss = self.system.loss(self.net, self.ema, batch, draws, step)
+            loss = self.system.loss(clock.around(self.net), clock.around(self.ema), batch, draws, step)
+            clock.mark("backward")
             # FSDP averages over ranks; with this division, accumulation averages over micro-batches too
             (loss.per_sample.mean() / self.num_micro).backward()
-            for name, rows in ({"loss": loss.per_sample.detach()} | loss.metrics).items():
-                measured[name].append(rows)
+            measured.add(loss, batch)
+        clock.mark("optimizer")
+        limit = self.guard.limit()
         grad_norm = dist.clip_grad_norm(self.net, trainer.clip_norm)
-        self.optimizer.step()
+        grad_norm, stop = dist.agree(grad_norm, heard, self.world.device)
+        if self.guard.accepts(grad_norm):
+            self.optimizer.step()
+            ema.update(self.ema, self.net, ema.decay_at(step, trainer.ema_decay, trainer.ema_warmup))
+            self.measured.extend(measured)
+        else:
+            self.skip(step, grad_norm, limit, measured)
         self.optimizer.zero_grad(set_to_none=True)
-        ema.update(self.ema, self.net, ema.decay_at(step, trainer.ema_decay, trainer.ema_warmup))
-        return grad_norm
+        clock.mark("other")
+        return grad_norm, stop
 
-    def summary(self, measured: dict[str, list[Tensor]], grad_norm: Tensor, step: int, seconds: float) -> dict:
-        """Means over all ranks since the last summary."""
-        num_samples = sum(len(rows) for rows in measured["loss"]) * self.world.size
-        values = dist.mean_over_ranks(measured, self.world.device)
-        values |= {"grad_norm": grad_norm.item(), "lr": self.trainer.lr_at(step)}
-        if not all(map(torch.isfinite, map(torch.tensor, values.values()))):
+    def skip(self, step: int, grad_norm: float, limit: float, measured: Measured) -> None:
+        """Tell and record a step that is not taken; the same verdict on every rank."""
+        parts = dist.gather(measured.describe(), self.world)
+        if self.world.is_main:
+            samples = sorted((sample for part in parts for sample in part), key=lambda sample: sample["position"])
+            path = health.record(self.folder / "skipped", step, grad_norm, limit, samples)
+            log.say(f"step {step} skipped: gradient norm {grad_norm:.4g}, limit {limit:.4g}; its samples: {path}")
+        if self.guard.exhausted:
             raise UserError(
-                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}: training has diverged; "
-                "lower trainer.lr and start again from the last checkpoint"
+                f"step {step}: {self.guard.in_a_row} steps in a row were skipped, gradient norm {grad_norm:.4g}: "
+                "training has diverged; lower trainer.lr and start again from an earlier checkpoint"
             )
-        return values | {"samples_per_second": num_samples / seconds}
+
+    def summary(self, step: int, grad_norm: float) -> dict[str, float]:
+        """Means over all ranks since the last summary, and where the time went."""
+        device, measured, self.measured = self.world.device, self.measured, Measured()
+        values = measured.means(device) | {"grad_norm": grad_norm, "lr": self.trainer.lr_at(step)}
+        self.cells.add(measured.cells(device))
+        values["ema_distance"] = ema_distance(self.ema, self.net, device)
+        num_samples = (step + 1 - self.steps_logged) * self.trainer.total_batch_size
+        self.steps_logged = step + 1
+        return values | self.clock.rates(num_samples, self.world.size)
 
     def micro_batches(self, end: int) -> Iterator[Batch | UserError]:
         """This rank's micro-batches from the start step on, loaded ahead by worker processes."""
@@ -213,14 +269,17 @@ class Fit:
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
         """The objective on fixed pictures with fixed times and noise, so that only the weights change its value."""
-        part, measured = self.part("val"), defaultdict(list)
-        for number in range(self.trainer.val_batches * self.num_micro):
-            batch = expect(part[number])
-            draws = Draws(tuple((self.seed, "val", number // self.num_micro, p) for p in batch.positions))
-            loss = self.system.loss(self.net, self.ema, batch, draws, step)
-            for name, rows in ({"loss": loss.per_sample} | loss.metrics).items():
-                measured[f"val_{name}"].append(rows)
-        return dist.mean_over_ranks(measured, self.world.device)
+        self.clock.mark("validation")
+        part, values = self.part("val"), {}
+        for prefix, net in {"val_": self.net, "val_ema_": self.ema}.items():
+            measured = Measured()
+            for number in range(self.trainer.val_batches * self.num_micro):
+                batch = expect(part[number])
+                draws = Draws(tuple((self.seed, "val", number // self.num_micro, p) for p in batch.positions))
+                measured.add(self.system.loss(net, self.ema, batch, draws, step), batch)
+            values |= measured.means(self.world.device, prefix)
+        self.clock.mark("other")
+        return values
 
     def draw_samples(self, done: int) -> None:
         """A sheet of pictures by the EMA weights. All ranks draw equally many: sharded calls are collective."""
@@ -284,7 +343,8 @@ def main(arguments: list[str]) -> None:
     with torch.device("meta"):
         system = config.build(settings, "system")
     data, trainer = config.build(settings, "data"), config.build(settings, "trainer")
-    with dist.world() as world:
+    # the watch speaks of ranks and steps, the process group only of operations: let the watch be first
+    with dist.world(timeout_minutes=2 * trainer.timeout_minutes + 1) as world:
         if world.is_main:
             folder = Path(trainer.output_dir)
             folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,5 @@
 """Run a function on several gloo processes and bring back what rank 0 returned."""
 
-import multiprocessing
 import os
 import socket
 import tempfile
@@ -12,9 +11,6 @@ import torch
 from torch.multiprocessing import start_processes
 
 from selfe import dist
-
-# one process imports everything once, alone and without threads, and every rank of every test is a fork of it
-multiprocessing.set_forkserver_preload(["selfe.train"])
 
 
 def on_ranks(size: int, function: Callable, *arguments: Any) -> Any:

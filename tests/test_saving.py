@@ -42,7 +42,7 @@ def test_what_stays(alone, tmp_path):
     saver = Saver(tmp_path, Keep(keep_last=2, keep_every=4, keep_best=1), alone)
     scores = {1: 0.5, 3: 0.2, 6: 0.3}
     for step in range(1, 10):
-        saver.begin(step, state(step), scores.get(step))
+        saver.begin(step, state(step), {"score": scores.get(step)})
     assert saver.finish() == tmp_path / "step_00000009"
     assert steps(tmp_path) == [3, 4, 8, 9]
     truncated = tmp_path / "step_00000009" / "__0_0.distcp"
