@@ -23,3 +23,8 @@ if ! UV_PROJECT_ENVIRONMENT=.venv "$uv" sync --quiet "$@"; then
   [ -x .venv/bin/python ] || exit 1
   echo "selfe: warning: could not bring .venv up to date (see above); going on with it as it is" >&2
 fi
+
+# the same names and versions: let git see that nothing has changed, although the file's size has
+if [ -e .git ] && git diff --quiet -- uv.lock; then
+  git add -- uv.lock
+fi
