@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import warnings
 import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch.distributed.checkpoint as dcp
 from torch import nn
@@ -20,6 +22,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.optim import Optimizer
@@ -28,7 +31,21 @@ from selfe import dist, log
 from selfe.dist import Group, World
 from selfe.types import UserError
 
+Part = Literal["model", "ema", "optimizer", "step"]
+PARTS: tuple[Part, ...] = get_args(Part)
 MARKER = "progress.json"  # written last: a folder without it is not a checkpoint
+
+
+@dataclass(frozen=True)
+class InitFrom:
+    """Parts of another run's checkpoint. Of `model` and `ema`, one that is not named takes the other's weights."""
+
+    path: str  # a checkpoint, or a folder of them: then the newest
+    parts: tuple[Part, ...] = ("model", "ema")
+
+    def __post_init__(self):
+        if not {"model", "ema"} & set(self.parts):
+            raise ValueError(f"parts must name model or ema, got {list(self.parts)}")
 
 
 def stager(world: World) -> DefaultStager:
@@ -68,13 +85,24 @@ def checksum(path: Path) -> int:
     return value
 
 
-def resume(path: Path, net: nn.Module, ema: nn.Module, optimizer: Optimizer) -> int:
-    """Load a training state in place and return the number of finished steps; called by every rank."""
-    state = training_state(net, ema, optimizer)
-    check_fits(path, {"net": state["net"], "ema": state["ema"]})
+def load(path: Path, net: nn.Module, ema: nn.Module, optimizer: Optimizer | None, parts: Sequence[Part] = PARTS) -> int:
+    """Load parts of a training state in place; called by every rank. Returns the finished steps, 0 without `step`.
+
+    Of `model` and `ema`, one that is not asked for gets the weights of the other.
+    """
+    names = {"model": "net", "ema": "ema", "optimizer": "optimizer"}
+    modules = {"model": net, "ema": ema}
+    state = {names[part]: get_model_state_dict(modules[part]) for part in modules if part in parts}
+    check_fits(path, state)
+    if "optimizer" in parts:
+        state["optimizer"] = get_optimizer_state_dict(net, optimizer)
     dcp.load(state, checkpoint_id=path)
-    set_optimizer_state_dict(net, optimizer, state["optimizer"])
-    return read_step(path)
+    if "optimizer" in parts:
+        set_optimizer_state_dict(net, optimizer, state["optimizer"])
+    for there, missing in (("model", "ema"), ("ema", "model")):
+        if missing not in parts:
+            set_model_state_dict(modules[missing], state[names[there]])
+    return read_step(path) if "step" in parts else 0
 
 
 def load_weights(path: Path, module: nn.Module, weights: Literal["ema", "live"]) -> int:

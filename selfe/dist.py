@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -86,16 +87,16 @@ def make_mesh(world: World, shard_size: int | None) -> DeviceMesh:
     )
 
 
-def shard(module: nn.Module, mesh: DeviceMesh, *, precision: Precision, activation_checkpointing: bool) -> None:
+def shard(module: nn.Module, mesh: DeviceMesh, *, precision: Precision, activation_checkpointing: bool | int) -> None:
     """Cut the parameters of a module (on the meta device or not) over the mesh, block by block.
 
     Stored in fp32, computed in `precision`, gradients reduced in fp32. The module casts its own inputs, because times
-    must not be rounded to bf16.
+    must not be rounded to bf16. Activations of every block, or of every `activation_checkpointing`-th, are not kept.
     """
     policy = MixedPrecisionPolicy(DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False)
     for stack in module.children():
-        for block in stack if isinstance(stack, nn.ModuleList) else ():
-            if activation_checkpointing:
+        for number, block in enumerate(stack if isinstance(stack, nn.ModuleList) else ()):
+            if activation_checkpointing and number % activation_checkpointing == 0:
                 # replaces the method rather than wrapping the module: parameter names stay what they are
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
             fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -110,6 +111,25 @@ def materialise(module: nn.Module, device: torch.device, seed: int) -> None:
         for name, parameter in module.named_parameters():
             full = module.initial(name, parameter.shape, seed).to(device)
             parameter.copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None))
+
+
+def twins(
+    module: nn.Module,
+    world: World,
+    precision: Precision,
+    seed: int,
+    *,
+    shard_size: int | None = None,
+    activation_checkpointing: bool | int = False,
+) -> tuple[nn.Module, nn.Module]:
+    """The live and the EMA denoiser from one on the meta device, sharded alike, with the same initial values."""
+    mesh = make_mesh(world, shard_size)
+    net, ema = module, copy.deepcopy(module).requires_grad_(False)
+    for part, saves_memory in ((net, activation_checkpointing), (ema, False)):
+        shard(part, mesh, precision=precision, activation_checkpointing=saves_memory)
+    for part in (net, ema):
+        materialise(part, world.device, seed)
+    return net, ema
 
 
 def local(tensor: Tensor) -> Tensor:

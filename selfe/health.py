@@ -37,10 +37,11 @@ class Guard:
         self.health = health
         self.norms = deque((memory or {}).get("norms", ()), maxlen=health.window)
         self.in_a_row = (memory or {}).get("in_a_row", 0)
+        self.skipped = (memory or {}).get("skipped", 0)  # in the whole run
 
     @property
     def memory(self) -> dict:
-        return {"norms": list(self.norms), "in_a_row": self.in_a_row}
+        return {"norms": list(self.norms), "in_a_row": self.in_a_row, "skipped": self.skipped}
 
     def limit(self) -> float:
         """The norm above which a step is a spike."""
@@ -58,6 +59,7 @@ class Guard:
         if good:
             self.norms.append(norm)
         self.in_a_row = 0 if good else self.in_a_row + 1
+        self.skipped += not good
         return good
 
     @property
@@ -65,11 +67,10 @@ class Guard:
         return self.in_a_row >= self.health.max_skips
 
 
-def record(folder: Path, step: int, norm: float, limit: float, samples: list[dict]) -> Path:
+def record(folder: Path, step: int, norm: float, limit: float, micro_batches: list[list[dict]]) -> Path:
     """Write what `scripts/replay.py` needs to run a skipped batch again, and what a person wants to see of it."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}.json"
-    lines = ",\n    ".join(json.dumps(sample, ensure_ascii=False) for sample in samples)
-    head = json.dumps({"step": step, "grad_norm": norm, "limit": limit})[:-1]
-    path.write_text(f'{head},\n  "samples": [\n    {lines}\n  ]}}\n', encoding="utf-8")
+    told = {"step": step, "grad_norm": norm, "limit": limit, "micro_batches": micro_batches}
+    path.write_text(json.dumps(told, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return path

@@ -60,19 +60,21 @@ class Measured:
         everyone = dist.sum_over_ranks(torch.stack(list(found.values())))
         return dict(zip(found, everyone.cpu(), strict=True))
 
-    def describe(self) -> list[dict]:
-        """This rank's samples: file, prompt, place in the batch, loss, t and s."""
+    def describe(self) -> list[list[dict]]:
+        """This rank's samples, a list per micro-batch: place in the step's batch, file, prompt, loss, t and s."""
         return [
-            {"position": position, "name": name, "prompt": prompt, "loss": loss, "t": t, "s": s}
+            [
+                {"position": position, "name": name, "prompt": prompt, "loss": loss, "t": t, "s": s}
+                for position, name, prompt, (loss, t, s) in zip(
+                    batch.positions, batch.names, batch.prompts, numbers.T.tolist(), strict=True
+                )
+            ]
             for batch, numbers in self.samples
-            for position, name, prompt, (loss, t, s) in zip(
-                batch.positions, batch.names, batch.prompts, numbers.T.tolist(), strict=True
-            )
         ]
 
 
 class Cells:
-    """`cells.jsonl` and heat-map pictures: means by (t, s) cell since the last line, the same on every rank."""
+    """Sums by (t, s) cell since they were last taken, the same on every rank."""
 
     def __init__(self):
         self.sums: dict[str, Tensor] = {}
@@ -81,19 +83,24 @@ class Cells:
         for name, sums in cells.items():
             self.sums[name] = self.sums.get(name, 0) + sums
 
-    def write(self, folder: Path, step: int) -> None:
-        """A line {step, bins, metric: BINS rows of t, each BINS values of s, null without samples}; then start anew."""
-        means = {name: (sums / counts).view(BINS, BINS) for name, (sums, counts) in self.sums.items()}
-        rounded = {
-            name: [[None if v != v else float(f"{v:.4g}") for v in row] for row in table.tolist()]
-            for name, table in means.items()
-        }
-        with (folder / "cells.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, "bins": BINS} | rounded) + "\n")
-        path = folder / "cells" / f"step_{step:08d}.png"
-        path.parent.mkdir(exist_ok=True)
-        pictures.heat_maps(means).save(path)
-        self.sums = {}
+    def take(self) -> dict[str, Tensor]:
+        """metric -> (BINS, BINS) means [t, s], NaN where no sample fell; and start anew."""
+        sums, self.sums = self.sums, {}
+        return {name: (total / counts).view(BINS, BINS) for name, (total, counts) in sums.items()}
+
+
+def write_cells(folder: Path, step: int, means: dict[str, Tensor]) -> Path:
+    """A line of `cells.jsonl`, {step, metric: BINS lists by t of values by s}, and a sheet of heat-maps: its path."""
+    tables = {
+        name: [[None if value != value else float(f"{value:.4g}") for value in row] for row in table.tolist()]
+        for name, table in means.items()
+    }
+    with (folder / "cells.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step} | tables) + "\n")
+    path = folder / "cells" / f"step_{step + 1:08d}.png"
+    path.parent.mkdir(exist_ok=True)
+    pictures.heat_maps(means).save(path)
+    return path
 
 
 @torch.no_grad()

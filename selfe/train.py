@@ -2,48 +2,40 @@
 
 from __future__ import annotations
 
-import copy
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, product
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 
-from selfe import checkpoint, config, dist, ema, health, launch, log, pictures
+from selfe import checkpoint, config, dist, ema, folder, health, launch, loading, log, observe
 from selfe.clock import Clock
 from selfe.dist import World
 from selfe.draws import Draws
 from selfe.health import Guard, Health
+from selfe.loading import MicroBatches, expect
 from selfe.observe import Cells, Measured, ema_distance
-from selfe.samplers.renoise import Renoise
 from selfe.saving import Keep, Saver
+from selfe.sheets import Samples
 from selfe.signals import Ear, Stopped
+from selfe.sinks import Sinks, Wandb
 from selfe.system import System
-from selfe.types import Batch, Data, Precision, Sampler, UserError
+from selfe.types import Batch, Data, Precision, UserError
 from selfe.watch import Watch
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Pictures drawn during training: a row per prompt, a column per step count, always from the same noise."""
+class Phase:
+    """From `step` on: a batch size, and a learning rate that falls linearly from there to `min_lr` at the last step."""
 
-    every: int = 5000
-    prompts: tuple[str, ...] = ()
-    num_steps: tuple[int, ...] = (1, 2, 4, 8)
-    size: tuple[int, int] = (256, 256)  # height, width
-    cfg_scale: float = 5.0
-    s_ratio: float = 0.0
-    sampler: Sampler = Renoise()  # noqa: RUF009 - it has no state
-
-
-@dataclass(frozen=True)
-class Wandb:
-    mode: Literal["disabled", "offline", "online"] = "disabled"
-    project: str = "selfe"
+    step: int
+    lr: float | None = None
+    total_batch_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +46,9 @@ class Trainer:
     max_steps: int
     total_batch_size: int
     micro_batch_size: int
+    phases: tuple[Phase, ...] = ()  # in the order of their steps
     stop_step: int | None = None  # stop here; the schedule still counts to max_steps
+    init_from: checkpoint.InitFrom | None = None  # what a run starts from that has no checkpoint of its own yet
     lr: float = 3e-4
     min_lr: float = 1e-5
     warmup_steps: int = 1000
@@ -65,7 +59,7 @@ class Trainer:
     ema_warmup: bool = False
     precision: Precision = "bf16"
     shard_size: int | None = None  # ranks that share one copy of the parameters; the others replicate it
-    activation_checkpointing: bool = True
+    activation_checkpointing: bool | int = True  # k: of every k-th block
     timeout_minutes: float = 10  # without progress on any process; then all end
     num_workers: int = 4
     health: Health = Health()  # noqa: RUF009 - frozen
@@ -76,27 +70,38 @@ class Trainer:
     cells_every: int = 1000  # a multiple of log_every
     val_every: int = 5000
     val_batches: int = 1  # of total_batch_size pictures each
-    samples: Samples = Samples()
-    wandb: Wandb = Wandb()
+    samples: Samples = Samples()  # noqa: RUF009 - frozen
+    wandb: Wandb = Wandb()  # noqa: RUF009 - frozen
+    tensorboard: bool = False
 
     def __post_init__(self):
-        for name in ("max_steps", "total_batch_size", "micro_batch_size", "log_every", "checkpoint_every", "val_every"):
+        names = "max_steps", "total_batch_size", "micro_batch_size", "log_every", "checkpoint_every", "val_every"
+        for name in (*names, "cells_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        steps = [phase.step for phase in self.phases]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"phases must be in the order of their steps, got {steps}")
 
     def lr_at(self, step: int) -> float:
-        """Linear warm-up to `lr`, then linear decay that reaches `min_lr` at the last step."""
+        """Linear warm-up to `lr`, then linear decay that reaches `min_lr` at the last step; see also `Phase`."""
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(self.max_steps - 1 - self.warmup_steps, 1)
-        return self.lr + (self.min_lr - self.lr) * min(progress, 1.0)
+        falls = [(self.warmup_steps, self.lr)] + [(p.step, p.lr) for p in self.phases if p.lr and p.step <= step]
+        start, lr = falls[-1]
+        progress = (step - start) / max(self.max_steps - 1 - start, 1)
+        return lr + (self.min_lr - lr) * min(progress, 1.0)
 
-    def micro_batches(self, world_size: int, batch_multiple: int) -> int:
-        """Micro-batches per rank and step."""
-        together = self.micro_batch_size * world_size
-        if self.total_batch_size % together:
+    def batch_size_at(self, step: int) -> int:
+        sizes = [phase.total_batch_size for phase in self.phases if phase.total_batch_size and phase.step <= step]
+        return (sizes or [self.total_batch_size])[-1]
+
+    def micro_batches(self, world_size: int, batch_multiple: int, step: int = 0) -> int:
+        """Micro-batches per rank in a step."""
+        together, total = self.micro_batch_size * world_size, self.batch_size_at(step)
+        if total % together:
             raise UserError(
-                f"trainer.total_batch_size: {self.total_batch_size} is not a multiple of micro_batch_size "
+                f"trainer.total_batch_size: {total} is not a multiple of micro_batch_size "
                 f"{self.micro_batch_size} x {world_size} processes; change one of the three"
             )
         if self.micro_batch_size % batch_multiple:
@@ -104,7 +109,7 @@ class Trainer:
                 f"trainer.micro_batch_size: the objective needs a multiple of {batch_multiple}, got "
                 f"{self.micro_batch_size}; every micro-batch must have the same share of samples with s < t"
             )
-        return self.total_batch_size // together
+        return total // together
 
     def fit(self, system: System, data: Data, seed: int, world: World) -> None:
         """Train to `max_steps` (or `stop_step`), resuming from the newest checkpoint in `output_dir`."""
@@ -116,26 +121,41 @@ class Fit:
 
     def __init__(self, trainer: Trainer, system: System, data: Data, seed: int, world: World):
         self.trainer, self.system, self.data, self.seed, self.world = trainer, system, data, seed, world
-        self.num_micro = trainer.micro_batches(world.size, system.objective.batch_multiple)
+        for step in (0, *(phase.step for phase in trainer.phases)):  # every batch size is checked before the first step
+            self.num_micro(step)
         self.folder = Path(trainer.output_dir)
-        mesh = dist.make_mesh(world, trainer.shard_size)
-        self.net, self.ema = system.backbone, copy.deepcopy(system.backbone).requires_grad_(False)
-        for module, saves_memory in ((self.net, trainer.activation_checkpointing), (self.ema, False)):
-            dist.shard(module, mesh, precision=trainer.precision, activation_checkpointing=saves_memory)
+        self.net, self.ema = dist.twins(
+            system.backbone,
+            world,
+            trainer.precision,
+            seed,
+            shard_size=trainer.shard_size,
+            activation_checkpointing=trainer.activation_checkpointing,
+        )
         system.load_encoders(world.device)
-        for module in (self.net, self.ema):
-            dist.materialise(module, world.device, seed)
         self.optimizer = torch.optim.AdamW(
             self.net.parameters(), lr=trainer.lr, betas=trainer.betas, weight_decay=trainer.weight_decay, fused=True
         )
         self.saver = Saver(self.folder / "checkpoints", trainer.checkpoints, world)
         found = checkpoint.newest_good(self.saver.folder, world)
-        self.start = checkpoint.resume(found, self.net, self.ema, self.optimizer) if found else 0
+        self.start = checkpoint.load(found, self.net, self.ema, self.optimizer) if found else self.initialise()
         self.guard = Guard(trainer.health, checkpoint.read_marker(found)["guard"] if found else None)
         self.measured, self.cells, self.clock = Measured(), Cells(), Clock(world.device, trainer.peak_tflops)
         self.steps_logged = self.start
         if found and world.is_main:
             log.say(f"resuming from {found}")
+
+    def num_micro(self, step: int) -> int:
+        return self.trainer.micro_batches(self.world.size, self.system.objective.batch_multiple, step)
+
+    def initialise(self) -> int:
+        """The first step of a run that has no checkpoint of its own yet, with what `init_from` brings."""
+        if (origin := self.trainer.init_from) is None:
+            return 0
+        path = checkpoint.find(Path(origin.path))
+        if self.world.is_main:
+            log.say(f"starting from {', '.join(origin.parts)} of {path}")
+        return checkpoint.load(path, self.net, self.ema, self.optimizer, origin.parts)
 
     def run(self) -> None:
         trainer, main = self.trainer, self.world.is_main
@@ -144,10 +164,11 @@ class Fit:
             if main:
                 log.say(f"nothing to do: {self.start} steps are done, and this run ends at {end}")
             return
-        metrics = log.Metrics(self.folder, self.start, trainer.wandb.mode, trainer.wandb.project) if main else None
+        sinks = Sinks(self.folder, self.start, trainer.wandb, trainer.tensorboard, main)
         progress = log.Progress("training", end, self.start, quiet=not main)
         ear, watch = Ear(), Watch(self.world, trainer.timeout_minutes, partial(launch.end, 1))
-        micro_batches = self.micro_batches(end)
+        order = ((step, place) for step in range(self.start, end) for place in range(self.num_micro(step)))
+        micro_batches = loading.ahead(self.part("train"), order, trainer.num_workers)
         for step in range(self.start, end):
             launch.STATUS["step"] = step
             watch.beat(step, "training")
@@ -156,17 +177,17 @@ class Fit:
             values, score = {}, None
             if done % trainer.log_every == 0 or last:
                 values |= self.summary(step, grad_norm)
-            if done % trainer.cells_every == 0 and main:
-                self.cells.write(self.folder, step)
+            if done % trainer.cells_every == 0:
+                self.write_cells(step, sinks)
             if done % trainer.val_every == 0 and self.data.has_val:
                 watch.beat(step, "validating")
                 values |= self.validate(step)
                 score = values["val_ema_loss"]
             if done % trainer.samples.every == 0 and trainer.samples.prompts:
                 watch.beat(step, "drawing samples")
-                self.draw_samples(done)
-            if values and main:
-                metrics.write(step, values)
+                self.draw_samples(done, sinks)
+            if values:
+                sinks.numbers(step, values)
             progress.advance(1, f"loss {values['loss']:.4f}" if "loss" in values else "")
             if done % trainer.checkpoint_every == 0 or last:
                 watch.beat(step, "saving", limited=False)
@@ -175,9 +196,8 @@ class Fit:
                 break
         watch.beat(step, "saving", limited=False)
         path = self.saver.finish()
-        progress.close(), watch.close(), ear.close()
-        if main:
-            metrics.close()
+        for part in (progress, watch, ear, sinks):
+            part.close()
         self.part_with(f"{done} steps done; checkpoint: {path}", stop)
 
     def part_with(self, message: str, stop: int) -> None:
@@ -196,15 +216,15 @@ class Fit:
         self.clock.mark("other")
 
     def step(self, step: int, micro_batches: Iterator[Batch], heard: int) -> tuple[float, int]:
-        """One optimizer step over `num_micro` micro-batches, unless its gradient is sick.
+        """One optimizer step over this rank's micro-batches, unless its gradient is sick.
 
         Returns the gradient norm, and the signal that any process has heard.
         """
         trainer, clock, measured = self.trainer, self.clock, Measured()
-        lr = trainer.lr_at(step)
+        num_micro = self.num_micro(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        for _ in range(self.num_micro):
+            group["lr"] = trainer.lr_at(step)
+        for _ in range(num_micro):
             clock.mark("data")
             batch = expect(next(micro_batches))
             clock.mark("encode")
@@ -212,7 +232,7 @@ class Fit:
             loss = self.system.loss(clock.around(self.net), clock.around(self.ema), batch, draws, step)
             clock.mark("backward")
             # FSDP averages over ranks; with this division, accumulation averages over micro-batches too
-            (loss.per_sample.mean() / self.num_micro).backward()
+            (loss.per_sample.mean() / num_micro).backward()
             measured.add(loss, batch)
         clock.mark("optimizer")
         limit = self.guard.limit()
@@ -232,8 +252,7 @@ class Fit:
         """Tell and record a step that is not taken; the same verdict on every rank."""
         parts = dist.gather(measured.describe(), self.world)
         if self.world.is_main:
-            samples = sorted((sample for part in parts for sample in part), key=lambda sample: sample["position"])
-            path = health.record(self.folder / "skipped", step, grad_norm, limit, samples)
+            path = health.record(self.folder / "skipped", step, grad_norm, limit, list(chain(*parts)))
             log.say(f"step {step} skipped: gradient norm {grad_norm:.4g}, limit {limit:.4g}; its samples: {path}")
         if self.guard.exhausted:
             raise UserError(
@@ -246,25 +265,14 @@ class Fit:
         device, measured, self.measured = self.world.device, self.measured, Measured()
         values = measured.means(device) | {"grad_norm": grad_norm, "lr": self.trainer.lr_at(step)}
         self.cells.add(measured.cells(device))
-        values["ema_distance"] = ema_distance(self.ema, self.net, device)
-        num_samples = (step + 1 - self.steps_logged) * self.trainer.total_batch_size
+        values |= {"ema_distance": ema_distance(self.ema, self.net, device), "skipped": self.guard.skipped}
+        num_samples = sum(map(self.trainer.batch_size_at, range(self.steps_logged, step + 1)))
         self.steps_logged = step + 1
         return values | self.clock.rates(num_samples, self.world.size)
 
-    def micro_batches(self, end: int) -> Iterator[Batch | UserError]:
-        """This rank's micro-batches from the start step on, loaded ahead by worker processes."""
-        loader = DataLoader(
-            self.part("train"),
-            sampler=range(self.start * self.num_micro, end * self.num_micro),
-            batch_size=None,
-            num_workers=self.trainer.num_workers,
-            generator=torch.Generator(),  # the loader would otherwise draw from the global one
-        )
-        return iter(loader)
-
     def part(self, split: Literal["train", "val"]) -> MicroBatches:
         trainer = self.trainer
-        return MicroBatches(self.data, self.seed, trainer.total_batch_size, trainer.micro_batch_size, self.world, split)
+        return MicroBatches(self.data, self.seed, trainer.batch_size_at, trainer.micro_batch_size, self.world, split)
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
@@ -273,69 +281,28 @@ class Fit:
         part, values = self.part("val"), {}
         for prefix, net in {"val_": self.net, "val_ema_": self.ema}.items():
             measured = Measured()
-            for number in range(self.trainer.val_batches * self.num_micro):
-                batch = expect(part[number])
-                draws = Draws(tuple((self.seed, "val", number // self.num_micro, p) for p in batch.positions))
+            for number, place in product(range(self.trainer.val_batches), range(self.num_micro(0))):
+                batch = expect(part[number, place])
+                draws = Draws(tuple((self.seed, "val", number, p) for p in batch.positions))
                 measured.add(self.system.loss(net, self.ema, batch, draws, step), batch)
             values |= measured.means(self.world.device, prefix)
         self.clock.mark("other")
         return values
 
-    def draw_samples(self, done: int) -> None:
-        """A sheet of pictures by the EMA weights. All ranks draw equally many: sharded calls are collective."""
-        samples, world = self.trainer.samples, self.world
-        share = -(-len(samples.prompts) // world.size)
-        mine = [(world.rank + i * world.size) % len(samples.prompts) for i in range(share)]
-        prompts = [samples.prompts[i] for i in mine]
-        drawn = {}
-        for num_steps in samples.num_steps:
-            images = self.system.generate(
-                self.ema,
-                prompts,
-                [samples.size] * share,
-                Draws.of_pictures([(self.seed, prompt, 0) for prompt in prompts]),
-                sampler=samples.sampler,
-                num_steps=num_steps,
-                cfg_scale=samples.cfg_scale,
-                s_ratio=samples.s_ratio,
-            )
-            drawn |= {(i, num_steps): pictures.to_image(image) for i, image in zip(mine, images, strict=True)}
-        everyone = {key: image for part in dist.gather(drawn, world) for key, image in part.items()}
-        if world.is_main:
-            sheet = pictures.grid([[everyone[i, n] for n in samples.num_steps] for i in range(len(samples.prompts))])
-            path = self.folder / "samples" / f"step_{done:08d}.png"
+    def write_cells(self, step: int, sinks: Sinks) -> None:
+        means = self.cells.take()
+        if self.world.is_main and means:
+            sinks.picture(step, "cells", observe.write_cells(self.folder, step, means))
+
+    def draw_samples(self, done: int, sinks: Sinks) -> None:
+        self.clock.mark("samples")
+        nets = {"samples": self.ema, "samples_live": self.net}
+        for name, sheet in self.trainer.samples.draw(self.system, nets, self.seed, self.world).items():
+            path = self.folder / name / f"step_{done:08d}.png"
             path.parent.mkdir(exist_ok=True)
             sheet.save(path)
-
-
-@dataclass(frozen=True)
-class MicroBatches(Dataset):
-    """One rank's micro-batches by their number in the whole run.
-
-    A user's mistake is handed over, not raised: an exception that crosses processes arrives as a traceback.
-    """
-
-    data: Data
-    seed: int
-    total: int
-    micro: int
-    world: World
-    split: Literal["train", "val"]
-
-    def __getitem__(self, number: int) -> Batch | UserError:
-        per_rank = self.total // self.world.size
-        step, place = divmod(number, per_rank // self.micro)
-        first = self.world.rank * per_rank + place * self.micro
-        try:
-            return self.data.batch(self.seed, step, self.total, range(first, first + self.micro), self.split)
-        except UserError as error:
-            return error
-
-
-def expect(batch: Batch | UserError) -> Batch:
-    if isinstance(batch, UserError):
-        raise batch
-    return batch
+            sinks.picture(done - 1, name, path)
+        self.clock.mark("other")
 
 
 def main(arguments: list[str]) -> None:
@@ -346,9 +313,7 @@ def main(arguments: list[str]) -> None:
     # the watch speaks of ranks and steps, the process group only of operations: let the watch be first
     with dist.world(timeout_minutes=2 * trainer.timeout_minutes + 1) as world:
         if world.is_main:
-            folder = Path(trainer.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            config.save(settings, folder / "config.yaml")
+            folder.describe(Path(trainer.output_dir), settings, sys.argv, world.size)
         trainer.fit(system, data, settings["seed"], world)
 
 

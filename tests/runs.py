@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 import tempfile
@@ -70,15 +71,38 @@ class Run:
 
 
 def _child(rank: int, size: int, work: Path, arguments: list[str]) -> None:
-    out = os.open(work / f"out_{rank}", os.O_WRONLY | os.O_APPEND)
-    os.dup2(out, 1), os.dup2(out, 2)
-    os.chdir(ROOT)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "SELFE_SKIP_PRETRAINED": "1"}
+    _settle(work / f"out_{rank}")
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"SELFE_STORE": str(work / "store"), "TORCHELASTIC_RESTART_COUNT": "0", "GLOO_SOCKET_IFNAME": "lo"}
     os.environ["TORCHELASTIC_ERROR_FILE"] = str(work / f"failure_{rank}")
-    torch.set_num_threads(1)
     sys.argv = ["train", *arguments]
     launch.worker(train.main)
+
+
+def _settle(out: Path) -> None:
+    """What a fresh process of a shell would have."""
+    number = os.open(out, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(number, 1), os.dup2(number, 2)
+    os.chdir(ROOT)
+    os.environ["SELFE_SKIP_PRETRAINED"] = "1"
+    torch.set_num_threads(1)
+
+
+def _script(name: str, out: Path, arguments: tuple[str, ...]) -> None:
+    _settle(out)
+    sys.argv = [name, *arguments]
+    runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+    sys.stdout.flush()
+
+
+def script(name: str, *arguments: str, code: int = 0) -> str:
+    """Run one of `scripts/`; what it said."""
+    out = Path(tempfile.mkdtemp()) / "out"
+    process = CONTEXT.Process(target=_script, args=(name, out, arguments), daemon=True)
+    process.start()
+    process.join(120)
+    assert process.exitcode == code, out.read_text()
+    return out.read_text()
 
 
 def finish(folder: Path, size: int, *overrides: str) -> str:

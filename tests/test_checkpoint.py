@@ -45,7 +45,7 @@ def save(world: World, folder: str) -> None:
 
 def load(world: World, folder: str) -> dict[str, torch.Tensor]:
     net, twin, optimizer = training_parts(world)
-    assert checkpoint.resume(Path(folder) / "step_00000007", net, twin, optimizer) == 7
+    assert checkpoint.load(Path(folder) / "step_00000007", net, twin, optimizer) == 7
     moments = {name: optimizer.state[p]["exp_avg"] for name, p in net.named_parameters()}
     found = {f"net.{n}": p for n, p in net.named_parameters()} | {f"ema.{n}": p for n, p in twin.named_parameters()}
     found |= {f"moment.{n}": m for n, m in moments.items()}
