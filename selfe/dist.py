@@ -154,6 +154,19 @@ def agree(grad_norm: Tensor, signal: int, device: torch.device) -> tuple[float, 
     return norm / dist.get_world_size(), round(signals / max(stops, 1))
 
 
+def compare_replicas(module: nn.Module, world: World, shard_size: int | None, when: str) -> None:
+    """Raise UserError if two ranks that should hold the same part of the weights do not, to the bit."""
+    sums = [local(p.detach()).view(torch.int32).sum(dtype=torch.int64) for p in module.parameters()]
+    everyone = [None] * world.size
+    dist.all_gather_object(everyone, torch.stack(sums).tolist())
+    for rank, mine in enumerate(everyone):
+        if mine != everyone[rank % (shard_size or world.size)]:
+            raise UserError(
+                f"{when}: process {rank} holds other weights than its replica, process "
+                f"{rank % shard_size}; a device or a link is at fault: go on from a checkpoint on other hardware"
+            )
+
+
 def mean_over_ranks(rows: dict[str, list[Tensor]], device: torch.device) -> dict[str, float]:
     """Means over everything that all ranks measured: name -> list of 1-D tensors, the same names on every rank."""
     names = sorted(rows)

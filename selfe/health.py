@@ -24,6 +24,7 @@ class Health:
     window: int = 200
     warmup: int = 50
     max_skips: int = 20  # in a row; then the run stops
+    compare_every: int | None = None  # steps between checks that replicas (trainer.shard_size) hold the same weights
 
     def __post_init__(self):
         if self.factor < 1 or not 1 <= self.warmup <= self.window or self.max_skips < 1:

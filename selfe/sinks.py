@@ -111,6 +111,7 @@ class Sinks:
         self.sinks: list[Sink] = []
         if is_main:
             self.sinks.append(JsonLines(folder, start))
+            JsonLines(folder, start, "cells.jsonl")  # written elsewhere, but it too reads as one run
             self.sinks += [WandbRun(folder, wandb)] if wandb.mode != "disabled" else []
             self.sinks += [TensorBoard(folder, start)] if tensorboard else []
 

@@ -172,6 +172,8 @@ class Fit:
         for step in range(self.start, end):
             launch.STATUS["step"] = step
             watch.beat(step, "training")
+            if trainer.health.compare_every and step % trainer.health.compare_every == 0:
+                dist.compare_replicas(self.net, self.world, trainer.shard_size, f"step {step}")
             grad_norm, stop = self.step(step, micro_batches, ear.heard)
             done, last = step + 1, step + 1 == end or stop > 0
             values, score = {}, None
@@ -180,11 +182,11 @@ class Fit:
             if done % trainer.cells_every == 0:
                 self.write_cells(step, sinks)
             if done % trainer.val_every == 0 and self.data.has_val:
-                watch.beat(step, "validating")
+                watch.beat(step, "validating", limited=False)
                 values |= self.validate(step)
                 score = values["val_ema_loss"]
             if done % trainer.samples.every == 0 and trainer.samples.prompts:
-                watch.beat(step, "drawing samples")
+                watch.beat(step, "drawing samples", limited=False)
                 self.draw_samples(done, sinks)
             if values:
                 sinks.numbers(step, values)

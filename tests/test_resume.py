@@ -1,11 +1,12 @@
 """A resumed run is the run: on the same number of processes to the bit, on another within rounding."""
 
 import json
+import runpy
 import shutil
 from pathlib import Path
 
 import pytest
-from runs import Run, files, finish, lines
+from runs import ROOT, Run, files, finish, lines
 
 from selfe import checkpoint
 
@@ -109,3 +110,22 @@ def test_init_from_chosen_parts(straight, tmp_path):
     run = Run(tmp_path / "none", 1, f"trainer.init_from={{path: {tmp_path}/nowhere}}")
     assert run.wait() == [2]
     assert "no such checkpoint folder" in run.failures[0]["message"]
+
+
+def test_verify_resume_sees_what_differs(straight, tmp_path):
+    """The comparison at the heart of scripts/verify_resume.py: nothing between equals, everything else by name."""
+    compare = runpy.run_path(str(ROOT / "scripts/verify_resume.py"))["compare"]
+    twin = tmp_path / "twin"
+    shutil.copytree(straight[1], twin)
+    assert compare(straight[1], twin, 12) == []
+    marker = twin / LAST / checkpoint.MARKER
+    text = marker.read_text()
+    ((_, crc),) = files(twin / LAST).values()
+    marker.write_text(text.replace(str(crc), str(crc + 1)))
+    metrics = (twin / "metrics.jsonl").read_text().splitlines()
+    line = json.loads(metrics[3])
+    metrics[3] = json.dumps(line | {"loss": line["loss"] + 1e-7})
+    (twin / "metrics.jsonl").write_text("\n".join(metrics) + "\n")
+    checkpoint_differs, loss_differs = compare(straight[1], twin, 12)
+    assert checkpoint_differs == "__0_0.distcp of the last checkpoint differs"
+    assert loss_differs.startswith("step 3: loss ")
