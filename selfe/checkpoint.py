@@ -1,57 +1,109 @@
-"""Checkpoints: written aside, renamed when whole, found by wholeness, loaded on any number of processes.
+"""Checkpoints: what one holds, how a good one is told from a damaged one, loaded on any number of processes.
 
 A run keeps them as `<run>/checkpoints/step_00001000/`, in torch's distributed checkpoint format. `step` counts finished
-steps, which is all of a run's progress: order, times and noise are functions of it.
+steps, which is all of a run's progress: order, times and noise are functions of it. The marker, written last, holds
+size and checksum of every file. `saving.py` writes them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import warnings
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.optim import Optimizer
 
-from selfe.dist import World, barrier
+from selfe import dist, log
+from selfe.dist import Group, World
 from selfe.types import UserError
 
+Part = Literal["model", "ema", "optimizer", "step"]
+PARTS: tuple[Part, ...] = get_args(Part)
 MARKER = "progress.json"  # written last: a folder without it is not a checkpoint
 
 
-def save(folder: Path, step: int, net: nn.Module, ema: nn.Module, optimizer: Optimizer, world: World) -> Path:
-    """Write a checkpoint of `step` finished steps into `folder`; called by every rank. Returns its path."""
-    final, aside = folder / f"step_{step:08d}", folder / f"step_{step:08d}.partial"
-    if world.is_main:
-        for leftover in (aside, final):
-            if leftover.exists():
-                shutil.rmtree(leftover)
-        aside.mkdir(parents=True)
-    barrier()
-    dcp.save(training_state(net, ema, optimizer), checkpoint_id=aside)
-    if world.is_main:
-        (aside / MARKER).write_text(json.dumps({"step": step, "processes": world.size}) + "\n")
-        aside.rename(final)
-    barrier()
-    return final
+@dataclass(frozen=True)
+class InitFrom:
+    """Parts of another run's checkpoint. Of `model` and `ema`, one that is not named takes the other's weights."""
+
+    path: str  # a checkpoint, or a folder of them: then the newest
+    parts: tuple[Part, ...] = ("model", "ema")
+
+    def __post_init__(self):
+        if not {"model", "ema"} & set(self.parts):
+            raise ValueError(f"parts must name model or ema, got {list(self.parts)}")
 
 
-def resume(path: Path, net: nn.Module, ema: nn.Module, optimizer: Optimizer) -> int:
-    """Load a training state in place and return the number of finished steps; called by every rank."""
-    state = training_state(net, ema, optimizer)
-    check_fits(path, {"net": state["net"], "ema": state["ema"]})
+def stager(world: World) -> DefaultStager:
+    """Copies a state to buffers on the host that it keeps and reuses."""
+    on_device = world.device.type != "cpu"
+    return DefaultStager(
+        StagingOptions(
+            use_pinned_memory=on_device,
+            use_shared_memory=False,
+            use_async_staging=False,
+            use_non_blocking_copy=on_device,
+        )
+    )
+
+
+def write(state: dict, folder: Path, group: Group) -> None:
+    """A state into a folder, synced to the disk; called by every rank. OSError on all if any could not write."""
+    try:
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, sync_files=True), process_group=group)
+    except CheckpointException as error:
+        failed, (reason, _) = next(iter(error.failures.items()))
+        raise OSError(f"process {failed}: {str(reason).splitlines()[0]}") from error
+
+
+def written(folder: Path, rank: int) -> dict[str, list[int]]:
+    """The files of a rank: {name: [bytes, checksum]}."""
+    mine = list(folder.glob(f"__{rank}_*")) + ([folder / ".metadata"] if rank == 0 else [])
+    return {path.name: [path.stat().st_size, checksum(path)] for path in mine}
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def load(path: Path, net: nn.Module, ema: nn.Module, optimizer: Optimizer | None, parts: Sequence[Part] = PARTS) -> int:
+    """Load parts of a training state in place; called by every rank. Returns the finished steps, 0 without `step`.
+
+    Of `model` and `ema`, one that is not asked for gets the weights of the other.
+    """
+    names = {"model": "net", "ema": "ema", "optimizer": "optimizer"}
+    modules = {"model": net, "ema": ema}
+    state = {names[part]: get_model_state_dict(modules[part]) for part in modules if part in parts}
+    check_fits(path, state)
+    if "optimizer" in parts:
+        state["optimizer"] = get_optimizer_state_dict(net, optimizer)
     dcp.load(state, checkpoint_id=path)
-    set_optimizer_state_dict(net, optimizer, state["optimizer"])
-    return read_step(path)
+    if "optimizer" in parts:
+        set_optimizer_state_dict(net, optimizer, state["optimizer"])
+    for there, missing in (("model", "ema"), ("ema", "model")):
+        if missing not in parts:
+            set_model_state_dict(modules[missing], state[names[there]])
+    return read_step(path) if "step" in parts else 0
 
 
 def load_weights(path: Path, module: nn.Module, weights: Literal["ema", "live"]) -> int:
@@ -90,10 +142,34 @@ def training_state(net: nn.Module, ema: nn.Module, optimizer: Optimizer) -> dict
     }
 
 
+def newest_good(folder: Path, world: World) -> Path | None:
+    """The newest checkpoint of a run that is as it was written, checksums included; called by every rank.
+
+    One that is not is told and left alone, and the one before it is tried. A run that has nothing but damaged ones must
+    not start again from nothing unasked: that raises.
+    """
+    paths = dist.broadcast(candidates(folder), world)
+    for path in paths:
+        # each rank reads its share of the files
+        found = dist.gather(damage(path, world.rank, world.size), world)
+        problem = dist.broadcast(next(filter(None, found), None), world)
+        if problem is None:
+            return path
+        if world.is_main:
+            log.say(f"{path}: damaged, left alone ({problem}); trying the one before it")
+    if paths:
+        raise UserError(f"{folder}: no checkpoint is readable; move them away to start again from the first step")
+    return None
+
+
+def candidates(folder: Path) -> list[Path]:
+    """A run's checkpoints, whole or not, the newest first."""
+    return sorted((path for path in folder.glob("step_*") if path.name[5:].isdecimal()), reverse=True)
+
+
 def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint in a run's checkpoint folder."""
-    whole = [path for path in folder.glob("step_*[0-9]") if is_whole(path)]
-    return max(whole, default=None)
+    """The newest whole checkpoint in a run's checkpoint folder, judged by the sizes of its files."""
+    return next((path for path in candidates(folder) if is_whole(path)), None)
 
 
 def find(path: Path) -> Path:
@@ -103,17 +179,40 @@ def find(path: Path) -> Path:
         remedy = "name a folder step_... of a run's checkpoints, or their parent"
         if not path.is_dir():
             raise UserError(f"{path}: no such checkpoint folder; {remedy}")
-        kind = "incomplete checkpoint" if path.name.startswith("step_") else "holds no complete checkpoint"
-        raise UserError(f"{path}: {kind} ({MARKER} or .metadata is missing); {remedy}")
+        if path.name.startswith("step_"):
+            raise UserError(f"{path}: incomplete checkpoint ({damage(path, contents=False)}); {remedy}")
+        raise UserError(f"{path}: holds no complete checkpoint; {remedy}")
     return found
 
 
 def is_whole(path: Path) -> bool:
-    return (path / MARKER).is_file() and (path / ".metadata").is_file()
+    return damage(path, contents=False) is None
+
+
+def damage(path: Path, rank: int = 0, size: int = 1, contents: bool = True) -> str | None:
+    """What is wrong with a checkpoint or None: a rank's share of its files, by size and (`contents`) checksum."""
+    try:
+        marker = read_marker(path)
+        if path.name[5:].isdecimal() and marker["step"] != int(path.name[5:]):
+            return f"{MARKER} speaks of step {marker['step']}"
+        for name, (length, crc) in sorted(marker["files"].items())[rank::size]:
+            if (found := (path / name).stat().st_size) != length:
+                return f"{name} has {found} of {length} bytes"
+            if contents and checksum(path / name) != crc:
+                return f"the checksum of {name} is wrong"
+    except OSError as error:
+        return f"{Path(error.filename or path).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError) as error:
+        return f"{MARKER} cannot be read: {error!r}"
+    return None
+
+
+def read_marker(path: Path) -> dict:
+    return json.loads((path / MARKER).read_text())
 
 
 def read_step(path: Path) -> int:
-    return json.loads((path / MARKER).read_text())["step"]
+    return read_marker(path)["step"]
 
 
 def check_fits(path: Path, state: dict[str, dict]) -> None:

@@ -1,8 +1,13 @@
-"""The device choice: one accelerator per process where the machine has any, else the CPU."""
+"""The device: one accelerator per process where the machine has any, else the CPU; and what it can do."""
 
 from __future__ import annotations
 
+import resource
+
 import torch
+
+# dense bf16 TFLOP/s by a part of the device's name, from the vendors' data sheets; the first that fits
+PEAKS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362}
 
 
 def accelerator_count() -> int:
@@ -16,3 +21,18 @@ def choose_device(local_rank: int) -> torch.device:
         return torch.device("cpu")
     torch.accelerator.set_device_index(local_rank)
     return torch.device(torch.accelerator.current_accelerator().type, local_rank)
+
+
+def peak_tflops() -> float | None:
+    """The current device's peak in bf16, None if it is not known."""
+    if not accelerator_count():
+        return None
+    name = torch.get_device_module().get_device_properties(torch.accelerator.current_device_index()).name
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
+def peak_memory() -> int:
+    """Bytes: the most that was allocated on the accelerator, or that this process ever held on a CPU."""
+    if accelerator_count():
+        return torch.accelerator.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

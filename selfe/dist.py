@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 from selfe.device import choose_device
 from selfe.types import DTYPES, Precision, Read, UserError
+
+Group = dist.ProcessGroup
+_notes: dist.Store  # beside the process group, as global as it is
 
 
 @dataclass(frozen=True)
@@ -41,20 +45,34 @@ def world(timeout_minutes: float = 10) -> Iterator[World]:
     """Join the process group that torchrun's variables describe, or form a group of one; leave it at the end."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group(store=_store(size), rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes))
+    global _notes
+    store = _store(size)
+    _notes = dist.PrefixStore("notes", store)
+    dist.init_process_group(store=store, rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes))
     try:
         yield World(rank, size, device)
     finally:
         dist.destroy_process_group()
 
 
-def _store(size: int) -> dist.Store | None:
-    """Where the processes meet: a file if the launcher names one, else (None) torchrun's address and port."""
+def _store(size: int) -> dist.Store:
+    """Where the processes meet: a file if the launcher names one, else torchrun's address and port."""
     if size == 1:
         return dist.HashStore()
     if path := os.environ.get("SELFE_STORE"):
         return dist.FileStore(f"{path}_{os.environ['TORCHELASTIC_RESTART_COUNT']}", size)
-    return None
+    store, _, _ = next(dist.rendezvous("env://"))
+    return store
+
+
+def post(name: str, note: str) -> None:
+    """Leave a note for the other processes. Works when collective calls do not."""
+    _notes.set(name, note)
+
+
+def posted(name: str) -> str | None:
+    """A note that some process has left, None if there is none (yet)."""
+    return _notes.get(name).decode() if _notes.check([name]) else None
 
 
 def make_mesh(world: World, shard_size: int | None) -> DeviceMesh:
@@ -70,18 +88,18 @@ def make_mesh(world: World, shard_size: int | None) -> DeviceMesh:
     )
 
 
-def shard(module: nn.Module, mesh: DeviceMesh, *, precision: Precision, activation_checkpointing: bool) -> None:
+def shard(module: nn.Module, mesh: DeviceMesh, *, precision: Precision, activation_checkpointing: bool | int) -> None:
     """Cut the parameters of a module (on the meta device or not) over the mesh, block by block.
 
     Stored in fp32, computed in `precision`, gradients reduced in fp32. The module casts its own inputs, because times
-    must not be rounded to bf16.
+    must not be rounded to bf16. Activations of every block, or of every `activation_checkpointing`-th, are not kept.
     """
     if mesh["replicate"].size() == 1:
         mesh = mesh["shard"]  # spares an all-reduce of every gradient over one rank
     policy = MixedPrecisionPolicy(DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False)
     for stack in module.children():
-        for block in stack if isinstance(stack, nn.ModuleList) else ():
-            if activation_checkpointing:
+        for number, block in enumerate(stack if isinstance(stack, nn.ModuleList) else ()):
+            if activation_checkpointing and number % activation_checkpointing == 0:
                 # replaces the method rather than wrapping the module: parameter names stay what they are
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
             fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -115,6 +133,25 @@ def place_sharded(module: nn.Module, blocks: Iterable[nn.Module], read: Read, *,
             parameter.to_local().copy_(read(name, slice(start[0], start[0] + shape[0])))
 
 
+def twins(
+    module: nn.Module,
+    world: World,
+    precision: Precision,
+    seed: int,
+    *,
+    shard_size: int | None = None,
+    activation_checkpointing: bool | int = False,
+) -> tuple[nn.Module, nn.Module]:
+    """The live and the EMA denoiser from one on the meta device, sharded alike, with the same initial values."""
+    mesh = make_mesh(world, shard_size)
+    net, ema = module, copy.deepcopy(module).requires_grad_(False)
+    for part, saves_memory in ((net, activation_checkpointing), (ema, False)):
+        shard(part, mesh, precision=precision, activation_checkpointing=saves_memory)
+    for part in (net, ema):
+        materialise(part, world.device, seed)
+    return net, ema
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -123,6 +160,31 @@ def local(tensor: Tensor) -> Tensor:
 def clip_grad_norm(module: nn.Module, max_norm: float) -> Tensor:
     """Clip by the norm over all ranks; returns that norm, a scalar on the device."""
     return nn.utils.clip_grad_norm_(module.parameters(), max_norm).full_tensor()
+
+
+def agree(grad_norm: Tensor, signal: int, device: torch.device) -> tuple[float, int]:
+    """What all ranks know after a step, with one small exchange and one wait for the device.
+
+    The gradient norm, to the bit the same on all, and the signal that asked any of them to stop (0: none).
+    """
+    heard = torch.tensor([float(signal > 0), float(signal)], dtype=torch.float64).to(device)
+    values = torch.cat([grad_norm.double().reshape(1), heard])
+    dist.all_reduce(values)
+    norm, stops, signals = values.tolist()
+    return norm / dist.get_world_size(), round(signals / max(stops, 1))
+
+
+def compare_replicas(module: nn.Module, world: World, shard_size: int | None, when: str) -> None:
+    """Raise UserError if two ranks that should hold the same part of the weights do not, to the bit."""
+    sums = [local(p.detach()).view(torch.int32).sum(dtype=torch.int64) for p in module.parameters()]
+    everyone = [None] * world.size
+    dist.all_gather_object(everyone, torch.stack(sums).tolist())
+    for rank, mine in enumerate(everyone):
+        if mine != everyone[rank % (shard_size or world.size)]:
+            raise UserError(
+                f"{when}: process {rank} holds other weights than its replica, process "
+                f"{rank % shard_size}; a device or a link is at fault: go on from a checkpoint on other hardware"
+            )
 
 
 def mean_over_ranks(rows: dict[str, list[Tensor]], device: torch.device) -> dict[str, float]:
@@ -134,11 +196,42 @@ def mean_over_ranks(rows: dict[str, list[Tensor]], device: torch.device) -> dict
     return dict(zip(names, (sums[0] / sums[1]).tolist(), strict=True))
 
 
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """In place, the same on every rank."""
+    dist.all_reduce(values)
+    return values
+
+
 def gather(value: Any, world: World) -> list[Any]:
     """Every rank's value on rank 0, an empty list elsewhere. For small host-side things."""
     values = [None] * world.size if world.is_main else None
     dist.gather_object(value, values)
     return values or []
+
+
+def broadcast(value: Any, world: World) -> Any:
+    """Rank 0's value on every rank. For small host-side things."""
+    values = [value if world.is_main else None]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def host_group(timeout_minutes: float) -> Group:
+    """A second way to talk between all ranks, over host memory, for a thread that must not disturb training."""
+    return dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+
+
+def together(action: Callable[[], Any], world: World, group: Group) -> list[Any]:
+    """`action()` on every rank; every rank's result. If it raises OSError on any, OSError is raised on all."""
+    try:
+        mine = (action(), None)
+    except OSError as error:
+        mine = (None, f"process {world.rank}: {error}")
+    everyone = [None] * world.size
+    dist.all_gather_object(everyone, mine, group=group)
+    if errors := [error for _, error in everyone if error]:
+        raise OSError(errors[0])
+    return [result for result, _ in everyone]
 
 
 def barrier() -> None:

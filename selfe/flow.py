@@ -38,6 +38,12 @@ def norm_per_sample(tokens: Tensor, like: Packed) -> Tensor:
     return sum_per_sample(tokens.square(), like).sqrt()
 
 
+def cosine(a: Tensor, b: Tensor, like: Packed) -> Tensor:
+    """(T, d) twice -> (B,), the cosine of the angle between each sample's two directions; 0 where one has no length."""
+    lengths = norm_per_sample(a, like) * norm_per_sample(b, like)
+    return sum_per_sample(a * b, like) / lengths.clamp_min(1e-20)
+
+
 def rescale(tokens: Tensor, target: Tensor, like: Packed) -> Tensor:
     """`tokens` (T, d) brought, sample by sample, to the L2 norm of `target` (T, d) (Eq. 19)."""
     norm = norm_per_sample(tokens, like)

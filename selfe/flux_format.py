@@ -173,6 +173,11 @@ class Import:
         return "\n".join(lines) + "\n"
 
 
+def holds_weights(path: Path) -> bool:
+    """A safetensors file, an index of shards, or a folder with either; a checkpoint is something else."""
+    return path.suffix in (".safetensors", ".json") or any(path.glob("*.safetensors"))
+
+
 @torch.no_grad()
 def warm_start(path: Path, *modules: nn.Module) -> Import:
     """Fill sharded denoisers, all alike, from a FLUX file. A second clock that the file lacks starts without effect."""

@@ -12,13 +12,17 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from selfe import device
+from selfe.signals import Stopped
 from selfe.types import UserError
+
+STATUS: dict[str, int] = {}  # what this process adds to the report of its failure: the step it is in
 
 HELP = """\
 {script} CONFIG [NGPUS] [key=value ...]
@@ -38,10 +42,15 @@ Environment
                             with an address and a free port of the machine of rank 0. Without NNODES nothing listens
                             on the network.
   MAX_RESTARTS              how often failed processes are started again before giving up (default 0)
+  GRACE_SECONDS             how long a training run that was asked to stop may take to finish its step and save
+                            (default 600)
   OMP_NUM_THREADS           CPU threads per process (default: the CPU cores, shared out)
 
+Ctrl-C, SIGTERM and SIGUSR1 let a training run finish its step and save; the same command continues. Ctrl-C twice
+ends it at once.
+
 Exit code: the program's own. 0 done; 1 a fault, with its traceback; 2 a mistake in what was asked, told in one line;
-128 + n ended by signal n (Ctrl-C: 130). All processes end together.
+128 + n ended by signal n (Ctrl-C: 130, SIGTERM: 143, SIGUSR1: 138). All processes end together.
 """
 PROGRAMS = {
     "train": {
@@ -67,7 +76,7 @@ def main(arguments: list[str]) -> int:
         return 0 if arguments else 2
     try:
         path, num_processes, overrides = parse(arguments)
-        nodes, max_restarts = multi_node(), number("MAX_RESTARTS", 0)
+        nodes, max_restarts, grace = multi_node(), number("MAX_RESTARTS", 0), number("GRACE_SECONDS", 600)
     except UserError as error:
         return fail(str(error))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes)))
@@ -76,6 +85,8 @@ def main(arguments: list[str]) -> int:
         config = LaunchConfig(
             nproc_per_node=num_processes,
             max_restarts=max_restarts,
+            signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+            shutdown_timeout=grace,
             run_id="selfe",
             **(nodes or single_node(Path(folder))),
         )
@@ -149,17 +160,24 @@ def number(name: str, default: int | None = None) -> int:
 
 def report(error: ChildFailedError) -> int:
     """Tell the first of all failures once; returns its exit code as a shell would."""
+    others = [failure.timestamp for failure in error.failures.values() if failure.error_file_data.get("time_ns")]
 
     def order(item: tuple[int, ProcessFailure]) -> tuple[bool, int]:
-        # SIGTERM is how torchrun ends the rest; a process killed otherwise left no word and is what made others fail
+        # torchrun ends the rest, by SIGTERM and those that hang by SIGKILL half a minute later; a process killed
+        # otherwise left no word and is what made others fail
         _, failure = item
-        return failure.exitcode == -signal.SIGTERM, failure.error_file_data.get("time_ns", 0)
+        late = failure.exitcode == -signal.SIGKILL and others and failure.timestamp > min(others) + 15
+        return failure.exitcode == -signal.SIGTERM or bool(late), failure.error_file_data.get("time_ns", 0)
 
     rank, failure = min(error.failures.items(), key=order)
     if failure.exitcode < 0:
+        steps = [f.error_file_data["step"] for f in error.failures.values() if "step" in f.error_file_data]
+        when = f" in step {max(steps)}" if steps else ""
         name = signal.Signals(-failure.exitcode).name
         why = " (often: out of memory)" if name == "SIGKILL" else ""
-        return fail(f"process {rank} was ended by {name}{why}; the same command continues", 128 - failure.exitcode)
+        return fail(
+            f"process {rank} was ended by {name}{why}{when}; the same command continues", 128 - failure.exitcode
+        )
     return fail(failure.message or f"process {rank} ended with exit code {failure.exitcode}", failure.exitcode)
 
 
@@ -169,22 +187,33 @@ def fail(message: str, exit_code: int = 2) -> int:
 
 
 def worker(program: Callable[[list[str]], None]) -> None:
-    """Run a program's main in one of the processes, and end the process; never returns.
+    """Run a program's main in one of the processes, and end the process; never returns."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once: the launcher speaks for all
+    try:
+        program(sys.argv[1:])
+    except UserError as error:
+        end(2, str(error))
+    except Stopped as stopped:
+        end(stopped.exit_code, str(stopped))
+    except Exception:
+        end(1, f"process {os.environ.get('RANK', 0)} failed{where()}\n{traceback.format_exc()}")
+    end(0)
+
+
+def where() -> str:
+    return f" in step {STATUS['step']}" if "step" in STATUS else ""
+
+
+def end(exit_code: int, message: str = "") -> NoReturn:
+    """End this process.
 
     A failure is handed to the launcher by torchrun's error file, so that of 64 ranks one speaks; without a launcher it
     is printed.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once: the launcher speaks for all
-    exit_code, message = 0, ""
-    try:
-        program(sys.argv[1:])
-    except UserError as error:
-        exit_code, message = 2, str(error)
-    except Exception:
-        exit_code, message = 1, f"process {os.environ.get('RANK', 0)} failed\n{traceback.format_exc()}"
     if exit_code and (path := os.environ.get("TORCHELASTIC_ERROR_FILE")):
         now = time.time_ns()
-        Path(path).write_text(json.dumps({"message": message, "timestamp": now // 10**9, "time_ns": now}))
+        told = {"message": message, "timestamp": now // 10**9, "time_ns": now} | STATUS
+        Path(path).write_text(json.dumps(told))
     elif exit_code:
         fail(message)
     sys.stdout.flush()

@@ -1,13 +1,11 @@
-"""What a run says: a progress bar on a terminal, plain lines in a log file, metrics as JSON lines, wandb when asked."""
+"""What a run says: a progress bar on a terminal, plain lines in a log file."""
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from tqdm import tqdm
 
@@ -54,35 +52,3 @@ class Progress:
 
     def close(self) -> None:
         self.bar.close()
-
-
-class Metrics:
-    """`metrics.jsonl`, one object per logged step, and a wandb run if `mode` is not disabled.
-
-    On resuming at `start`, lines of steps that will be run again are dropped, so that the file reads as one run.
-    """
-
-    def __init__(self, folder: Path, start: int, mode: Literal["disabled", "offline", "online"], project: str):
-        self.path = folder / "metrics.jsonl"
-        kept = []
-        if self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < start]
-        self.path.write_text("".join(kept))
-        self.wandb = None
-        if mode != "disabled":
-            import wandb  # slow to import and not needed otherwise
-
-            self.wandb = wandb.init(
-                project=project, name=folder.name, id=folder.name, dir=folder, mode=mode, resume="allow"
-            )
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step} | values) + "\n")
-        if self.wandb:
-            self.wandb.log(values, step=step)
-
-    def close(self) -> None:
-        if self.wandb:
-            self.wandb.finish()

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+import torch
+from PIL import Image, ImageDraw, PngImagePlugin
 from torch import Tensor
 
 Format = Literal["png", "jpeg", "webp"]
@@ -23,6 +24,10 @@ OPTIONS: dict[Format, dict] = {
 PARTIAL = ".partial"  # what a file is called until it is whole
 IMAGE_DESCRIPTION, SOFTWARE, EXIF, USER_COMMENT = 0x010E, 0x0131, 0x8769, 0x9286
 ANY_ENCODING = b"\0" * 8  # the comment's first 8 bytes name its encoding; this leaves it open, and it is UTF-8
+# anchors of a scale that is dark for small and bright for large, and read the same in grey
+COLOURS = torch.tensor(
+    [[20, 12, 70], [60, 75, 140], [40, 140, 140], [110, 200, 95], [250, 230, 60]], dtype=torch.float64
+)
 
 
 def to_image(picture: Tensor) -> Image.Image:
@@ -97,3 +102,28 @@ def save_npz(paths: Sequence[Path], output: Path) -> None:
             with Image.open(path) as image:
                 member.write(np.asarray(image.convert("RGB")).tobytes())
     aside.replace(output)
+
+
+def heat(table: Tensor, size: int = 160) -> Image.Image:
+    """(rows, columns), its first row at the bottom, as colours from its smallest to its largest value; NaN is white."""
+    known = table[~table.isnan()]
+    low, high = (known.min(), known.max()) if len(known) else (0.0, 1.0)
+    place = (table - low) / max(float(high - low), 1e-30) * (len(COLOURS) - 1)
+    place = place.nan_to_num(0).clamp(0, len(COLOURS) - 1)
+    below = place.floor().long().clamp_max(len(COLOURS) - 2)
+    colours = torch.lerp(COLOURS[below], COLOURS[below + 1], (place - below)[..., None])
+    colours[table.isnan()] = 255
+    return Image.fromarray(colours.flip(0).byte().numpy()).resize((size, size), Image.Resampling.NEAREST)
+
+
+def heat_maps(tables: dict[str, Tensor], columns: int = 4) -> Image.Image:
+    """A sheet of (t, s) tables [t, s], each under its name with its range; t grows to the right, s upwards."""
+    panels = []
+    for name, table in tables.items():
+        known = table[~table.isnan()]
+        extent = f"{known.min():.3g} .. {known.max():.3g}" if len(known) else "no samples"
+        panel = Image.new("RGB", (176, 204), "white")
+        panel.paste(heat(table.T), (8, 36))
+        ImageDraw.Draw(panel).multiline_text((8, 4), f"{name}\n{extent}", fill="black")
+        panels.append(panel)
+    return grid([panels[i : i + columns] for i in range(0, len(panels), columns)])

@@ -2,45 +2,42 @@
 
 from __future__ import annotations
 
-import copy
-import time
-from collections import defaultdict
+import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, product
 from pathlib import Path
-from typing import Literal
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from selfe import checkpoint, config, dist, ema, flux_format, launch, log, pictures
-from selfe.buckets import deal
+from selfe import checkpoint, config, dist, ema, flux_format, folder, health, launch, loading, log, observe
+from selfe.clock import Clock
 from selfe.dist import World
 from selfe.draws import Draws
-from selfe.samplers.renoise import Renoise
+from selfe.health import Guard, Health
+from selfe.loading import MicroBatches, expect
+from selfe.observe import Cells, Measured, ema_distance
+from selfe.saving import Keep, Saver
+from selfe.sheets import Samples
+from selfe.signals import Ear, Stopped
+from selfe.sinks import Sinks, Wandb
 from selfe.system import System
-from selfe.types import Batch, Data, Precision, Sampler, Split, UserError
+from selfe.types import Batch, Data, Precision, Split, UserError
+from selfe.watch import Watch
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Pictures drawn during training: a row per prompt, a column per step count, always from the same noise."""
+class Phase:
+    """From `step` on: a batch size, and a learning rate that falls linearly from there to `min_lr` at the last step.
 
-    every: int = 5000
-    prompts: tuple[str, ...] = ()
-    num_steps: tuple[int, ...] = (1, 2, 4, 8)
-    size: tuple[int, int] = (256, 256)  # height, width
-    cfg_scale: float = 5.0
-    s_ratio: float = 0.0
-    sampler: Sampler = Renoise()  # noqa: RUF009 - it has no state
+    Where the batch size changes, the order of the data jumps to another place of an epoch, once.
+    """
 
-
-@dataclass(frozen=True)
-class Wandb:
-    mode: Literal["disabled", "offline", "online"] = "disabled"
-    project: str = "selfe"
+    step: int
+    lr: float | None = None
+    total_batch_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,8 +48,9 @@ class Trainer:
     max_steps: int
     total_batch_size: int
     micro_batch_size: int
+    phases: tuple[Phase, ...] = ()  # in the order of their steps
     stop_step: int | None = None  # stop here; the schedule still counts to max_steps
-    init_from: str | None = None  # start from these FLUX weights instead of random ones
+    init_from: str | checkpoint.InitFrom | None = None  # for a run that has no checkpoint of its own yet
     lr: float = 3e-4
     min_lr: float = 1e-5
     warmup_steps: int = 1000
@@ -65,34 +63,50 @@ class Trainer:
     precision: Precision = "bf16"
     shard_size: int | None = None  # ranks that share one copy of the parameters; the others replicate it
     shard_text_encoder: bool = False  # cut T5 over the same ranks: less memory, more traffic
-    activation_checkpointing: bool = True
+    activation_checkpointing: bool | int = True  # k: of every k-th block
+    timeout_minutes: float = 10  # without progress on any process; then all end
     num_workers: int = 4
+    health: Health = Health()  # noqa: RUF009 - frozen
+    peak_tflops: float | None = None  # of one device, for the estimate of its use (MFU); null: looked up by its name
     log_every: int = 50
     checkpoint_every: int = 5000
+    checkpoints: Keep = Keep()  # noqa: RUF009 - frozen
+    cells_every: int = 1000  # a multiple of log_every
     val_every: int = 5000
     val_batches: int = 1  # of total_batch_size pictures each
-    samples: Samples = Samples()
-    wandb: Wandb = Wandb()
+    samples: Samples = Samples()  # noqa: RUF009 - frozen
+    wandb: Wandb = Wandb()  # noqa: RUF009 - frozen
+    tensorboard: bool = False
 
     def __post_init__(self):
-        for name in ("max_steps", "total_batch_size", "micro_batch_size", "log_every", "checkpoint_every", "val_every"):
+        names = "max_steps", "total_batch_size", "micro_batch_size", "log_every", "checkpoint_every", "val_every"
+        for name in (*names, "cells_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        steps = [phase.step for phase in self.phases]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"phases must be in the order of their steps, got {steps}")
 
     def lr_at(self, step: int) -> float:
         """Linear warm-up to `lr`, held until `decay_start`, then linear decay to `min_lr` at the last step."""
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
-        start = max(self.warmup_steps, self.decay_start)
+        falls = [(max(self.warmup_steps, self.decay_start), self.lr)]
+        falls += [(phase.step, phase.lr) for phase in self.phases if phase.lr and phase.step <= step]
+        start, lr = falls[-1]
         progress = (step - start) / max(self.max_steps - 1 - start, 1)
-        return self.lr + (self.min_lr - self.lr) * min(max(progress, 0.0), 1.0)
+        return lr + (self.min_lr - lr) * min(max(progress, 0.0), 1.0)
 
-    def micro_batches(self, world_size: int, batch_multiple: int) -> int:
-        """Micro-batches per rank and step."""
-        together = self.micro_batch_size * world_size
-        if self.total_batch_size % together:
+    def batch_size_at(self, step: int) -> int:
+        sizes = [phase.total_batch_size for phase in self.phases if phase.total_batch_size and phase.step <= step]
+        return (sizes or [self.total_batch_size])[-1]
+
+    def micro_batches(self, world_size: int, batch_multiple: int, step: int = 0) -> int:
+        """Micro-batches per rank in a step."""
+        together, total = self.micro_batch_size * world_size, self.batch_size_at(step)
+        if total % together:
             raise UserError(
-                f"trainer.total_batch_size: {self.total_batch_size} is not a multiple of micro_batch_size "
+                f"trainer.total_batch_size: {total} is not a multiple of micro_batch_size "
                 f"{self.micro_batch_size} x {world_size} processes; change one of the three"
             )
         if self.micro_batch_size % batch_multiple:
@@ -100,7 +114,7 @@ class Trainer:
                 f"trainer.micro_batch_size: the objective needs a multiple of {batch_multiple}, got "
                 f"{self.micro_batch_size}; every micro-batch must have the same share of samples with s < t"
             )
-        return self.total_batch_size // together
+        return total // together
 
     def fit(self, system: System, data: Data, seed: int, world: World) -> None:
         """Train to `max_steps` (or `stop_step`), resuming from the newest checkpoint in `output_dir`."""
@@ -112,26 +126,47 @@ class Fit:
 
     def __init__(self, trainer: Trainer, system: System, data: Data, seed: int, world: World):
         self.trainer, self.system, self.data, self.seed, self.world = trainer, system, data, seed, world
-        self.num_micro = trainer.micro_batches(world.size, system.objective.batch_multiple)
+        for step in (0, *(phase.step for phase in trainer.phases)):  # every batch size is checked before the first step
+            self.num_micro(step)
         self.folder = Path(trainer.output_dir)
-        mesh = dist.make_mesh(world, trainer.shard_size)
-        self.net, self.ema = system.backbone, copy.deepcopy(system.backbone).requires_grad_(False)
-        for module, saves_memory in ((self.net, trainer.activation_checkpointing), (self.ema, False)):
-            dist.shard(module, mesh, precision=trainer.precision, activation_checkpointing=saves_memory)
-        system.load_encoders(
-            world.device, partial(dist.place_sharded, mesh=mesh) if trainer.shard_text_encoder else None
+        self.net, self.ema = dist.twins(
+            system.backbone,
+            world,
+            trainer.precision,
+            seed,
+            shard_size=trainer.shard_size,
+            activation_checkpointing=trainer.activation_checkpointing,
         )
-        for module in (self.net, self.ema):
-            dist.materialise(module, world.device, seed)
+        cut = partial(dist.place_sharded, mesh=dist.make_mesh(world, trainer.shard_size))
+        system.load_encoders(world.device, cut if trainer.shard_text_encoder else None)
         self.optimizer = torch.optim.AdamW(
             self.net.parameters(), lr=trainer.lr, betas=trainer.betas, weight_decay=trainer.weight_decay, fused=True
         )
-        found = checkpoint.latest(self.folder / "checkpoints")
-        self.start = checkpoint.resume(found, self.net, self.ema, self.optimizer) if found else 0
+        self.saver = Saver(self.folder / "checkpoints", trainer.checkpoints, world)
+        found = checkpoint.newest_good(self.saver.folder, world)
+        self.start = checkpoint.load(found, self.net, self.ema, self.optimizer) if found else self.initialise()
+        self.guard = Guard(trainer.health, checkpoint.read_marker(found)["guard"] if found else None)
+        self.measured, self.cells, self.clock = Measured(), Cells(), Clock(world.device, trainer.peak_tflops)
+        self.steps_logged, self.replaced = self.start, 0
         if found and world.is_main:
             log.say(f"resuming from {found}")
-        if trainer.init_from and not found:
-            self.warm_start(Path(trainer.init_from))
+
+    def num_micro(self, step: int) -> int:
+        return self.trainer.micro_batches(self.world.size, self.system.objective.batch_multiple, step)
+
+    def initialise(self) -> int:
+        """The first step of a run that has no checkpoint of its own yet, with what `init_from` brings."""
+        origin = self.trainer.init_from
+        if origin is None:
+            return 0
+        if isinstance(origin, str) and flux_format.holds_weights(Path(origin)):
+            self.warm_start(Path(origin))
+            return 0
+        parts = checkpoint.InitFrom(origin) if isinstance(origin, str) else origin
+        path = checkpoint.find(Path(parts.path))
+        if self.world.is_main:
+            log.say(f"starting from {', '.join(parts.parts)} of {path}")
+        return checkpoint.load(path, self.net, self.ema, self.optimizer, parts.parts)
 
     def warm_start(self, path: Path) -> None:
         """Take the weights of a FLUX file; `init_from.txt` says which."""
@@ -151,155 +186,153 @@ class Fit:
             if main:
                 log.say(f"nothing to do: {self.start} steps are done, and this run ends at {end}")
             return
-        metrics = log.Metrics(self.folder, self.start, trainer.wandb.mode, trainer.wandb.project) if main else None
+        sinks = Sinks(self.folder, self.start, trainer.wandb, trainer.tensorboard, main)
         progress = log.Progress("training", end, self.start, quiet=not main)
-        measured, clock = defaultdict(list), time.perf_counter()
-        micro_batches = self.micro_batches(end)
+        ear, watch = Ear(), Watch(self.world, trainer.timeout_minutes, partial(launch.end, 1))
+        order = ((step, place) for step in range(self.start, end) for place in range(self.num_micro(step)))
+        micro_batches = loading.ahead(self.part("train"), order, trainer.num_workers)
         for step in range(self.start, end):
-            grad_norm = self.step(step, micro_batches, measured)
-            done = step + 1
-            note = ""
-            if done % trainer.log_every == 0 or done == end:
-                values = self.summary(measured, grad_norm, step, time.perf_counter() - clock)
-                measured, clock = defaultdict(list), time.perf_counter()
-                note = f"loss {values['loss']:.4f}"
-                if main:
-                    metrics.write(step, values)
+            launch.STATUS["step"] = step
+            watch.beat(step, "training")
+            if trainer.health.compare_every and step % trainer.health.compare_every == 0:
+                dist.compare_replicas(self.net, self.world, trainer.shard_size, f"step {step}")
+            grad_norm, stop = self.step(step, micro_batches, ear.heard)
+            done, last = step + 1, step + 1 == end or stop > 0
+            values, score = {}, None
+            if done % trainer.log_every == 0 or last:
+                values |= self.summary(step, grad_norm)
+            if done % trainer.cells_every == 0:
+                self.write_cells(step, sinks)
             if done % trainer.val_every == 0 and self.data.has_val:
-                values = self.validate(step)
-                if main:
-                    metrics.write(step, values)
+                watch.beat(step, "validating", limited=False)
+                values |= self.validate(step)
+                score = values["val_ema_loss"]
             if done % trainer.samples.every == 0 and trainer.samples.prompts:
-                self.draw_samples(done)
-            progress.advance(1, note)
-            if done % trainer.checkpoint_every == 0 or done == end:
-                path = checkpoint.save(
-                    self.folder / "checkpoints", done, self.net, self.ema, self.optimizer, self.world
-                )
-        progress.close()
-        if main:
-            metrics.close()
-            log.say(f"{done} steps done; checkpoint: {path}")
+                watch.beat(step, "drawing samples", limited=False)
+                self.draw_samples(done, sinks)
+            if values:
+                sinks.numbers(step, values)
+            progress.advance(1, f"loss {values['loss']:.4f}" if "loss" in values else "")
+            if done % trainer.checkpoint_every == 0 or last:
+                watch.beat(step, "saving", limited=False)
+                self.save(done, score)
+            if last:
+                break
+        watch.beat(step, "saving", limited=False)
+        path = self.saver.finish()
+        for part in (progress, watch, ear, sinks):
+            part.close()
+        self.part_with(f"{done} steps done; checkpoint: {path}", stop)
 
-    def step(self, step: int, micro_batches: Iterator[Batch], measured: dict[str, list[Tensor]]) -> Tensor:
-        """One optimizer step over `num_micro` micro-batches; adds what it measured and returns the gradient norm."""
-        trainer = self.trainer
-        lr = trainer.lr_at(step)
+    def part_with(self, message: str, stop: int) -> None:
+        """The last word of a run, and how its processes end if a signal asked for it."""
+        if stop:
+            message = f"stopped by {signal.Signals(stop).name}: {message}; the same command continues"
+        if self.world.is_main:
+            log.say(message)
+        if stop:
+            raise Stopped(stop, message)
+
+    def save(self, done: int, score: float | None) -> None:
+        self.clock.mark("checkpoint")
+        state = checkpoint.training_state(self.net, self.ema, self.optimizer)
+        self.saver.begin(done, state, {"score": score, "guard": self.guard.memory})
+        self.clock.mark("other")
+
+    def step(self, step: int, micro_batches: Iterator[Batch], heard: int) -> tuple[float, int]:
+        """One optimizer step over this rank's micro-batches, unless its gradient is sick.
+
+        Returns the gradient norm, and the signal that any process has heard.
+        """
+        trainer, clock, measured = self.trainer, self.clock, Measured()
+        num_micro = self.num_micro(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        for _ in range(self.num_micro):
-            batch = expect(next(micro_batches)).to(self.world.device)
-            draws = Draws.of_step(self.seed, step, batch.positions)
-            loss = self.system.loss(self.net, self.ema, batch, draws, step)
-            # FSDP averages over ranks; with this division, accumulation averages over micro-batches too
-            (loss.per_sample.mean() / self.num_micro).backward()
-            for name, rows in ({"loss": loss.per_sample.detach()} | loss.metrics).items():
-                measured[name].append(rows)
-            measured["replaced"].append(torch.tensor([float(len(batch.replaced))], device=self.world.device))
+            group["lr"] = trainer.lr_at(step)
+        for _ in range(num_micro):
+            clock.mark("data")
+            batch = expect(next(micro_batches))
             log.quarantine(self.folder, batch.replaced)
+            self.replaced += len(batch.replaced)
+            batch = batch.to(self.world.device)
+            clock.mark("encode")
+            draws = Draws.of_step(self.seed, step, batch.positions)
+            loss = self.system.loss(clock.around(self.net), clock.around(self.ema), batch, draws, step)
+            clock.mark("backward")
+            # FSDP averages over ranks; with this division, accumulation averages over micro-batches too
+            (loss.per_sample.mean() / num_micro).backward()
+            measured.add(loss, batch)
+        clock.mark("optimizer")
+        limit = self.guard.limit()
         grad_norm = dist.clip_grad_norm(self.net, trainer.clip_norm)
-        self.optimizer.step()
+        grad_norm, stop = dist.agree(grad_norm, heard, self.world.device)
+        if self.guard.accepts(grad_norm):
+            self.optimizer.step()
+            ema.update(self.ema, self.net, ema.decay_at(step, trainer.ema_decay, trainer.ema_warmup))
+            self.measured.extend(measured)
+        else:
+            self.skip(step, grad_norm, limit, measured)
         self.optimizer.zero_grad(set_to_none=True)
-        ema.update(self.ema, self.net, ema.decay_at(step, trainer.ema_decay, trainer.ema_warmup))
-        return grad_norm
+        clock.mark("other")
+        return grad_norm, stop
 
-    def summary(self, measured: dict[str, list[Tensor]], grad_norm: Tensor, step: int, seconds: float) -> dict:
-        """Means over all ranks since the last summary."""
-        num_samples = sum(len(rows) for rows in measured["loss"]) * self.world.size
-        values = dist.mean_over_ranks(measured, self.world.device)
-        values["replaced"] = round(values["replaced"] * len(measured["replaced"]) * self.world.size)
-        values |= {"grad_norm": grad_norm.item(), "lr": self.trainer.lr_at(step)}
-        if not all(map(torch.isfinite, map(torch.tensor, values.values()))):
+    def skip(self, step: int, grad_norm: float, limit: float, measured: Measured) -> None:
+        """Tell and record a step that is not taken; the same verdict on every rank."""
+        parts = dist.gather(measured.describe(), self.world)
+        if self.world.is_main:
+            path = health.record(self.folder / "skipped", step, grad_norm, limit, list(chain(*parts)))
+            log.say(f"step {step} skipped: gradient norm {grad_norm:.4g}, limit {limit:.4g}; its samples: {path}")
+        if self.guard.exhausted:
             raise UserError(
-                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}: training has diverged; "
-                "lower trainer.lr and start again from the last checkpoint"
+                f"step {step}: {self.guard.in_a_row} steps in a row were skipped, gradient norm {grad_norm:.4g}: "
+                "training has diverged; lower trainer.lr and start again from an earlier checkpoint"
             )
-        return values | {"samples_per_second": num_samples / seconds}
 
-    def micro_batches(self, end: int) -> Iterator[Batch | UserError]:
-        """This rank's micro-batches from the start step on, loaded ahead by worker processes."""
-        loader = DataLoader(
-            self.part("train"),
-            sampler=range(self.start * self.num_micro, end * self.num_micro),
-            batch_size=None,
-            num_workers=self.trainer.num_workers,
-            generator=torch.Generator(),  # the loader would otherwise draw from the global one
-        )
-        return iter(loader)
+    def summary(self, step: int, grad_norm: float) -> dict[str, float]:
+        """Means over all ranks since the last summary, and where the time went."""
+        device, measured, self.measured = self.world.device, self.measured, Measured()
+        values = measured.means(device) | {"grad_norm": grad_norm, "lr": self.trainer.lr_at(step)}
+        self.cells.add(measured.cells(device))
+        values |= {"ema_distance": ema_distance(self.ema, self.net, device), "skipped": self.guard.skipped}
+        values["replaced"] = int(dist.sum_over_ranks(torch.tensor([float(self.replaced)], device=device)))
+        self.replaced = 0
+        num_samples = sum(map(self.trainer.batch_size_at, range(self.steps_logged, step + 1)))
+        self.steps_logged = step + 1
+        return values | self.clock.rates(num_samples, self.world.size)
 
     def part(self, split: Split) -> MicroBatches:
-        trainer = self.trainer
-        sizes = trainer.total_batch_size, trainer.micro_batch_size, self.system.objective.batch_multiple
+        trainer, multiple = self.trainer, self.system.objective.batch_multiple
+        sizes = trainer.batch_size_at, trainer.micro_batch_size, multiple
         return MicroBatches(self.data, self.seed, *sizes, self.world, split)
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
         """The objective on fixed pictures with fixed times and noise, so that only the weights change its value."""
-        part, measured = self.part("val"), defaultdict(list)
-        for number in range(self.trainer.val_batches * self.num_micro):
-            batch = expect(part[number]).to(self.world.device)
-            draws = Draws(tuple((self.seed, "val", number // self.num_micro, p) for p in batch.positions))
-            loss = self.system.loss(self.net, self.ema, batch, draws, step)
-            for name, rows in ({"loss": loss.per_sample} | loss.metrics).items():
-                measured[f"val_{name}"].append(rows)
-        return dist.mean_over_ranks(measured, self.world.device)
+        self.clock.mark("validation")
+        part, values = self.part("val"), {}
+        for prefix, net in {"val_": self.net, "val_ema_": self.ema}.items():
+            measured = Measured()
+            for number, place in product(range(self.trainer.val_batches), range(self.num_micro(0))):
+                batch = expect(part[number, place]).to(self.world.device)
+                draws = Draws(tuple((self.seed, "val", number, p) for p in batch.positions))
+                measured.add(self.system.loss(net, self.ema, batch, draws, step), batch)
+            values |= measured.means(self.world.device, prefix)
+        self.clock.mark("other")
+        return values
 
-    def draw_samples(self, done: int) -> None:
-        """A sheet of pictures by the EMA weights. All ranks draw equally many: sharded calls are collective."""
-        samples, world = self.trainer.samples, self.world
-        share = -(-len(samples.prompts) // world.size)
-        mine = [(world.rank + i * world.size) % len(samples.prompts) for i in range(share)]
-        prompts = [samples.prompts[i] for i in mine]
-        drawn = {}
-        for num_steps in samples.num_steps:
-            images = self.system.generate(
-                self.ema,
-                prompts,
-                [samples.size] * share,
-                Draws.of_pictures([(self.seed, prompt, 0) for prompt in prompts]),
-                sampler=samples.sampler,
-                num_steps=num_steps,
-                cfg_scale=samples.cfg_scale,
-                s_ratio=samples.s_ratio,
-            )
-            drawn |= {(i, num_steps): pictures.to_image(image) for i, image in zip(mine, images, strict=True)}
-        everyone = {key: image for part in dist.gather(drawn, world) for key, image in part.items()}
-        if world.is_main:
-            sheet = pictures.grid([[everyone[i, n] for n in samples.num_steps] for i in range(len(samples.prompts))])
-            path = self.folder / "samples" / f"step_{done:08d}.png"
+    def write_cells(self, step: int, sinks: Sinks) -> None:
+        means = self.cells.take()
+        if self.world.is_main and means:
+            sinks.picture(step, "cells", observe.write_cells(self.folder, step, means))
+
+    def draw_samples(self, done: int, sinks: Sinks) -> None:
+        self.clock.mark("samples")
+        nets = {"samples": self.ema, "samples_live": self.net}
+        for name, sheet in self.trainer.samples.draw(self.system, nets, self.seed, self.world).items():
+            path = self.folder / name / f"step_{done:08d}.png"
             path.parent.mkdir(exist_ok=True)
             sheet.save(path)
-
-
-@dataclass(frozen=True)
-class MicroBatches(Dataset):
-    """One rank's micro-batches by their number in the whole run, dealt so that all ranks have equal work.
-
-    A user's mistake is handed over, not raised: an exception that crosses processes arrives as a traceback.
-    """
-
-    data: Data
-    seed: int
-    total: int
-    micro: int
-    multiple: int  # positions that stay together
-    world: World
-    split: Split
-
-    def __getitem__(self, number: int) -> Batch | UserError:
-        step, place = divmod(number, self.total // self.world.size // self.micro)
-        try:
-            costs = self.data.costs(self.seed, step, self.total, self.split)
-            positions = deal(costs, self.world.size, self.micro, self.multiple)[self.world.rank][place]
-            return self.data.batch(self.seed, step, self.total, positions, self.split)
-        except UserError as error:
-            return error
-
-
-def expect(batch: Batch | UserError) -> Batch:
-    if isinstance(batch, UserError):
-        raise batch
-    return batch
+            sinks.picture(done - 1, name, path)
+        self.clock.mark("other")
 
 
 def main(arguments: list[str]) -> None:
@@ -307,11 +340,10 @@ def main(arguments: list[str]) -> None:
     with torch.device("meta"):
         system = config.build(settings, "system")
     data, trainer = config.build(settings, "data"), config.build(settings, "trainer")
-    with dist.world() as world:
+    # the watch speaks of ranks and steps, the process group only of operations: let the watch be first
+    with dist.world(timeout_minutes=2 * trainer.timeout_minutes + 1) as world:
         if world.is_main:
-            folder = Path(trainer.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            config.save(settings, folder / "config.yaml")
+            folder.describe(Path(trainer.output_dir), settings, sys.argv, world.size)
         trainer.fit(system, data, settings["seed"], world)
 
 

@@ -124,10 +124,13 @@ def signed(image: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Loss:
-    """One loss per sample, and numbers to log: each metric is a vector over the rows it exists for."""
+    """One loss per sample, and numbers to log: each metric is a vector over all rows, or over the judged ones."""
 
     per_sample: Tensor  # (B,)
-    metrics: dict[str, Tensor]  # name -> (rows,), detached
+    metrics: dict[str, Tensor]  # name -> (B,) or (J,), detached
+    t: Tensor  # (B,), the times that were drawn
+    s: Tensor  # (B,)
+    judged: tuple[int, ...] = ()  # J rows that have more metrics than the others
 
 
 class Denoiser(Protocol):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.multiprocessing import spawn
+from torch.multiprocessing import start_processes
 
 from selfe import dist
 
@@ -20,7 +20,7 @@ def on_ranks(size: int, function: Callable, *arguments: Any) -> Any:
         port = free.getsockname()[1]
         free.close()
         path = Path(folder) / "result.pt"
-        spawn(_child, args=(size, port, path, function, arguments), nprocs=size)
+        start_processes(_child, (size, port, path, function, arguments), nprocs=size, start_method="forkserver")
         return torch.load(path, weights_only=True)
 
 

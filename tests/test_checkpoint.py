@@ -1,6 +1,8 @@
 """Checkpoints: whole or not there, loaded on another number of ranks, refused when they do not fit."""
 
 import copy
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from test_dist import perturb, small_net
 
 from selfe import checkpoint, dist
 from selfe.dist import World
+from selfe.saving import Keep, Saver
 from selfe.types import UserError
 
 
@@ -34,12 +37,15 @@ def fill(net: torch.nn.Module, twin: torch.nn.Module, optimizer: torch.optim.Opt
 def save(world: World, folder: str) -> None:
     parts = training_parts(world)
     fill(*parts)
-    assert checkpoint.save(Path(folder), 7, *parts, world) == Path(folder) / "step_00000007"
+    saver = Saver(Path(folder), Keep(), world)
+    saver.begin(7, checkpoint.training_state(*parts))
+    perturb(parts[0], 2), perturb(parts[1], 3)  # training goes on: the file must hold the copy
+    assert saver.finish() == Path(folder) / "step_00000007"
 
 
 def load(world: World, folder: str) -> dict[str, torch.Tensor]:
     net, twin, optimizer = training_parts(world)
-    assert checkpoint.resume(Path(folder) / "step_00000007", net, twin, optimizer) == 7
+    assert checkpoint.load(Path(folder) / "step_00000007", net, twin, optimizer) == 7
     moments = {name: optimizer.state[p]["exp_avg"] for name, p in net.named_parameters()}
     found = {f"net.{n}": p for n, p in net.named_parameters()} | {f"ema.{n}": p for n, p in twin.named_parameters()}
     found |= {f"moment.{n}": m for n, m in moments.items()}
@@ -75,16 +81,61 @@ def test_plain_weights_of_either_kind(folder):
     assert not torch.equal(net.out.weight, expected.out.weight)
 
 
-def test_incomplete_folders_are_never_found(folder, tmp_path):
-    for step, missing in ((8, checkpoint.MARKER), (9, ".metadata")):
-        broken = tmp_path / f"step_0000000{step}"
-        broken.mkdir()
-        for file in (folder / "step_00000007").iterdir():
-            if file.name != missing:
-                (broken / file.name).write_bytes(file.read_bytes())
-        with pytest.raises(UserError, match="incomplete checkpoint"):
-            checkpoint.find(broken)
-    (tmp_path / "step_00000010.partial").mkdir()
+def truncate(path: Path) -> None:
+    data = (path / "__0_0.distcp").read_bytes()
+    (path / "__0_0.distcp").write_bytes(data[: len(data) // 2])
+
+
+def flip(path: Path) -> None:
+    data = bytearray((path / "__1_0.distcp").read_bytes())
+    data[len(data) // 2] ^= 1
+    (path / "__1_0.distcp").write_bytes(data)
+
+
+DAMAGES = {
+    "progress.json: No such file": lambda path: (path / checkpoint.MARKER).unlink(),
+    ".metadata: No such file": lambda path: (path / ".metadata").unlink(),
+    "__0_0.distcp has ": truncate,
+    "the checksum of __1_0.distcp is wrong": flip,
+    "progress.json cannot be read": lambda path: (path / checkpoint.MARKER).write_text('{"step": 8, "fil'),
+    "progress.json speaks of step 7": lambda path: None,  # a folder under another's name
+}
+
+
+@pytest.fixture
+def alone(monkeypatch) -> Iterator[World]:
+    """A process group of this process alone."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with dist.world() as world:
+        yield world
+
+
+@pytest.mark.parametrize("problem", DAMAGES)
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(problem, alone, folder, tmp_path, capsys):
+    good, bad = tmp_path / "step_00000007", tmp_path / "step_00000008"
+    shutil.copytree(folder / "step_00000007", good)
+    shutil.copytree(good, bad)
+    if "speaks" not in problem:
+        marker = (bad / checkpoint.MARKER).read_text()
+        (bad / checkpoint.MARKER).write_text(marker.replace('"step": 7', '"step": 8'))
+    DAMAGES[problem](bad)
+    (tmp_path / "step_00000009.partial").mkdir()
+    assert checkpoint.newest_good(tmp_path, alone) == good
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{bad}: damaged, left alone ({problem}")
+    assert bad.is_dir()
+    shutil.rmtree(good)
+    with pytest.raises(UserError, match="no checkpoint is readable"):
+        checkpoint.newest_good(tmp_path, alone)
+
+
+def test_what_a_user_names_is_found(folder, tmp_path):
+    broken = tmp_path / "step_00000007"
+    shutil.copytree(folder / "step_00000007", broken)
+    truncate(broken)
+    with pytest.raises(UserError, match=r"incomplete checkpoint \(__0_0.distcp has"):
+        checkpoint.find(broken)
     assert checkpoint.latest(tmp_path) is None
     with pytest.raises(UserError, match="holds no complete checkpoint"):
         checkpoint.find(tmp_path)

@@ -134,6 +134,25 @@ def test_initial_weights_do_not_depend_on_the_number_of_ranks():
         assert torch.equal(found[name], net.initial(name, p.shape, seed=7))
 
 
+def with_a_flipped_bit(world: World) -> str:
+    net, _ = dist.twins(small_net(), world, "fp32", 0, shard_size=1)
+    dist.compare_replicas(net, world, 1, "step 3")
+    if world.rank == 1:
+        weight = dist.local(net.out.weight.detach())
+        weight.view(torch.int32)[0, 0] ^= 1
+    try:
+        dist.compare_replicas(net, world, 1, "step 4")
+    except UserError as error:
+        return str(error)
+    return "not seen"
+
+
+def test_replicas_that_differ_in_a_bit_are_seen():
+    assert on_ranks(2, with_a_flipped_bit).startswith(
+        "step 4: process 1 holds other weights than its replica, process 0"
+    )
+
+
 def test_indivisible_shard_size_is_one_line():
     with pytest.raises(UserError, match=r"trainer.shard_size: 4 processes cannot form groups of 3"):
         dist.make_mesh(World(0, 4, torch.device("cpu")), 3)

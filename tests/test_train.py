@@ -7,7 +7,8 @@ import torch
 
 from selfe import config, ema
 from selfe.dist import World
-from selfe.train import MicroBatches, Trainer
+from selfe.loading import MicroBatches
+from selfe.train import Phase, Trainer
 from selfe.types import Batch, UserError
 
 
@@ -24,6 +25,21 @@ def test_schedule_of_the_paper():
     assert paper.lr_at((1000 + 709_999) // 2) == pytest.approx((3e-4 + 1e-5) / 2, rel=1e-4)
     assert paper.lr_at(709_999) == pytest.approx(1e-5)
     assert all(trainer(warmup_steps=0, max_steps=n).lr_at(0) == 3e-4 for n in (1, 2, 5))
+
+
+def test_phases():
+    phases = (Phase(3000, total_batch_size=8), Phase(5000, lr=1e-4), Phase(8000, total_batch_size=32))
+    phased = trainer(phases=phases)
+    assert [phased.batch_size_at(step) for step in (0, 2999, 3000, 7999, 8000)] == [16, 16, 8, 8, 32]
+    assert [phased.micro_batches(2, 2, step) for step in (0, 3000, 8000)] == [4, 2, 8]
+    assert phased.lr_at(4999) == trainer().lr_at(4999)
+    assert phased.lr_at(5000) == 1e-4
+    assert phased.lr_at(7500) == pytest.approx((1e-4 + 1e-5) / 2, rel=1e-3)
+    assert phased.lr_at(9999) == pytest.approx(1e-5)
+    with pytest.raises(ValueError, match=r"in the order of their steps, got \[5, 3\]"):
+        trainer(phases=(Phase(5), Phase(3)))
+    with pytest.raises(UserError, match="24 is not a multiple"):
+        trainer(phases=(Phase(5, total_batch_size=24),)).micro_batches(8, 2, 5)
 
 
 def test_micro_batches_per_step():
@@ -58,9 +74,10 @@ def test_every_position_of_a_step_once_on_any_number_of_ranks(size, micro):
     for step in range(3):
         seen = []
         for rank in range(size):
-            part = MicroBatches(Positions(), 0, 16, micro, 2, World(rank, size, torch.device("cpu")), "train")
+            world = World(rank, size, torch.device("cpu"))
+            part = MicroBatches(Positions(), 0, trainer().batch_size_at, micro, 2, world, "train")
             for place in range(accumulation):
-                batch = part[step * accumulation + place]
+                batch = part[step, place]
                 assert batch.prompts == (str(step),) * micro
                 seen += batch.positions
         assert sorted(seen) == list(range(16))

@@ -30,4 +30,4 @@ class FlowMatching:
         x_t = x0.with_tokens(flow.interpolate(x0.tokens, noise, t, x0))
         v = net(x_t, t, t, conds["cond"])
         loss = flow.mean_per_sample((v - (noise - x0.tokens)).square(), x0)
-        return Loss(loss, {"data_loss": loss.detach()})
+        return Loss(loss, {"data_loss": loss.detach()}, t, t)

@@ -97,29 +97,31 @@ class SelfEvaluation:
         data_loss = flow.mean_per_sample((v - (noise - x0.tokens)).square(), x0)
         metrics = {"data_loss": data_loss.detach()}
         if not rows:
-            return Loss(data_loss, metrics)
+            return Loss(data_loss, metrics, t, s)
 
         def judged(tokens: Tensor) -> Packed:
             return x0.with_tokens(tokens).select(rows)
 
         x0_hat = judged(flow.predict_x0(x_t.tokens, v.detach(), t, x0))
-        t, s = t[rows], torch.maximum(s, self.eval_floor * t)[rows]
+        t_judged, s_judged = t[rows], torch.maximum(s, self.eval_floor * t)[rows]
         delta, aux_loss = self.judge(
-            net, ema, x0_hat, s, conds | {"cond": conds["cond"].select(rows)}, draws.select(rows), step
+            net, ema, x0_hat, s_judged, conds | {"cond": conds["cond"].select(rows)}, draws.select(rows), step
         )
         # Without a prompt the scores differ only by EMA lag: such a row keeps the data as its target.
         kept = torch.tensor([not drop for drop in flow.dropped(draws.select(rows), self.p_drop)], device=t.device)
-        weight = flow.self_weight(t, s, self.lam_max) * kept
+        weight = flow.self_weight(t_judged, s_judged, self.lam_max) * kept
         clean = judged(x0.tokens)
-        target = self.target(clean, x0_hat.tokens - delta, weight)
+        target, norm_ratio = self.target(clean, x0_hat.tokens - delta, weight)
         # || x0_hat - target ||^2 / t^2, with the division done where it cannot be 0 / 0
-        pull = (clean.tokens - target) / flow.per_token(t.clamp_min(torch.finfo(t.dtype).tiny), clean)
+        pull = (clean.tokens - target) / flow.per_token(t_judged.clamp_min(torch.finfo(t.dtype).tiny), clean)
         self_loss = flow.mean_per_sample((judged(v).tokens - (judged(noise - x0.tokens).tokens + pull)).square(), clean)
         index = torch.tensor(rows, device=t.device)
         aux_share = self.aux_loss_weight * len(x0) / len(rows)  # a mean over the judged rows, not over the batch
         loss = data_loss.index_copy(0, index, self_loss).index_add(0, index, aux_share * aux_loss)
         metrics |= {"self_loss": self_loss.detach(), "aux_loss": aux_loss.detach(), "self_weight": weight}
-        return Loss(loss, metrics)
+        # how far the target strays in norm, and whether the two terms pull the prediction the same way
+        metrics |= {"norm_ratio": norm_ratio, "cosine": flow.cosine(clean.tokens - x0_hat.tokens, -delta, clean)}
+        return Loss(loss, metrics, t, s, tuple(rows))
 
     def judge(
         self,
@@ -146,7 +148,8 @@ class SelfEvaluation:
         verdict = self.aux_k_cls * (v_null - v_cond) + self.aux_k_fake * (v_fake.detach() - v_cond)
         return -flow.per_token(s, x_s) * verdict, aux_loss
 
-    def target(self, x0: Packed, x_self: Tensor, weight: Tensor) -> Tensor:
-        """(x0 + lam x_self) / (1 + lam), brought back to the norm of x0 (Eq. 18-19)."""
+    def target(self, x0: Packed, x_self: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """(x0 + lam x_self) / (1 + lam), brought back to the norm of x0 (Eq. 18-19), and how far off it was (J,)."""
         target = torch.lerp(x0.tokens, x_self, flow.per_token(weight, x0))
-        return flow.rescale(target, x0.tokens, x0) if self.energy_preserving else target
+        ratio = flow.norm_per_sample(target, x0) / flow.norm_per_sample(x0.tokens, x0).clamp_min(1e-20)
+        return flow.rescale(target, x0.tokens, x0) if self.energy_preserving else target, ratio

@@ -1,0 +1,58 @@
+"""From a data set to this rank's micro-batches, loaded ahead by worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from selfe.buckets import deal
+from selfe.dist import World
+from selfe.types import Batch, Data, Split, UserError
+
+
+def ahead(part: MicroBatches, order: Iterable[tuple[int, int]], num_workers: int) -> Iterator[Batch | UserError]:
+    """The micro-batches of (step, place) pairs."""
+    loader = DataLoader(
+        part,
+        sampler=order,
+        batch_size=None,
+        num_workers=num_workers,
+        generator=torch.Generator(),  # the loader would otherwise draw from the global one
+    )
+    return iter(loader)
+
+
+@dataclass(frozen=True)
+class MicroBatches(Dataset):
+    """One rank's micro-batches by step and place, dealt so that all ranks have equal work.
+
+    A user's mistake is handed over, not raised: an exception that crosses processes arrives as a traceback.
+    """
+
+    data: Data
+    seed: int
+    total_at: Callable[[int], int]  # step -> size of the global batch
+    micro: int
+    multiple: int  # positions that stay together
+    world: World
+    split: Split
+
+    def __getitem__(self, index: tuple[int, int]) -> Batch | UserError:
+        """This rank's micro-batch number `place` of a step."""
+        step, place = index
+        total = self.total_at(step if self.split == "train" else 0)
+        try:
+            costs = self.data.costs(self.seed, step, total, self.split)
+            positions = deal(costs, self.world.size, self.micro, self.multiple)[self.world.rank][place]
+            return self.data.batch(self.seed, step, total, positions, self.split)
+        except UserError as error:
+            return error
+
+
+def expect(batch: Batch | UserError) -> Batch:
+    if isinstance(batch, UserError):
+        raise batch
+    return batch

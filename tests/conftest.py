@@ -1,0 +1,12 @@
+"""Options of the test command, and what several test files share."""
+
+import multiprocessing
+
+# one process imports everything once, alone and without threads; ranks of the tests are forks of it
+multiprocessing.set_forkserver_preload(
+    ["selfe.train", "selfe.encoders.t5_clip", "selfe.encoders.flux_vae", "selfe.objectives.self_evaluation"]
+)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kill-rounds", type=int, default=4, help="how often test_interruptions.py kills a run")

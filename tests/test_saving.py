@@ -1,0 +1,149 @@
+"""Saving in the background: what stays, and what happens when the disk says no."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import on_ranks
+
+from selfe import checkpoint, dist
+from selfe.dist import World
+from selfe.saving import Keep, Saver
+from selfe.types import UserError
+
+
+def state(step: int) -> dict:
+    return {"net": {"weight": torch.full((256, 256), float(step))}}
+
+
+def steps(folder: Path) -> list[int]:
+    """All checkpoints of a folder, which must hold nothing else."""
+    assert all(checkpoint.damage(path) is None for path in folder.iterdir())
+    return sorted(checkpoint.read_step(path) for path in folder.iterdir())
+
+
+@pytest.fixture
+def alone(monkeypatch) -> Iterator[World]:
+    """A process group of this process alone."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with dist.world() as world:
+        yield world
+
+
+def test_what_stays(alone, tmp_path):
+    saver = Saver(tmp_path, Keep(keep_last=2, keep_every=4, keep_best=1), alone)
+    scores = {1: 0.5, 3: 0.2, 6: 0.3}
+    for step in range(1, 10):
+        saver.begin(step, state(step), {"score": scores.get(step)})
+    assert saver.finish() == tmp_path / "step_00000009"
+    assert steps(tmp_path) == [3, 4, 8, 9]
+    truncated = tmp_path / "step_00000009" / "__0_0.distcp"
+    truncated.write_bytes(truncated.read_bytes()[:-1])
+    saver.begin(10, state(10))
+    saver.finish()
+    assert [path.name for path in checkpoint.candidates(tmp_path)[:3]] == [
+        "step_00000010",
+        "step_00000009",  # damaged: not counted, not touched
+        "step_00000008",
+    ]
+    saver.begin(9, state(9))  # the run comes by again
+    saver.finish()
+    assert steps(tmp_path) == [3, 4, 8, 9, 10]
+
+
+def test_leftovers_of_an_interrupted_save_are_removed(alone, tmp_path):
+    for name in ("step_00000003.partial", "step_00000002.removed"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "notes").mkdir()
+    Saver(tmp_path, Keep(), alone)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk of 1 MiB: room for three checkpoints of `state`."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m,mode=755", "none", str(tmp_path)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    yield tmp_path
+    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_full_disk(alone, small_disk, capsys):
+    folder = small_disk / "checkpoints"
+    saver = Saver(folder, Keep(max_failed_saves=2), alone)
+    saver.begin(1, state(1))
+    saver.finish()
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 2**16))
+    saver.begin(2, state(2))
+    saver.begin(3, state(3))  # the first failure does not stop the run
+    with pytest.raises(UserError, match=r"2 saves in a row failed, .*0 MiB needed, 0 MiB free.*step_00000001"):
+        saver.begin(4, state(4))
+    told = capsys.readouterr().out.splitlines()
+    assert [line[: line.index(":")] for line in told] == [
+        "the checkpoint of step 2 could not be saved",
+        "the checkpoint of step 3 could not be saved",
+    ]
+    assert steps(folder) == [1]
+    filler.unlink()
+    saver.failures.clear()
+    saver.begin(4, state(4))
+    saver.finish()
+    assert steps(folder) == [1, 4]
+
+
+def with_a_limit_on_rank_1(world: World, folder: str) -> list[str]:
+    """The disk of one of two machines refuses in the middle of a file."""
+    if world.rank == 1:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    saver = Saver(Path(folder), Keep(), world)
+    parts = {"net": {f"of rank {world.rank}": torch.ones(256, 256)}}
+    saver.begin(2, parts)
+    saver.wait()
+    failed = saver.failures[:]
+    if world.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    saver.begin(3, parts)
+    saver.finish()
+    return failed
+
+
+def test_read_only_folder(alone, tmp_path):
+    folder = tmp_path / "checkpoints"
+    saver = Saver(folder, Keep(), alone)
+    saver.begin(1, state(1))
+    saver.finish()
+    for path in (folder, *folder.parents[:3]):
+        path.chmod(0o555)
+    user = os.geteuid()
+    os.seteuid(user or 65534)  # root may write anywhere
+    assert steps(folder) == [1]
+    saver.begin(2, state(2))
+    saver.wait()
+    os.seteuid(user)
+    (failure,) = saver.failures
+    assert "Permission denied" in failure
+    for path in (folder, *folder.parents[:3]):
+        path.chmod(0o755)
+    saver.begin(3, state(3))
+    saver.finish()
+    assert saver.failures == []
+    assert steps(folder) == [1, 3]
+
+
+def test_a_failure_on_one_rank_is_a_failure_on_all(tmp_path):
+    (failure,) = on_ranks(2, with_a_limit_on_rank_1, str(tmp_path))
+    assert failure.startswith("process 1: ")
+    assert steps(tmp_path) == [3]
+    marker = json.loads((tmp_path / "step_00000003" / checkpoint.MARKER).read_text())
+    assert set(marker["files"]) == {".metadata", "__0_0.distcp", "__1_0.distcp"}
