@@ -162,6 +162,12 @@ class Import:
         parts = [self.weights.read(part) for part in names_in(self.style, name)]
         return swapped(self.style, name, torch.cat(parts) if len(parts) > 1 else parts[0])
 
+    def tell(self, file: Path) -> str:
+        """Write `report` to a file; returns a line that sums it up."""
+        file.write_text(self.report(), encoding="utf-8")
+        counts = f"{len(self.used)} tensors taken, {len(self.missing)} not in it, {len(self.left_over)} left over"
+        return f"starting from {self.weights.path}: {counts}; names in {file}"
+
     def report(self) -> str:
         """Every name, one a line."""
         groups = {

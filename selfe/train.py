@@ -156,28 +156,19 @@ class Fit:
 
     def initialise(self) -> int:
         """The first step of a run that has no checkpoint of its own yet, with what `init_from` brings."""
-        origin = self.trainer.init_from
+        origin, main = self.trainer.init_from, self.world.is_main
         if origin is None:
             return 0
         if isinstance(origin, str) and flux_format.holds_weights(Path(origin)):
-            self.warm_start(Path(origin))
+            found = flux_format.warm_start(Path(origin), self.net, self.ema)
+            if main:
+                log.say(found.tell(self.folder / "init_from.txt"))
             return 0
-        parts = checkpoint.InitFrom(origin) if isinstance(origin, str) else origin
-        path = checkpoint.find(Path(parts.path))
-        if self.world.is_main:
-            log.say(f"starting from {', '.join(parts.parts)} of {path}")
-        return checkpoint.load(path, self.net, self.ema, self.optimizer, parts.parts)
-
-    def warm_start(self, path: Path) -> None:
-        """Take the weights of a FLUX file; `init_from.txt` says which."""
-        found = flux_format.warm_start(path, self.net, self.ema)
-        if self.world.is_main:
-            report = self.folder / "init_from.txt"
-            report.write_text(found.report(), encoding="utf-8")
-            log.say(
-                f"starting from {path}: {len(found.used)} tensors taken, {len(found.missing)} not in it, "
-                f"{len(found.left_over)} left over; names in {report}"
-            )
+        origin = checkpoint.InitFrom(origin) if isinstance(origin, str) else origin
+        path = checkpoint.find(Path(origin.path))
+        if main:
+            log.say(f"starting from {', '.join(origin.parts)} of {path}")
+        return checkpoint.load(path, self.net, self.ema, self.optimizer, origin.parts)
 
     def run(self) -> None:
         trainer, main = self.trainer, self.world.is_main
