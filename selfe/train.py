@@ -165,9 +165,9 @@ class Fit:
                 log.say(found.tell(self.folder / "init_from.txt"))
             return 0
         origin = checkpoint.InitFrom(origin) if isinstance(origin, str) else origin
-        path = checkpoint.find(Path(origin.path))
         if main:
-            log.say(f"starting from {', '.join(origin.parts)} of {path}")
+            log.say(f"starting from {', '.join(origin.parts)} of {origin.path}")
+        path = checkpoint.find(Path(origin.path))
         return checkpoint.load(path, self.net, self.ema, self.optimizer, origin.parts)
 
     def run(self) -> None:
@@ -291,8 +291,7 @@ class Fit:
         return values | self.clock.rates(num_samples, self.world.size)
 
     def part(self, split: Split) -> MicroBatches:
-        trainer, multiple = self.trainer, self.system.objective.batch_multiple
-        sizes = trainer.batch_size_at, trainer.micro_batch_size, multiple
+        sizes = self.trainer.batch_size_at, self.trainer.micro_batch_size, self.system.objective.batch_multiple
         return MicroBatches(self.data, self.seed, *sizes, self.world, split)
 
     @torch.no_grad()

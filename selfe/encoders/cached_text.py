@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from selfe import cache
-from selfe.types import TextCond, TextEncoder, packed
+from selfe.types import Place, TextCond, TextEncoder, packed
 
 
 class CachedText:
@@ -19,7 +19,7 @@ class CachedText:
         cache.check(self.folder, cache.describe("text_encoder", encoder))
         self.text_dim, self.pooled_dim = encoder.text_dim, encoder.pooled_dim
 
-    def load(self, device: torch.device, shard: object = None) -> None:
+    def load(self, device: torch.device, shard: Place | None = None) -> None:
         self.device = device
         self.text, self.pooled = cache.Store(self.folder / "text"), cache.Store(self.folder / "pooled")
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from selfe.types import TextCond, TextEncoder, packed
+from selfe.types import Place, TextCond, TextEncoder, packed
 
 
 class Remembered:
@@ -24,8 +24,8 @@ class Remembered:
         self.codes: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()  # caption -> (n, text_dim), (pooled_dim,)
         self.num_tokens = 0
 
-    def load(self, device: torch.device) -> None:
-        self.encoder.load(device)
+    def load(self, device: torch.device, shard: Place | None = None) -> None:
+        self.encoder.load(device, shard)
         self.device = device
 
     def __call__(self, captions: Sequence[str]) -> TextCond:

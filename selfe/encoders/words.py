@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from selfe.draws import generator
-from selfe.types import TextCond, packed
+from selfe.types import Place, TextCond, packed
 
 
 class Words:
@@ -30,8 +30,8 @@ class Words:
         self.text_dim = self.pooled_dim = dim
         self.max_words = max_words
 
-    def load(self, device: torch.device) -> None:
-        self.device = device
+    def load(self, device: torch.device, shard: Place | None = None) -> None:
+        self.device = device  # there is nothing to cut over ranks
 
     def __call__(self, captions: Sequence[str]) -> TextCond:
         """Captions -> text (T, dim) and pooled (B, dim), float32."""
