@@ -81,7 +81,7 @@ def failure(exitcode: int, folder: Path, name: str, content: str | None = None) 
 
 
 def test_the_first_failure_speaks(tmp_path, capsys):
-    told = '{"message": "%s", "timestamp": 1, "time_ns": %d}'
+    told = f'{{"message": "%s", "timestamp": {int(time.time())}, "time_ns": %d, "step": 7}}'
     later = failure(2, tmp_path, "later", told % ("the second", 20))
     first = failure(2, tmp_path, "first", told % ("the first", 10))
     ended = failure(-signal.SIGTERM, tmp_path, "ended")
@@ -89,7 +89,12 @@ def test_the_first_failure_speaks(tmp_path, capsys):
     assert launch.report(ChildFailedError("x", {0: later, 1: first, 2: ended})) == 2
     assert capsys.readouterr().err == "selfe: error: the first\n"
     assert launch.report(ChildFailedError("x", {0: later, 1: ended, 2: killed})) == 137
-    assert "process 2 was ended by SIGKILL (often: out of memory)" in capsys.readouterr().err
+    assert "process 2 was ended by SIGKILL (often: out of memory) in step 7;" in capsys.readouterr().err
+    told_early = '{"message": "%s", "timestamp": 1, "time_ns": %d}'
+    # one that hangs is killed half a minute after another has said so
+    early = failure(1, tmp_path, "early", told_early % ("process 1 hangs", 10))
+    assert launch.report(ChildFailedError("x", {0: early, 1: killed})) == 1
+    assert capsys.readouterr().err == "selfe: error: process 1 hangs\n"
 
 
 def children(parent: int) -> list[int]:
