@@ -1,6 +1,7 @@
 """The launcher: what it is asked for, what it answers, and that it leaves nothing behind."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -112,11 +113,11 @@ def alive(pid: int) -> bool:
         return False
 
 
-def started(folder: Path) -> tuple[subprocess.Popen, list[int]]:
+def started(folder: Path, **env: str) -> tuple[subprocess.Popen, list[int]]:
     """A run of two processes that has come to its first step, and everything below its shell."""
     run = subprocess.Popen(
         [ROOT / "run.sh", SMOKE, "2", f"trainer.output_dir={folder}", "trainer.max_steps=100000"],
-        env=ENV,
+        env=ENV | env,
         cwd=ROOT,
         start_new_session=True,
         stdout=subprocess.PIPE,
@@ -146,11 +147,21 @@ def test_ctrl_c_leaves_no_process_behind(tmp_path):
     assert gone(below)
 
 
-def test_a_killed_process_ends_the_others_with_one_line(tmp_path):
-    run, below = started(tmp_path)
+def test_a_killed_process_is_started_again_as_often_as_asked_then_ends_the_others_with_one_line(tmp_path):
+    run, below = started(tmp_path, MAX_RESTARTS="1")
+    for _ in range(600):
+        if (tmp_path / "checkpoints/step_00000006").is_dir():
+            break
+        time.sleep(0.1)
     os.kill(below[-1], signal.SIGKILL)
+    while "resuming from" not in (line := run.stdout.readline()):
+        assert line
+    again = children(run.pid)
+    assert not set(again) & set(below[-2:])
+    assert "training" in run.stdout.readline()
+    os.kill(again[-1], signal.SIGKILL)
     _, err = run.communicate(timeout=60)
     assert run.returncode == 137
     (line,) = err.splitlines()
-    assert "was ended by SIGKILL" in line
-    assert gone(below)
+    assert re.search(r"process \d was ended by SIGKILL .* in step \d+; the same command continues", line)
+    assert gone(below + again)
