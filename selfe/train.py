@@ -189,24 +189,15 @@ class Fit:
                 dist.compare_replicas(self.net, self.world, trainer.shard_size, f"step {step}")
             grad_norm, stop = self.step(step, micro_batches, ear.heard)
             done, last = step + 1, step + 1 == end or stop > 0
-            values, score = {}, None
-            if done % trainer.log_every == 0 or last:
-                values |= self.summary(step, grad_norm)
-            if done % trainer.cells_every == 0:
-                self.write_cells(step, sinks)
-            if done % trainer.val_every == 0 and self.data.has_val:
-                watch.beat(step, "validating", limited=False)
-                values |= self.validate(step)
-                score = values["val_ema_loss"]
-            if done % trainer.samples.every == 0 and trainer.samples.prompts:
-                watch.beat(step, "drawing samples", limited=False)
-                self.draw_samples(done, sinks)
+            values = self.summary(step, grad_norm) if done % trainer.log_every == 0 or last else {}
+            watch.beat(step, "validating and drawing", limited=False)
+            values |= self.look(step, sinks)
             if values:
                 sinks.numbers(step, values)
             progress.advance(1, f"loss {values['loss']:.4f}" if "loss" in values else "")
             if done % trainer.checkpoint_every == 0 or last:
                 watch.beat(step, "saving", limited=False)
-                self.save(done, score)
+                self.save(done, values.get("val_ema_loss"))
             if last:
                 break
         watch.beat(step, "saving", limited=False)
@@ -214,6 +205,16 @@ class Fit:
         for part in (progress, watch, ear, sinks):
             part.close()
         self.part_with(f"{done} steps done; checkpoint: {path}", stop)
+
+    def look(self, step: int, sinks: Sinks) -> dict[str, float]:
+        """What is due after a step, besides the summary: heat-maps, validation, samples."""
+        trainer, done = self.trainer, step + 1
+        if done % trainer.cells_every == 0:
+            self.write_cells(step, sinks)
+        values = self.validate(step) if done % trainer.val_every == 0 and self.data.has_val else {}
+        if done % trainer.samples.every == 0 and trainer.samples.prompts:
+            self.draw_samples(done, sinks)
+        return values
 
     def part_with(self, message: str, stop: int) -> None:
         """The last word of a run, and how its processes end if a signal asked for it."""

@@ -1,6 +1,12 @@
 """Options of the test command, and what several test files share."""
 
 import multiprocessing
+from collections.abc import Iterator
+
+import pytest
+
+from selfe import dist
+from selfe.dist import World
 
 # one process imports everything once, alone and without threads; ranks of the tests are forks of it
 multiprocessing.set_forkserver_preload(
@@ -10,3 +16,12 @@ multiprocessing.set_forkserver_preload(
 
 def pytest_addoption(parser):
     parser.addoption("--kill-rounds", type=int, default=4, help="how often test_interruptions.py kills a run")
+
+
+@pytest.fixture
+def alone(monkeypatch) -> Iterator[World]:
+    """A process group of this process alone."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with dist.world() as world:
+        yield world

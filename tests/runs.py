@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -40,8 +41,10 @@ class Run:
         return [process.exitcode for process in self.processes]
 
     def send(self, number: signal.Signals, *ranks: int) -> None:
+        """To some processes, by default all; to those that have not ended by themselves."""
         for rank in ranks or range(len(self.processes)):
-            os.kill(self.processes[rank].pid, number)
+            with suppress(ProcessLookupError):
+                os.kill(self.processes[rank].pid, number)
 
     def end(self) -> None:
         for process in self.processes:

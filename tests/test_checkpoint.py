@@ -2,7 +2,6 @@
 
 import copy
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -100,15 +99,6 @@ DAMAGES = {
     "progress.json cannot be read": lambda path: (path / checkpoint.MARKER).write_text('{"step": 8, "fil'),
     "progress.json speaks of step 7": lambda path: None,  # a folder under another's name
 }
-
-
-@pytest.fixture
-def alone(monkeypatch) -> Iterator[World]:
-    """A process group of this process alone."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    with dist.world() as world:
-        yield world
 
 
 @pytest.mark.parametrize("problem", DAMAGES)

@@ -196,3 +196,12 @@ def test_a_prompt_is_dropped_with_its_probability():
         left = flow.drop_prompts(prompts, draws, p_drop)
         assert all(caption in ("", prompt) for caption, prompt in zip(left, prompts, strict=True))
         assert abs(left.count("") / 4000 - p_drop) < 4 * math.sqrt(p_drop * (1 - p_drop) / 4000) + 1e-9
+
+
+def test_cosine_of_each_sample():
+    like = packed(torch.zeros(5, 3), [(1, 2), (1, 3)])
+    a, b = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    parts = zip(a.split([2, 3]), b.split([2, 3]), strict=True)
+    expected = [torch.cosine_similarity(x.flatten(), y.flatten(), dim=0) for x, y in parts]
+    torch.testing.assert_close(flow.cosine(a, b, like), torch.stack(expected))
+    assert flow.cosine(a, torch.zeros_like(b), like).tolist() == [0, 0]

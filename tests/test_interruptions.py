@@ -41,19 +41,21 @@ def test_killed_at_any_moment(whole, tmp_path, pytestconfig):
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_asked_to_stop(number, whole, tmp_path):
-    """One of two processes hears the signal; both finish the same step, save and say so."""
-    run = Run(tmp_path, 2, "trainer.checkpoint_every=100", "trainer.log_every=100")
-    run.wait_for("training 1/")
-    run.send(number, 1)
-    assert run.wait() == [128 + number] * 2
-    assert f"stopped by {number.name}: " in run.out
-    done = int(run.out.split(f"{number.name}: ")[1].split()[0])
-    assert 0 < done < 12
-    assert run.failures[0]["message"].endswith("the same command continues")
+def test_asked_to_stop(whole, tmp_path):
+    """One of two processes hears a signal; both finish the same step, save and say so. Three times in one run."""
+    done = 0
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        run = Run(tmp_path, 2, "trainer.checkpoint_every=100")
+        run.wait_for(f"training {done + 1}/")
+        run.send(number, 1)
+        assert run.wait() == [128 + number] * 2
+        assert f"stopped by {number.name}: " in run.out
+        before, done = done, int(run.out.split(f"{number.name}: ")[1].split()[0])
+        assert before < done < 12
+        assert run.failures[0]["message"].endswith("the same command continues")
     assert f"resuming from {tmp_path}/checkpoints/step_{done:08d}" in finish(tmp_path, 2)
     assert files(tmp_path / LAST) == files(whole / LAST)
+    assert lines(tmp_path) == lines(whole)
 
 
 def test_ctrl_c_twice_quits_at_once(tmp_path):

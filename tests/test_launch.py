@@ -1,6 +1,7 @@
 """The launcher: what it is asked for, what it answers, and that it leaves nothing behind."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -81,7 +82,7 @@ def failure(exitcode: int, folder: Path, name: str, content: str | None = None) 
 
 
 def test_the_first_failure_speaks(tmp_path, capsys):
-    told = '{"message": "%s", "timestamp": 1, "time_ns": %d}'
+    told = f'{{"message": "%s", "timestamp": {int(time.time())}, "time_ns": %d, "step": 7}}'
     later = failure(2, tmp_path, "later", told % ("the second", 20))
     first = failure(2, tmp_path, "first", told % ("the first", 10))
     ended = failure(-signal.SIGTERM, tmp_path, "ended")
@@ -89,7 +90,12 @@ def test_the_first_failure_speaks(tmp_path, capsys):
     assert launch.report(ChildFailedError("x", {0: later, 1: first, 2: ended})) == 2
     assert capsys.readouterr().err == "selfe: error: the first\n"
     assert launch.report(ChildFailedError("x", {0: later, 1: ended, 2: killed})) == 137
-    assert "process 2 was ended by SIGKILL (often: out of memory)" in capsys.readouterr().err
+    assert "process 2 was ended by SIGKILL (often: out of memory) in step 7;" in capsys.readouterr().err
+    told_early = '{"message": "%s", "timestamp": 1, "time_ns": %d}'
+    # one that hangs is killed half a minute after another has said so
+    early = failure(1, tmp_path, "early", told_early % ("process 1 hangs", 10))
+    assert launch.report(ChildFailedError("x", {0: early, 1: killed})) == 1
+    assert capsys.readouterr().err == "selfe: error: process 1 hangs\n"
 
 
 def children(parent: int) -> list[int]:
@@ -107,11 +113,11 @@ def alive(pid: int) -> bool:
         return False
 
 
-def started(folder: Path) -> tuple[subprocess.Popen, list[int]]:
+def started(folder: Path, **env: str) -> tuple[subprocess.Popen, list[int]]:
     """A run of two processes that has come to its first step, and everything below its shell."""
     run = subprocess.Popen(
         [ROOT / "run.sh", SMOKE, "2", f"trainer.output_dir={folder}", "trainer.max_steps=100000"],
-        env=ENV,
+        env=ENV | env,
         cwd=ROOT,
         start_new_session=True,
         stdout=subprocess.PIPE,
@@ -141,11 +147,21 @@ def test_ctrl_c_leaves_no_process_behind(tmp_path):
     assert gone(below)
 
 
-def test_a_killed_process_ends_the_others_with_one_line(tmp_path):
-    run, below = started(tmp_path)
+def test_a_killed_process_is_started_again_as_often_as_asked_then_ends_the_others_with_one_line(tmp_path):
+    run, below = started(tmp_path, MAX_RESTARTS="1")
+    for _ in range(600):
+        if (tmp_path / "checkpoints/step_00000006").is_dir():
+            break
+        time.sleep(0.1)
     os.kill(below[-1], signal.SIGKILL)
+    while "resuming from" not in (line := run.stdout.readline()):
+        assert line
+    again = children(run.pid)
+    assert not set(again) & set(below[-2:])
+    assert "training" in run.stdout.readline()
+    os.kill(again[-1], signal.SIGKILL)
     _, err = run.communicate(timeout=60)
     assert run.returncode == 137
     (line,) = err.splitlines()
-    assert "was ended by SIGKILL" in line
-    assert gone(below)
+    assert re.search(r"process \d was ended by SIGKILL .* in step \d+; the same command continues", line)
+    assert gone(below + again)

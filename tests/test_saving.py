@@ -13,7 +13,7 @@ import pytest
 import torch
 from ranks import on_ranks
 
-from selfe import checkpoint, dist
+from selfe import checkpoint
 from selfe.dist import World
 from selfe.saving import Keep, Saver
 from selfe.types import UserError
@@ -27,15 +27,6 @@ def steps(folder: Path) -> list[int]:
     """All checkpoints of a folder, which must hold nothing else."""
     assert all(checkpoint.damage(path) is None for path in folder.iterdir())
     return sorted(checkpoint.read_step(path) for path in folder.iterdir())
-
-
-@pytest.fixture
-def alone(monkeypatch) -> Iterator[World]:
-    """A process group of this process alone."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    with dist.world() as world:
-        yield world
 
 
 def test_what_stays(alone, tmp_path):

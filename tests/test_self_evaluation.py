@@ -308,3 +308,10 @@ def test_micro_batches_equal_one_batch(size):
 def test_values_out_of_range_are_named(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         SelfEvaluation(**wrong)
+
+
+def test_norm_ratio_is_that_of_the_target_before_it_is_rescaled():
+    x0 = packed(torch.ones(3, 2), [(1, 1), (1, 2)])
+    target, ratio = SelfEvaluation().target(x0, 3 * x0.tokens, torch.tensor([0.0, 0.5]))
+    torch.testing.assert_close(ratio, torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(target, x0.tokens)
