@@ -32,8 +32,8 @@ from selfe import config, dist, launch
 from selfe.data.manifest import ManifestData
 from selfe.dist import World
 from selfe.draws import Draws
+from selfe.loading import MicroBatches, ahead
 from selfe.system import System
-from selfe.train import MicroBatches
 from selfe.types import Data, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -101,10 +101,10 @@ def photographs(folder: Path, side: int, count: int = 128) -> int:
 
 def ours(folder: str, count: int) -> Callable[[], None]:
     feed = ManifestData(f"{folder}/manifest.tsv", folder, pixels=65536, max_aspect=1.0)
-    part = MicroBatches(feed, 0, count, 16, 1, World(0, 1, torch.device("cpu")), "train")
+    part = MicroBatches(feed, 0, lambda step: count, 16, 1, World(0, 1, torch.device("cpu")), "train")
 
     def work() -> None:
-        for batch in DataLoader(part, sampler=range(count // 16), batch_size=None, num_workers=1):
+        for batch in ahead(part, [(0, place) for place in range(count // 16)], num_workers=1):
             assert all(image.shape == (3, 256, 256) for image in batch.images)
 
     return work

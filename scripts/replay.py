@@ -44,15 +44,16 @@ def replay(settings: dict, told: dict, found: Path | None, world: dist.World) ->
     """The step's micro-batches one after another, without an optimizer step; prints what was recorded and what came."""
     with torch.device("meta"):
         system = config.build(settings, "system")
-    data, trainer, seed, step = config.build(settings, "data"), settings["trainer"], settings["seed"], told["step"]
-    net, ema = dist.twins(system.backbone, world, trainer.get("precision", "bf16"), seed)
+    data, trainer = config.build(settings, "data"), config.build(settings, "trainer")
+    seed, step = settings["seed"], told["step"]
+    net, ema = dist.twins(system.backbone, world, trainer.precision, seed)
     system.load_encoders(world.device)
     done = checkpoint.load(found, net, ema, None, ("model", "ema", "step")) if found else 0
     print(f"step {step} with the weights after {done} steps ({found or 'the initial ones'})")
     measured, micro_batches = Measured(), told["micro_batches"]
     for samples in micro_batches:
         positions = [sample["position"] for sample in samples]
-        batch = data.batch(seed, step, trainer["total_batch_size"], positions, "train")
+        batch = data.batch(seed, step, trainer.batch_size_at(step), positions, "train").to(world.device)
         loss = system.loss(net, ema, batch, Draws.of_step(seed, step, batch.positions), step)
         (loss.per_sample.mean() / len(micro_batches)).backward()
         measured.add(loss, batch)

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import lines_only, manifest
-from torch.utils.data import DataLoader
 
 from selfe import flow
 from selfe.buckets import Buckets, Phase, deal
@@ -19,8 +18,8 @@ from selfe.data.manifest import ManifestData
 from selfe.dist import World
 from selfe.draws import Draws
 from selfe.feed import Mixed, plan
+from selfe.loading import MicroBatches, ahead, expect
 from selfe.order import mixed, permute
-from selfe.train import MicroBatches, expect
 from selfe.types import Batch, packed
 
 TOTAL, PICTURES, STEPS = 16, 40, 8  # 8 steps of 16 are 3 epochs of 40 and a bit
@@ -34,16 +33,19 @@ def feed(tmp_path_factory) -> ManifestData:
     return ManifestData(str(manifest(folder, SIZES)), str(folder), pixels=1024, phases=TWO_BUDGETS, flip=True)
 
 
+def total_at(step: int) -> int:
+    return TOTAL
+
+
 def seen(feed: ManifestData, start: int, end: int, world: int, accumulation: int, workers: int) -> Iterator[tuple]:
     """(step, position, picture, its pixels, time, noise) of every sample, in order, from all ranks of a run."""
     micro = TOTAL // world // accumulation
     found = []
     for rank in range(world):
-        part = MicroBatches(feed, 5, TOTAL, micro, 2, World(rank, world, torch.device("cpu")), "train")
-        numbers = range(start * accumulation, end * accumulation)
-        loader = DataLoader(part, sampler=numbers, batch_size=None, num_workers=workers)
-        for number, batch in zip(numbers, map(expect, loader), strict=True):
-            found += of_batch(batch, number // accumulation)
+        part = MicroBatches(feed, 5, total_at, micro, 2, World(rank, world, torch.device("cpu")), "train")
+        order = [(step, place) for step in range(start, end) for place in range(accumulation)]
+        for (step, _), batch in zip(order, map(expect, ahead(part, order, workers)), strict=True):
+            found += of_batch(batch, step)
     return sorted(found)
 
 

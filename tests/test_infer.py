@@ -17,6 +17,7 @@ from PIL import Image
 from test_dist import perturb
 
 from selfe import checkpoint, config, dist, infer, jobs, pictures
+from selfe.saving import Keep, Saver
 from selfe.types import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +43,9 @@ def save_checkpoint(folder: Path, seed: int) -> None:
     optimizer = torch.optim.AdamW(net.parameters())
     optimizer.step()
     with dist.world() as world:
-        checkpoint.save(folder, 12, net, twin, optimizer, world)
+        saver = Saver(folder, Keep(), world)
+        saver.begin(12, checkpoint.training_state(net, twin, optimizer))
+        saver.finish()
 
 
 def arguments(trained: Path, output: Path, *overrides: str) -> list[str]:

@@ -91,7 +91,7 @@ class Letters:
     def __init__(self):
         self.seen = []
 
-    def load(self, device):
+    def load(self, device, shard=None):
         pass
 
     def __call__(self, captions):

@@ -98,7 +98,7 @@ def test_buckets_and_the_nearest_of_them():
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "LA", "I;16", "YCbCr"])
 def test_modes(tmp_path, mode):
-    suffix = "tiff" if mode in ("CMYK", "YCbCr") else "png"
+    suffix = {"CMYK": "tiff", "YCbCr": "jpg"}.get(mode, "png")
     path = tmp_path / f"picture.{suffix}"
     if mode == "I;16":
         Image.fromarray(np.full((30, 40), 40000, np.uint16)).save(path)
