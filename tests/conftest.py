@@ -4,10 +4,13 @@ import multiprocessing
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from selfe import dist
 from selfe.dist import World
 
+settings.register_profile("selfe", deadline=None)  # no test depends on how fast the machine is
+settings.load_profile("selfe")
 # one process imports everything once, alone and without threads; ranks of the tests are forks of it
 multiprocessing.set_forkserver_preload(
     ["selfe.train", "selfe.encoders.t5_clip", "selfe.encoders.flux_vae", "selfe.objectives.self_evaluation"]
