@@ -76,7 +76,7 @@ class Trainer:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def lr_at(self, step: int) -> float:
-        """Linear warm-up to `lr`, held until `decay_start`, then linear decay that reaches `min_lr` at the last step."""
+        """Linear warm-up to `lr`, held until `decay_start`, then linear decay to `min_lr` at the last step."""
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
         start = max(self.warmup_steps, self.decay_start)
