@@ -96,7 +96,7 @@ def plan(seeds: int, quick: bool) -> list[Run]:
     """All runs, the most wanted first."""
     runs = [Run(name, seed, cells(name, full=seed == 1)) for seed in range(1, seeds + 1) for name in MAIN]
     if quick:
-        return runs
+        return runs + [Run(name, 1, cells(name, False)) for name in ("wrong_sign", "no_verdict")]
     short = [Run(name, 1, tuple(c for c in cells(name, False) if c.guidance < 3 or c.steps == 4)) for name in SHORT]
     return [*runs, Run("flow_matching_long", 1, cells("flow_matching_long", False)), *short]
 
@@ -233,7 +233,8 @@ def main() -> None:
             for number, future in enumerate(as_completed(waiting), 1):
                 name, seconds = future.result()
                 say(f"{number}/{len(runs)} {name}: {seconds / 60:.1f} minutes")
-    report(out, runs, count, ROOT / "docs" if given.docs or not given.quick else None)
+    command = f"scripts/miniature.py{' --quick' * given.quick} --seeds {seeds} --count {count}"
+    report(out, runs, count, command, ROOT / "docs" if given.docs or not given.quick else None)
 
 
 if __name__ == "__main__":
