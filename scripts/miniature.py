@@ -78,11 +78,15 @@ def cells(name: str, full: bool) -> tuple[Cell, ...]:
     return tuple(dict.fromkeys(found))
 
 
-QUICK = (
-    "trainer.max_steps=900",
-    "trainer.decay_start=600",
-    "trainer.checkpoint_every=300",
-    "system.objective.params.tau_steps=400",
+QUICK = (  # larger patches make cheaper steps, and fewer of them
+    "system.autoencoder.params.patch=4",
+    "system.backbone.params.patch_dim=48",
+    "system.backbone.params.learned_grid=[2,2]",
+    "system.backbone.params.width=128",
+    "system.backbone.params.num_heads=4",
+    "system.objective.params.tau_steps=1000",
+    "trainer.max_steps=2000",
+    "trainer.decay_start=1200",
 )
 MAIN = ("flow_matching", "selfe", "selfe_floor")
 SHORT = (

@@ -46,10 +46,11 @@ def system(**objective) -> System:
     return System(backbone, Words(16), Identity(1), SelfEvaluation(**objective))
 
 
-def hits(folder: Path, seed: int, num_steps: int = 2, max_steps: int = 600, **objective) -> float:
-    """Train; the share of pictures, drawn in `num_steps`, that lie where their caption's colours do."""
+def hits(folder: Path, seed: int, num_steps: int = 2, max_steps: int = 1200, **objective) -> float:
+    """Train; the share of pictures, drawn in `num_steps`, that are nearest to a colour of their caption."""
+    settings = {"aux_start_step": None, "lam_max": 10.0, "tau_steps": max_steps // 4} | objective
     with torch.device("meta"):
-        trained, fresh = system(**objective), system(**objective)
+        trained, fresh = system(**settings), system(**settings)
     folder.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(
         str(folder), max_steps, 64, 64, lr=2e-3, min_lr=1e-4, warmup_steps=40, decay_start=max_steps // 2,
@@ -61,7 +62,7 @@ def hits(folder: Path, seed: int, num_steps: int = 2, max_steps: int = 600, **ob
     net = fresh.backbone.to_empty(device="cpu").requires_grad_(False)
     checkpoint.load_weights(checkpoint.find(folder / "checkpoints"), net, "ema")
     fresh.load_encoders(torch.device("cpu"))
-    prompts = [caption for caption in CAPTIONS for _ in range(128)]
+    prompts = [caption for caption in CAPTIONS for _ in range(256)]
     drawn = fresh.generate(
         net,
         prompts,
@@ -70,8 +71,7 @@ def hits(folder: Path, seed: int, num_steps: int = 2, max_steps: int = 600, **ob
         sampler=Euler(),
         num_steps=num_steps,
         cfg_scale=1.0,
-        s_ratio=1.0 if objective["p_equal"] == 1 else 0.0,
+        s_ratio=1.0 if settings.get("p_equal") == 1 else 0.0,
     )
-    colours = torch.stack(drawn).flatten(1)
-    nearest = torch.cdist(colours, GRID).argmin(dim=1)
-    return (nearest[:, None] == OWN.repeat_interleave(128, dim=0)).any(dim=1).float().mean().item()
+    nearest = torch.cdist(torch.stack(drawn).flatten(1), GRID).argmin(dim=1)
+    return (nearest[:, None] == OWN.repeat_interleave(256, dim=0)).any(dim=1).float().mean().item()
