@@ -75,3 +75,15 @@ def hits(folder: Path, seed: int, num_steps: int = 2, max_steps: int = 1200, **o
     )
     nearest = torch.cdist(torch.stack(drawn).flatten(1), GRID).argmin(dim=1)
     return (nearest[:, None] == OWN.repeat_interleave(256, dim=0)).any(dim=1).float().mean().item()
+
+
+def test_self_evaluation_beats_flow_matching_at_two_steps(tmp_path):
+    """The same seed, data, times and noise; only the share of samples with s < t differs.
+
+    When this was written, seed 1 gave .70 against .59 (1200 steps) and .66 against .57 (600 steps) on 768 pictures:
+    a standard error of .025 for the difference. Other seeds have not been measured.
+    """
+    flow_matching = hits(tmp_path / "flow_matching", seed=1, p_equal=1.0)
+    self_evaluation = hits(tmp_path / "self_evaluation", seed=1, p_equal=0.5)
+    assert flow_matching > 0.4  # it did learn; chance is 2 / 27
+    assert self_evaluation > flow_matching + 0.05
