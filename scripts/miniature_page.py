@@ -216,6 +216,7 @@ def page(study, everything: dict) -> str:
     passed = sum(v["pass"] for v in everything["verdicts"])
     cost = ", ".join(f"{LABELS[c]} {seconds[c]:.0f}" for c in LABELS if seconds.get(c))
     return PAGE.format(
+        **everything["setting"],
         machine=everything["machine"], command=everything["command"],
         ablation_note="" if study.seeds("short_selfe") else "(Not run for this page.)",
         count=everything["pictures_per_cell"],

@@ -15,6 +15,7 @@ from miniature_page import page, plots, readme_table
 from miniature_score import COMBINATIONS, frechet, held_out, real, score, trained_scorer
 from PIL import Image, ImageDraw
 
+from selfe.config import load
 from selfe.data.shapes import ShapesData
 from selfe.pictures import grid, to_image
 
@@ -95,6 +96,16 @@ class Study:
         rows = [row for w in (1.0, 1.25, 1.5, 2.0, 3.0) if (row := self.row(config, steps, w))]
         rows = [row for row in rows if row["seeds"] == max(r["seeds"] for r in rows)]
         return max(rows, key=lambda row: row["ok"], default=None)
+
+    @property
+    def setting(self) -> dict[str, int]:
+        """Width, patch and steps of the main runs, from the config.yaml that lies beside the first."""
+        settings = load(self.out / self.runs[0].name / "config.yaml")
+        return {
+            "width": settings["system"]["backbone"]["params"]["width"],
+            "patch": settings["system"]["autoencoder"]["params"]["patch"],
+            "steps": settings["trainer"]["max_steps"],
+        }
 
     def cpu_seconds(self, config: str) -> float | None:
         paths = [self.out / f"{config}_{seed}" / "cpu_seconds.json" for seed in self.seeds(config)]
@@ -177,8 +188,8 @@ def largest_fall(values: list[float]) -> float:
 def picture_grid(study: Study, path: Path, guidance: float = 2.0, zoom: int = 4) -> None:
     """Rows: models; columns: steps; in each 2 x 4 captions, the same captions and noise throughout."""
     shown = np.arange(0, 48, 6) + np.arange(8) % 3
-    rows = []
-    for config in NAMES:
+    rows, names = [], []
+    for config, name in NAMES.items():
         row = []
         for steps in STEPS:
             found = study.scores(config, study.cell(config, steps, guidance))
@@ -187,18 +198,19 @@ def picture_grid(study: Study, path: Path, guidance: float = 2.0, zoom: int = 4)
                 row.append(grid([pictures[:4], pictures[4:]], gap=2))
         if row:
             rows.append(row)
-    labelled(grid(rows, gap=10), rows).quantize(256).save(path, optimize=True)
+            names.append(name)
+    labelled(grid(rows, gap=10), rows[0][0], names).quantize(256).save(path, optimize=True)
 
 
-def labelled(sheet: Image.Image, rows: list[list[Image.Image]], left: int = 84, top: int = 16) -> Image.Image:
-    """The sheet with the models' names beside its rows and the steps above its columns."""
+def labelled(sheet: Image.Image, block: Image.Image, names: list[str], left: int = 84, top: int = 16) -> Image.Image:
+    """The sheet of blocks with the models' names beside its rows and the steps above its columns."""
     framed = Image.new("RGB", (sheet.width + left, sheet.height + top), "white")
     framed.paste(sheet, (left, top))
     pen = ImageDraw.Draw(framed)
     for x, steps in enumerate(STEPS):
-        pen.text((left + x * (rows[0][0].width + 10), 2), f"{steps} step{'s' * (steps > 1)}", fill="black")
-    for y, name in zip(range(len(rows)), NAMES.values(), strict=False):
-        pen.text((2, top + y * (rows[0][0].height + 10) + rows[0][0].height // 2 - 6), name, fill="black")
+        pen.text((left + x * (block.width + 10), 2), f"{steps} step{'s' * (steps > 1)}", fill="black")
+    for y, name in enumerate(names):
+        pen.text((2, top + y * (block.height + 10) + block.height // 2 - 6), name, fill="black")
     return framed
 
 
@@ -221,9 +233,11 @@ def report(out: Path, runs: list, count: int, command: str, docs: Path | None) -
         value = "missing" if verdict["value"] is None else f"{verdict['value']:.3f}"
         print(f"{'pass' if verdict['pass'] else 'FAIL'}  {verdict['name']}: {value} ({verdict['bound']})")
     target = docs or out
+    target.mkdir(exist_ok=True)
     everything = {
         "verdicts": found,
         "command": command,
+        "setting": study.setting,
         "pictures_per_cell": count,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared with other work",
         "cpu_seconds": {c: study.cpu_seconds(c) for c in dict.fromkeys(run.config for run in study.runs)},
