@@ -109,7 +109,8 @@ class Study:
 
     def cpu_seconds(self, config: str) -> float | None:
         paths = [self.out / f"{config}_{seed}" / "cpu_seconds.json" for seed in self.seeds(config)]
-        return float(np.mean([json.loads(path.read_text())["seconds"] for path in paths])) if paths else None
+        seconds = [json.loads(path.read_text())["seconds"] for path in paths if path.exists()]
+        return float(np.mean(seconds)) if seconds else None
 
 
 def interval(right: np.ndarray) -> tuple[float, float]:
