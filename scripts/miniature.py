@@ -1,0 +1,245 @@
+"""The paper's ablation in miniature: train every variant, draw from each, score the pictures, write docs/miniature.*.
+
+    .venv/bin/python scripts/miniature.py            everything, three seeds
+    .venv/bin/python scripts/miniature.py --quick    one seed of the three main variants, fewer pictures
+
+Two runs at a time, one thread each. What is done is kept in runs/miniature, so the same command continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from miniature_report import report
+from miniature_score import COMBINATIONS, score, trained_scorer
+
+from selfe import checkpoint, config
+from selfe.data.shapes import ShapesData
+from selfe.draws import Draws
+from selfe.flow import interpolate, predict_x0
+from selfe.log import say
+from selfe.samplers.renoise import Renoise
+from selfe.system import System
+
+ROOT = Path(__file__).parents[1]
+BATCH = 256
+ONE_STEP = 0.7  # s at N = 1 in the paper's form: at s = 0 the evaluator is the identity and never taught it anything
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to draw from a model."""
+
+    steps: int
+    guidance: float = 1.0
+    eta: float = 0.0
+    s_ratio: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"n{self.steps}_w{self.guidance:g}_eta{self.eta:g}_s{self.s_ratio:g}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model: a file of configs/mini and a seed."""
+
+    config: str
+    seed: int
+    cells: tuple[Cell, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.config}_{self.seed}"
+
+
+def cells(name: str, full: bool) -> tuple[Cell, ...]:
+    """What is drawn from a model. Flow matching knows s = t alone; the paper's form has its own rule at N = 1."""
+    plain = 1.0 if "flow_matching" in name else 0.0
+    first = plain if plain or "floor" in name else ONE_STEP
+    found = [Cell(n, w, 0.0, first if n == 1 else plain) for n in (1, 2, 4, 8, 32) for w in (1.0, 2.0, 3.0)]
+    if full:
+        found += [Cell(n, w, 0.0, plain) for n in (2, 4, 8) for w in (1.25, 1.5)]
+        found += [Cell(n, w, 1.0, plain) for n in (2, 4, 8) for w in (1.0, 2.0)]
+        if not plain:
+            found += [Cell(n, 1.0, 0.0, r) for n in (1, 2) for r in (0.0, 0.5, 0.6, 0.7, 0.75, 0.8, 1.0)]
+    return tuple(dict.fromkeys(found))
+
+
+QUICK = (  # larger patches make cheaper steps, and fewer of them
+    "system.autoencoder.params.patch=4",
+    "system.backbone.params.patch_dim=48",
+    "system.backbone.params.learned_grid=[2,2]",
+    "system.backbone.params.width=128",
+    "system.backbone.params.num_heads=4",
+    "system.objective.params.tau_steps=1000",
+    "trainer.max_steps=2000",
+    "trainer.decay_start=1200",
+)
+MAIN = ("flow_matching", "selfe", "selfe_floor")
+SHORT = (
+    "short_flow_matching", "short_selfe", "short_floor", "no_verdict", "wrong_sign", "selfe_late", "floor_aux",
+    "aux_late", "aux_from_start", "no_normalisation", "lambda_1", "contrast_flow_matching", "contrast_selfe",
+    "contrast_floor",
+)  # fmt: skip
+
+
+def plan(seeds: int, quick: bool) -> list[Run]:
+    """All runs, the most wanted first."""
+    runs = [Run(name, seed, cells(name, full=seed == 1)) for seed in range(1, seeds + 1) for name in MAIN]
+    if quick:
+        return runs + [Run(name, 1, cells(name, False)) for name in ("wrong_sign", "no_verdict")]
+    short = [Run(name, 1, tuple(c for c in cells(name, False) if c.guidance < 3 or c.steps == 4)) for name in SHORT]
+    return [*runs, Run("flow_matching_long", 1, cells("flow_matching_long", False)), *short]
+
+
+def contrast(name: str) -> tuple[float, float]:
+    return (0.15, 1.0) if name.startswith("contrast") else (1.0, 1.0)
+
+
+def scorer_path(out: Path, name: str) -> Path:
+    return out / ("scorer_contrast" if name.startswith("contrast") else "scorer") / "scorer.safetensors"
+
+
+def train(run: Run, out: Path, shorter: tuple[str, ...]) -> None:
+    """`selfe.train` in a process of its own, resumed if it was interrupted; adds up its CPU-seconds."""
+    folder = out / run.name
+    if (folder / "cpu_seconds.json").exists() and json.loads((folder / "cpu_seconds.json").read_text())["done"]:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments = [f"configs/mini/{run.config}.yaml", f"seed={run.seed}", f"trainer.output_dir={folder}", *shorter]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with (folder / "train.log").open("a") as log:
+        done = subprocess.run([sys.executable, "-m", "selfe.train", *arguments], cwd=ROOT, stdout=log, stderr=log)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    path = folder / "cpu_seconds.json"
+    seconds = json.loads(path.read_text())["seconds"] if path.exists() else 0
+    seconds += after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    path.write_text(json.dumps({"seconds": round(seconds, 1), "done": done.returncode == 0}) + "\n")
+    if done.returncode:
+        raise SystemExit(f"{run.name}: training failed; see {folder / 'train.log'}")
+
+
+def load(folder: Path) -> tuple[System, torch.nn.Module]:
+    """The system of a run's own config.yaml, and its EMA weights from its checkpoint."""
+    settings = config.load(folder / "config.yaml")
+    with torch.device("meta"):
+        system = config.build(settings, "system")
+    net = system.backbone.to_empty(device="cpu").requires_grad_(False)
+    checkpoint.load_weights(checkpoint.find(folder / "checkpoints"), net, "ema")
+    system.load_encoders(torch.device("cpu"))
+    return system, net.to(torch.bfloat16)
+
+
+def draw(system: System, net: torch.nn.Module, cell: Cell, which: np.ndarray, seed: int, size: int) -> torch.Tensor:
+    """A picture (3, size, size) for each of these combinations; the same noise in every cell and every model."""
+    pictures = []
+    for start in range(0, len(which), BATCH):
+        numbers = range(start, min(start + BATCH, len(which)))
+        prompts = [COMBINATIONS[which[i]].prompt for i in numbers]
+        draws = Draws.of_pictures([(seed, prompt, i) for prompt, i in zip(prompts, numbers, strict=True)])
+        pictures += system.generate(
+            net,
+            prompts,
+            [(size, size)] * len(numbers),
+            draws,
+            sampler=Renoise(cell.eta),
+            num_steps=cell.steps,
+            cfg_scale=cell.guidance,
+            s_ratio=cell.s_ratio,
+        )
+    return torch.stack(pictures)
+
+
+def evaluate(run: Run, out: Path, count: int, size: int = 8) -> None:
+    """Draw and score every cell that has no file yet."""
+    folder = out / run.name / f"cells_{count}"
+    folder.mkdir(exist_ok=True)
+    todo = [cell for cell in run.cells if not (folder / f"{cell.name}.npz").exists()]
+    maps = out / run.name / "terms.npz"
+    if not todo and maps.exists():
+        return
+    system, net = load(out / run.name)
+    data = ShapesData(size, contrast=contrast(run.config))
+    scorer = trained_scorer(data, scorer_path(out, run.config))
+    which = np.arange(count) % len(COMBINATIONS)
+    for cell in todo:
+        pictures = draw(system, net, cell, which, 1000 + run.seed, size)
+        found = score(scorer, pictures, which) | {"pictures": pictures[: len(COMBINATIONS)].numpy()}
+        aside = folder / f"{cell.name}.partial.npz"
+        np.savez_compressed(aside, **found)
+        aside.rename(folder / f"{cell.name}.npz")
+    if not maps.exists():
+        np.savez_compressed(maps, **terms(system, net, data))
+
+
+@torch.no_grad()
+def terms(system: System, net: torch.nn.Module, data: ShapesData, places: int = 10) -> dict[str, np.ndarray]:
+    """Sizes of the data term and of the verdict over (t, s), both per number and in units of velocity."""
+    batch = data.batch(0, 0, 64, range(64), "train")
+    draws = Draws.of_step(0, 0, batch.positions)
+    conds = system.encode({"cond": list(batch.prompts), "null": [""] * len(batch.prompts)})
+    x0 = system.autoencoder.encode(batch.images, draws)
+    noise = draws.normal_like("noise", x0)
+    axis = np.linspace(0.05, 0.95, places)
+    found = {"axis": axis, "data": np.full((places, places), np.nan), "verdict": np.full((places, places), np.nan)}
+    for i, t in enumerate(axis):
+        for j, s in enumerate(axis[: i + 1]):
+            t_all, s_all = (torch.full((len(x0),), float(value)) for value in (t, s))
+            x_t = x0.with_tokens(interpolate(x0.tokens, noise, t_all, x0))
+            v = net(x_t, t_all, s_all, conds["cond"])
+            x0_hat = x0.with_tokens(predict_x0(x_t.tokens, v, t_all, x0))
+            delta, _ = system.objective.judge(net, net, x0_hat, s_all, conds, draws, 0)
+            found["data"][i, j] = (v - (noise - x0.tokens)).square().mean()
+            found["verdict"][i, j] = (delta / t).square().mean()
+    return found
+
+
+def work(run: Run, out: Path, count: int, shorter: tuple[str, ...]) -> tuple[str, float]:
+    """Train and evaluate one model; the wall-clock seconds that it took."""
+    began = time.monotonic()
+    torch.set_num_threads(1)
+    train(run, out, shorter)
+    evaluate(run, out, count)
+    return run.name, time.monotonic() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a quarter of the steps, one seed, the main variants")
+    parser.add_argument("--seeds", type=int, help="default 3, quick 1")
+    parser.add_argument("--count", type=int, help="pictures per cell (default 1024, quick 512)")
+    parser.add_argument("--docs", action="store_true", help="write docs/ even if quick")
+    parser.add_argument("--report-only", action="store_true", help="use what is there")
+    given = parser.parse_args()
+    out = ROOT / "runs" / ("miniature_quick" if given.quick else "miniature")
+    seeds, count = given.seeds or (1 if given.quick else 3), given.count or (512 if given.quick else 1024)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    runs = plan(seeds, given.quick)
+    if not given.report_only:
+        for name in dict.fromkeys("contrast" if run.config.startswith("contrast") else "" for run in runs):
+            trained_scorer(ShapesData(contrast=contrast(name)), scorer_path(out, name))
+        say(f"{len(runs)} models, two at a time")
+        with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+            waiting = [pool.submit(work, run, out, count, QUICK if given.quick else ()) for run in runs]
+            for number, future in enumerate(as_completed(waiting), 1):
+                name, seconds = future.result()
+                say(f"{number}/{len(runs)} {name}: {seconds / 60:.1f} minutes")
+    command = f"scripts/miniature.py{' --quick' * given.quick} --seeds {seeds} --count {count}"
+    report(out, runs, count, command, ROOT / "docs" if given.docs or not given.quick else None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""The miniature's plots and its page, filled in from what was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+LABELS = {"flow_matching": "flow matching", "selfe": "Self-E", "selfe_floor": "Self-E, floor"}
+COLOURS = {"flow_matching": "#777777", "selfe": "#1f77b4", "selfe_floor": "#d62728"}
+STEPS = (1, 2, 4, 8, 32)
+ABLATIONS = {
+    "short_flow_matching": "flow matching",
+    "short_selfe": "Self-E (the paper's form)",
+    "short_floor": "Self-E with the floor",
+    "no_verdict": "floor, evaluator hears the null prompt twice (sabotage)",
+    "wrong_sign": "floor, sign of the classifier score swapped (sabotage)",
+    "selfe_late": "Self-E late, after flow matching",
+    "floor_aux": "floor, late auxiliary term at free weights (1, 0.3; loss 0.1)",
+    "aux_late": "Self-E, auxiliary term late (0.9, 0.1)",
+    "aux_from_start": "Self-E, auxiliary term from the start",
+    "no_normalisation": "Self-E without target normalisation",
+    "lambda_1": "Self-E, lambda at most 1",
+    "contrast_flow_matching": "varied contrast: flow matching",
+    "contrast_selfe": "varied contrast: Self-E",
+    "contrast_floor": "varied contrast: Self-E with the floor",
+}
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *lines])
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+# ---- tables ----
+
+
+def main_table(study) -> str:
+    """ok at guidance 1 and 2, all models, with intervals."""
+    lines = []
+    for steps in STEPS:
+        cells = [str(steps)]
+        for guidance in (1.0, 2.0):
+            for config in LABELS:
+                row = study.row(config, steps, guidance)
+                cells.append(f"{row['ok']:.2f} ({row['ok_low']:.2f}-{row['ok_high']:.2f})" if row else "-")
+        lines.append(cells)
+    return table(["N", *(f"{label}, guidance {w}" for w in (1, 2) for label in LABELS.values())], lines)
+
+
+def readme_table(study) -> str:
+    """The small table: ok at the best guidance of each."""
+    lines = []
+    for steps in STEPS:
+        rows = [study.best(config, steps) for config in LABELS]
+        plain = [study.row(config, steps, 1.0) for config in LABELS]
+        lines.append([str(steps), *(number(r and r["ok"]) for r in plain), *(number(r and r["ok"]) for r in rows)])
+    head = ["steps", *LABELS.values(), *(f"{label}, best guidance" for label in LABELS.values())]
+    return table(head, lines)
+
+
+def measure_table(study, guidance: float) -> str:
+    """Everything else that was measured, at one guidance."""
+    lines = []
+    for steps in STEPS:
+        for config, label in LABELS.items():
+            if row := study.row(config, steps, guidance):
+                names = ("shape", "foreground", "background", "held_out", "fd", "place", "spread", "gamut")
+                digits = (2, 2, 2, 2, 0, 2, 3, 3)
+                lines.append([str(steps), label, *(number(row[n], d) for n, d in zip(names, digits, strict=True))])
+    head = "N", "model", "shape", "foreground", "background", "held-out ok", "FD", "place", "colour spread", "gamut"
+    return table(list(head), lines)
+
+
+def ablation_table(study) -> str:
+    lines = []
+    for config, label in ABLATIONS.items():
+        if not study.seeds(config):
+            continue
+        cells = [label]
+        for guidance in (1.0, 2.0):
+            cells += [number((r := study.row(config, n, guidance)) and r["ok"]) for n in STEPS]
+        four = study.row(config, 4, 2.0)
+        one = study.row(config, 1, 1.0)
+        cells += [number(four and four["fd"], 0), number(four and four["held_out"])]
+        lines.append([*cells, number(one and one["place"]), number(one and one["gamut"], 3)])
+    head = ["", *(f"N={n}, w={w}" for w in (1, 2) for n in STEPS), "FD N=4, w=2", "held-out ok N=4, w=2"]
+    return table([*head, "place N=1", "gamut N=1"], lines)
+
+
+def equal_compute_table(study, everything: dict) -> str:
+    """Flow matching with as many CPU-seconds as Self-E beside Self-E, seed 1 of each."""
+    lines = []
+    for config in ("flow_matching", "flow_matching_long", "selfe", "selfe_floor"):
+        if not study.seeds(config):
+            continue
+        label = LABELS.get(config, "flow matching, longer")
+        cells = [label, number(everything["cpu_seconds"].get(config), 0)]
+        for guidance in (1.0, 2.0):
+            for steps in STEPS:
+                row = study.row(config, steps, guidance)
+                cells.append(number(row and row["ok_seeds"][0]))
+        lines.append(cells)
+    return table(["model", "CPU-s", *(f"N={n}, w={w}" for w in (1, 2) for n in STEPS)], lines)
+
+
+def s_table(study) -> str:
+    """ok at guidance 1 by the s ratio, at N = 1 and 2 (seed 1)."""
+    ratios = (0.0, 0.5, 0.6, 0.7, 0.75, 0.8, 1.0)
+    lines = []
+    for config in ("selfe", "selfe_floor"):
+        for steps in (1, 2):
+            found = [study.row(config, steps, 1.0, 0, r) for r in ratios]
+            lines.append([LABELS[config], str(steps), *(number(r and r["ok_seeds"][0]) for r in found)])
+    return table(["model", "N", *(f"r = {r:g}" for r in ratios)], lines)
+
+
+def eta_table(study) -> str:
+    lines = []
+    for config, label in LABELS.items():
+        for eta in (0, 1):
+            found = [study.row(config, n, w, eta) for w in (1.0, 2.0) for n in STEPS[1:]]
+            lines.append([label, str(eta), *(number(r and r["ok_seeds"][0]) for r in found)])
+    return table(["model", "eta", *(f"N={n}, w={w}" for w in (1, 2) for n in STEPS[1:])], lines)
+
+
+def trade_table(study) -> str:
+    """ok / FD by guidance, seed 1 of each."""
+    lines = []
+    for config, label in LABELS.items():
+        for steps in (2, 4, 8):
+            cells = [label, str(steps)]
+            for w in (1.0, 1.25, 1.5, 2.0, 3.0):
+                row = study.row(config, steps, w)
+                cells.append(f"{row['ok_seeds'][0]:.2f} / {row['fd_seeds'][0]:.0f}" if row else "-")
+            lines.append(cells)
+    return table(["model", "N", *(f"w = {w:g}" for w in (1, 1.25, 1.5, 2, 3))], lines)
+
+
+def verdict_table(verdicts: list[dict]) -> str:
+    lines = [[v["name"], number(v["value"], 3), v["bound"], "yes" if v["pass"] else "**no**"] for v in verdicts]
+    return table(["claim", "value", "bound", "holds"], lines)
+
+
+# ---- plots ----
+
+
+def plots(study, everything: dict, target: Path) -> None:
+    """One sheet: ok and FD over steps, ok against FD, the rule for s, and the two terms over (t, s)."""
+    figure, axes = plt.subplots(2, 3, figsize=(11, 6.4), layout="constrained")
+    for config, label in LABELS.items():
+        if study.seeds(config):
+            curves(study, config, label, axes)
+    for config in ("selfe", "selfe_floor"):
+        rows = [(r, study.row(config, 1, 1.0, 0, r)) for r in (0.0, 0.5, 0.6, 0.7, 0.75, 0.8, 1.0)]
+        rows = [(r, row["ok_seeds"][0]) for r, row in rows if row]
+        if rows:
+            axes[1, 0].plot(*zip(*rows, strict=True), "o-", color=COLOURS[config], label=LABELS[config])
+    axes[1, 0].set(title="one step, by its secondary time s", xlabel="s", ylabel="ok")
+    for axis, title, y in zip(
+        axes[0], ("guidance 1", "guidance 1", "N = 4, by guidance"), ("ok", "FD", "FD"), strict=True
+    ):
+        axis.set(title=title, ylabel=y)
+    for axis in axes[0, :2]:
+        axis.set(xscale="log", xlabel="steps", xticks=STEPS, xticklabels=STEPS)
+        axis.minorticks_off()
+    axes[0, 1].set_yscale("log")
+    axes[0, 2].set(xlabel="ok")
+    axes[0, 0].legend(fontsize=8)
+    heat(study, axes[1, 1], axes[1, 2], figure)
+    figure.savefig(target / "miniature_plots.png", dpi=80)
+    plt.close(figure)
+
+
+def curves(study, config: str, label: str, axes: np.ndarray) -> None:
+    rows = [row for n in STEPS if (row := study.row(config, n, 1.0))]
+    steps, colour = [row["steps"] for row in rows], COLOURS[config]
+    axes[0, 0].plot(steps, [row["ok"] for row in rows], "o-", color=colour, label=label)
+    axes[0, 0].fill_between(steps, *([row[k] for row in rows] for k in ("ok_low", "ok_high")), color=colour, alpha=0.2)
+    axes[0, 1].plot(steps, [row["fd"] for row in rows], "o-", color=colour)
+    trade = [row for w in (1.0, 1.25, 1.5, 2.0, 3.0) if (row := study.row(config, 4, w))]
+    axes[0, 2].plot([r["ok_seeds"][0] for r in trade], [r["fd_seeds"][0] for r in trade], "o-", color=colour)
+    for row in trade:
+        axes[0, 2].annotate(f"{row['guidance']:g}", (row["ok_seeds"][0], row["fd_seeds"][0]), fontsize=7)
+
+
+def heat(study, left, right, figure) -> None:
+    """The data term's and the verdict's size over (t, s), of the paper's form."""
+    path = study.out / "selfe_1" / "terms.npz"
+    if not path.exists():
+        return
+    found = np.load(path)
+    for axis, name, title in ((left, "data", "data term"), (right, "verdict", "verdict on x0_hat")):
+        image = axis.imshow(np.log10(found[name]).T, origin="lower", extent=(0, 1, 0, 1))
+        axis.set(title=f"log10 of the {title}, velocity units", xlabel="t", ylabel="s")
+        figure.colorbar(image, ax=axis)
+
+
+# ---- the page ----
+
+
+FIRST_LOOK = "\n\nThis is a first look and not yet the proof: fewer than three seeds of the main models were run."
+PAGE = (Path(__file__).parent / "miniature_page.md").read_text()
+
+
+def page(study, everything: dict) -> str:
+    """docs/miniature.md."""
+    seconds, real = everything["cpu_seconds"], everything["real"][""]
+    passed = sum(v["pass"] for v in everything["verdicts"])
+    cost = ", ".join(f"{LABELS[c]} {seconds[c]:.0f}" for c in LABELS if seconds.get(c))
+    return PAGE.format(
+        **everything["setting"],
+        machine=everything["machine"], command=everything["command"],
+        ablation_note="" if study.seeds("short_selfe") else "(Not run for this page.)",
+        count=everything["pictures_per_cell"],
+        seeds=", ".join(f"{LABELS[c]}: {len(study.seeds(c))}" for c in LABELS),
+        cost=f"CPU-seconds of one training run on one thread: {cost}." if cost else "",
+        missing="" if all(len(study.seeds(c)) > 2 for c in LABELS) else FIRST_LOOK,
+        real_ok=real["ok"], real_fd=real["fd"], real_place=real["place"], real_spread=real["spread"],
+        passed=passed, total=len(everything["verdicts"]),
+        verdicts=verdict_table(everything["verdicts"]),
+        main=main_table(study), readme=readme_table(study),
+        measures_1=measure_table(study, 1.0), measures_2=measure_table(study, 2.0),
+        ablations=ablation_table(study), compute=equal_compute_table(study, everything),
+        s=s_table(study), eta=eta_table(study), trade=trade_table(study),
+    )  # fmt: skip
