@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
     command = [sys.executable, "-m", "selfe.launch", "train", path, str(processes), *overrides, *short, *quiet]
     say(f"{steps} steps on {processes} processes, left alone")
     seconds = train(command, work / "whole")
-    moment = random.Random(seed).uniform(0.2, 1) * seconds
+    moment = random.Random(seed).uniform(0.4, 1) * seconds  # the first part is imports
     say(f"again, killed after {moment:.1f} of {seconds:.1f} s (VERIFY_SEED={seed})")
     kill(command, work / "cut", moment)
     done = checkpoint.latest(work / "cut" / "checkpoints")
