@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -109,27 +110,29 @@ def with_a_limit_on_rank_1(world: World, folder: str) -> list[str]:
     return failed
 
 
-def test_read_only_folder(alone, tmp_path):
-    folder = tmp_path / "checkpoints"
-    saver = Saver(folder, Keep(), alone)
-    saver.begin(1, state(1))
-    saver.finish()
-    for path in (folder, *folder.parents[:3]):
-        path.chmod(0o555)
-    user = os.geteuid()
-    os.seteuid(user or 65534)  # root may write anywhere
-    assert steps(folder) == [1]
-    saver.begin(2, state(2))
-    saver.wait()
-    os.seteuid(user)
-    (failure,) = saver.failures
-    assert "Permission denied" in failure
-    for path in (folder, *folder.parents[:3]):
-        path.chmod(0o755)
-    saver.begin(3, state(3))
-    saver.finish()
-    assert saver.failures == []
-    assert steps(folder) == [1, 3]
+def test_read_only_folder(alone):
+    with tempfile.TemporaryDirectory() as outside:  # pytest's own folders are closed to other users
+        Path(outside).chmod(0o755)
+        folder = Path(outside) / "checkpoints"
+        saver = Saver(folder, Keep(), alone)
+        saver.begin(1, state(1))
+        saver.finish()
+        folder.chmod(0o555)
+        user = os.geteuid()
+        os.seteuid(user or 65534)  # root may write anywhere
+        try:
+            assert steps(folder) == [1]
+            saver.begin(2, state(2))
+            saver.wait()
+        finally:
+            os.seteuid(user)
+            folder.chmod(0o755)
+        (failure,) = saver.failures
+        assert "Permission denied" in failure
+        saver.begin(3, state(3))
+        saver.finish()
+        assert saver.failures == []
+        assert steps(folder) == [1, 3]
 
 
 def test_a_failure_on_one_rank_is_a_failure_on_all(tmp_path):
