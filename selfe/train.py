@@ -30,14 +30,11 @@ from selfe.watch import Watch
 
 @dataclass(frozen=True)
 class Phase:
-    """From `step` on: a batch size, and a learning rate that falls linearly from there to `min_lr` at the last step.
-
-    Where the batch size changes, the order of the data jumps to another place of an epoch, once.
-    """
+    """From `step` on: a batch size, and a learning rate that falls linearly from there to `min_lr` at the last step."""
 
     step: int
     lr: float | None = None
-    total_batch_size: int | None = None
+    total_batch_size: int | None = None  # where it changes, the order of the data jumps within an epoch, once
 
 
 @dataclass(frozen=True)
@@ -167,8 +164,7 @@ class Fit:
         origin = checkpoint.InitFrom(origin) if isinstance(origin, str) else origin
         if main:
             log.say(f"starting from {', '.join(origin.parts)} of {origin.path}")
-        path = checkpoint.find(Path(origin.path))
-        return checkpoint.load(path, self.net, self.ema, self.optimizer, origin.parts)
+        return checkpoint.load(checkpoint.find(Path(origin.path)), self.net, self.ema, self.optimizer, origin.parts)
 
     def run(self) -> None:
         trainer, main = self.trainer, self.world.is_main
