@@ -88,7 +88,14 @@ def make_mesh(world: World, shard_size: int | None) -> DeviceMesh:
     )
 
 
-def shard(module: nn.Module, mesh: DeviceMesh, *, precision: Precision, activation_checkpointing: bool | int) -> None:
+def shard(
+    module: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    precision: Precision,
+    activation_checkpointing: bool | int = False,
+    compile: bool = False,
+) -> None:
     """Cut the parameters of a module (on the meta device or not) over the mesh, block by block.
 
     Stored in fp32, computed in `precision`, gradients reduced in fp32. The module casts its own inputs, because times
@@ -99,6 +106,8 @@ def shard(module: nn.Module, mesh: DeviceMesh, *, precision: Precision, activati
     policy = MixedPrecisionPolicy(DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False)
     for stack in module.children():
         for number, block in enumerate(stack if isinstance(stack, nn.ModuleList) else ()):
+            if compile:
+                block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)
             if activation_checkpointing and number % activation_checkpointing == 0:
                 # replaces the method rather than wrapping the module: parameter names stay what they are
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
@@ -141,12 +150,13 @@ def twins(
     *,
     shard_size: int | None = None,
     activation_checkpointing: bool | int = False,
+    compile: bool = False,
 ) -> tuple[nn.Module, nn.Module]:
     """The live and the EMA denoiser from one on the meta device, sharded alike, with the same initial values."""
     mesh = make_mesh(world, shard_size)
     net, ema = module, copy.deepcopy(module).requires_grad_(False)
     for part, saves_memory in ((net, activation_checkpointing), (ema, False)):
-        shard(part, mesh, precision=precision, activation_checkpointing=saves_memory)
+        shard(part, mesh, precision=precision, activation_checkpointing=saves_memory, compile=compile)
     for part in (net, ema):
         materialise(part, world.device, seed)
     return net, ema

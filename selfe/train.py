@@ -61,6 +61,7 @@ class Trainer:
     shard_size: int | None = None  # ranks that share one copy of the parameters; the others replicate it
     shard_text_encoder: bool = False  # cut T5 over the same ranks: less memory, more traffic
     activation_checkpointing: bool | int = True  # k: of every k-th block
+    compile: bool = False  # every block, once for all shapes; takes a minute or more at the start
     timeout_minutes: float = 10  # without progress on any process; then all end
     num_workers: int = 4
     health: Health = Health()  # noqa: RUF009 - frozen
@@ -133,6 +134,7 @@ class Fit:
             seed,
             shard_size=trainer.shard_size,
             activation_checkpointing=trainer.activation_checkpointing,
+            compile=trainer.compile,
         )
         cut = partial(dist.place_sharded, mesh=dist.make_mesh(world, trainer.shard_size))
         system.load_encoders(world.device, cut if trainer.shard_text_encoder else None)
