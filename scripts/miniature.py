@@ -35,7 +35,7 @@ from selfe.system import System
 
 ROOT = Path(__file__).parents[1]
 BATCH = 256
-ONE_STEP = 0.7  # s at N = 1 in the paper's form: at s = 0 the evaluator is the identity and never taught it anything
+ONE_STEP = 0.75  # s at N = 1 in the paper's form: at s = 0 the evaluator is the identity and never taught it anything
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,9 @@ QUICK = (  # larger patches make cheaper steps, and fewer of them
 )
 MAIN = ("flow_matching", "selfe", "selfe_floor")
 SHORT = (
-    "short_flow_matching", "short_selfe", "short_floor", "no_verdict", "wrong_sign", "selfe_late", "floor_aux",
-    "aux_late", "aux_from_start", "no_normalisation", "lambda_1", "contrast_flow_matching", "contrast_selfe",
-    "contrast_floor",
+    "short_flow_matching", "short_floor", "no_verdict", "wrong_sign", "short_selfe", "selfe_late", "aux_late",
+    "floor_aux", "contrast_floor", "contrast_flow_matching", "contrast_selfe", "no_normalisation", "aux_from_start",
+    "lambda_1",
 )  # fmt: skip
 
 
@@ -101,8 +101,8 @@ def plan(seeds: int, quick: bool) -> list[Run]:
     runs = [Run(name, seed, cells(name, full=seed == 1)) for seed in range(1, seeds + 1) for name in MAIN]
     if quick:
         return runs + [Run(name, 1, cells(name, False)) for name in ("wrong_sign", "no_verdict")]
-    short = [Run(name, 1, tuple(c for c in cells(name, False) if c.guidance < 3 or c.steps == 4)) for name in SHORT]
-    return [*runs, Run("flow_matching_long", 1, cells("flow_matching_long", False)), *short]
+    few = [Run(name, 1, tuple(c for c in cells(name, False) if c.guidance < 3 and c.steps < 32)) for name in SHORT]
+    return [*runs, *few, Run("flow_matching_long", 1, cells("flow_matching_long", False))]
 
 
 def contrast(name: str) -> tuple[float, float]:

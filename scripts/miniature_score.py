@@ -105,7 +105,7 @@ def invalid(pictures: Tensor) -> Tensor:
 def score(scorer: Scorer, pictures: Tensor, which: np.ndarray) -> dict[str, np.ndarray]:
     """Per picture: right (n, 3) by attribute, features (n, 64), place (n, 2) in pixels, background (n, 3) away from the
     nominal colour, gamut (n,) share of numbers outside of [-1, 1], norm (n,)."""
-    features, logits, centre = scorer(pictures)
+    features, logits, centre = scorer(pictures.clamp(-1, 1))  # as a file would hold them
     right = torch.stack([x.argmax(dim=1) for x in logits], dim=1) == TARGETS[which]
     # the ground covers more than half of every picture
     ground = pictures.flatten(2).median(dim=2).values
