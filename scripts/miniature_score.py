@@ -1,7 +1,8 @@
 """What the miniature measures on pictures of shapes: a small classifier trained on real ones, and numbers made with it.
 
 "ok" means that shape, foreground and background are all as the caption says. The classifier has a fifth shape class for
-what is no picture of the kind (blends, shuffled patches, noise), so that a mush of pictures does not pass.
+what is no picture of the kind: blends, also of pictures of one caption, shuffled patches, noise. So the average over
+all places where a thing could be, which is what a step that is too long gives, does not pass.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def real(data: ShapesData, which: np.ndarray, *key) -> tuple[Tensor, Tensor]:
     return pictures, torch.from_numpy(look.centre / data.size).float()
 
 
-def trained_scorer(data: ShapesData, path: Path, steps: int = 1500) -> Scorer:
+def trained_scorer(data: ShapesData, path: Path, steps: int = 2000) -> Scorer:
     """The classifier at `path`, trained first if the file is not there."""
     torch.manual_seed(0)
     scorer = Scorer()
@@ -69,7 +70,7 @@ def trained_scorer(data: ShapesData, path: Path, steps: int = 1500) -> Scorer:
         pictures, centres = real(data, which, "scorer pictures", step)
         pictures = pictures + 0.05 * torch.randn_like(pictures)
         targets = TARGETS[which]
-        bad = invalid(pictures)
+        bad = torch.cat([invalid(pictures), mush(data, which, step)])
         _, logits, centre = scorer(torch.cat([pictures, bad]))
         shapes = torch.cat([targets[:, 0], torch.full((len(bad),), INVALID)])
         loss = F.cross_entropy(logits[0], shapes) + F.mse_loss(centre[: len(which)], centres)
@@ -99,6 +100,15 @@ def invalid(pictures: Tensor) -> Tensor:
     noisy = noisy + (0.4 + 0.4 * torch.rand(len(noisy), 1, 1, 1)) * torch.randn_like(noisy)
     bad = torch.cat([blended, F.pixel_shuffle(patches, 2), noisy])
     return bad[torch.randperm(len(bad))[: len(pictures) // 3]]
+
+
+def mush(data: ShapesData, which: np.ndarray, *key, count: int = 4) -> Tensor:
+    """Weighted means of four pictures of one caption, a third as many as `which`."""
+    which = which[: len(which) // 3]
+    pictures, _ = real(data, np.repeat(which, count), "mush", *key)
+    weights = torch.from_numpy(generator("weights", *key).dirichlet((2.0,) * count, size=len(which))).float()
+    weights = (weights.clamp(max=0.5) + 0.05)[:, :, None, None, None]
+    return (weights * pictures.unflatten(0, (-1, count))).sum(dim=1) / weights.sum(dim=1)
 
 
 @torch.no_grad()

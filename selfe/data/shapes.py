@@ -22,7 +22,7 @@ SHAPES = {"square": [(0.8, 0.8)], "cross": [(1.0, 0.33), (0.33, 1.0)], "plank": 
 """Each a union of rectangles, half width and half height in units of the radius."""
 COLOURS = {"red": (0.7, -0.7, -0.7), "green": (-0.7, 0.7, -0.7), "blue": (-0.7, -0.7, 0.7), "yellow": (0.7, 0.7, -0.7)}
 """RGB in [-1, 1]."""
-JITTER = 0.2  # every picture's colours move by up to so much per channel
+JITTER = 0.12  # every picture's colours move by up to so much per channel
 
 
 @dataclass(frozen=True)
