@@ -10,24 +10,19 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from math import ceil
+from collections.abc import Sequence
+from math import inf
 
-import numpy as np
 import plan_page
 import torch
-from plan_ranks import Later, Share, optimizer_bytes, share, traffic
-from plan_step import META, Step, blank_batch, measure, networks
+from plan_job import Job, Phase, caption_of, load, phases, run
+from plan_ranks import Share, optimizer_bytes, share, traffic
+from plan_step import META, networks
 from precompute import BYTES
-from torch import nn
 
-from selfe import config, launch
+from selfe import launch
 from selfe.device import PEAKS
-from selfe.encoders.t5_clip import T5Clip
-from selfe.feed import Feed
 from selfe.system import System
-from selfe.train import Trainer
 from selfe.types import UserError
 
 GPUS = {  # the name that `PEAKS` knows, GiB of memory
@@ -40,157 +35,51 @@ GPUS = {  # the name that `PEAKS` knows, GiB of memory
 }
 USABLE = 0.9  # of the memory; the rest is the driver's, the links' and what the allocator cannot fill
 ENCODER_SHARE = 0.2  # of all operations, from which on a cache is worth its disk
-EVERY = (False, 4, 2, True)  # settings of activation checkpointing that are compared
-Shapes = list[tuple[tuple[int, int], int]]  # (height, width) of a picture, and how many of the sum of these have it
+EVERY = (False, 2, True)  # settings of activation checkpointing that are compared
 
 
-@dataclass(frozen=True)
-class Job:
-    """A configuration without weights, pictures or cache."""
-
-    system: System  # on the meta device
-    trainer: Trainer
-    cached: tuple[str, ...]  # encoders that training does not load, because a cache holds what they give
-    loaded: tuple[nn.Module, ...]  # networks that it does load
-    later: Later  # how the text encoder is cut, if it is
-    shapes_at: Callable[[int], Shapes]
-    starts: tuple[int, ...]  # steps at which a phase of the data begins
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Steps that cost the same."""
-
-    start: int
-    end: int
-    batch: int  # pictures in a step, over all ranks
-    micro_batches: int  # of a rank in a step
-    shapes: Shapes
-    step: Step  # of a micro-batch with these shapes
-
-    def per_step(self, number: float) -> int:
-        """A number of the measured micro-batch, for a step over all ranks."""
-        return round(number * self.batch / self.step.pictures)
-
-
-def load(path: str, overrides: Sequence[str] = ()) -> Job:
-    settings = config.load(path, overrides)
-    trainer = config.build(settings, "trainer")
-    if "system" not in settings or "data" not in settings:
-        raise UserError(f"{path}: a plan needs the sections system, data and trainer")
-    parts, cached, loads = dict(settings["system"]), [], {}
-    for name, inner in (("text_encoder", "encoder"), ("autoencoder", "autoencoder")):
-        loads[name] = inner not in parts[name]["params"] or parts[name]["params"].get("decode", False)
-        while inner in parts[name]["params"]:
-            parts[name] = parts[name]["params"][inner]
-            cached.append(name)
-    with META:
-        system = config.build({"system": parts}, "system")
-    later = Later()
-    system.load_encoders(META, later if trainer.shard_text_encoder else None)
-    encoders = {"text_encoder": system.text_encoder, "autoencoder": system.autoencoder}
-    loaded = [net for name, encoder in encoders.items() if loads[name] for net in networks(encoder).values()]
-    return Job(system, trainer, tuple(cached), tuple(loaded), later, *shapes_of(settings))
-
-
-def shapes_of(settings: dict) -> tuple[Callable[[int], Shapes], tuple[int, ...]]:
-    """The shapes of a step's pictures, by step, and where they change; of each pixel budget the square."""
-    part = settings["data"]
-    while "source" in part["params"]:
-        part = part["params"]["source"]
-    kind = config.named(part["module"], "data.module")
-    if not (isinstance(kind, type) and issubclass(kind, Feed)):
-        data = config.build({"data": part}, "data")
-        shape = tuple(data.batch(settings["seed"], 0, 1, [0], "train").images[0].shape[1:])
-        return lambda step: [(shape, 1)], (0,)
-    unopened = type(kind.__name__, (kind,), {"open": lambda self, path, base_dir: None})
-    feed = config.call(unopened, part["params"], "data.params", build=True)
-
-    def at(step: int) -> Shapes:
-        phase = feed.phase(step, "train")
-        squares = [tuple(feed.buckets[pixels].nearest(np.array([[1, 1]]))[0].tolist()) for pixels in phase.pixels]
-        return list(zip(squares, phase.shares or [1] * len(squares), strict=True))
-
-    return at, tuple(phase.step for phase in feed.phases)
-
-
-class OneTokenPerWord:
-    """A tokenizer that needs no file: a token for each word, and one that ends the caption."""
-
-    def __call__(
-        self, captions: Sequence[str], truncation: bool = False, max_length: int | None = None, verbose: bool = True
-    ) -> dict[str, list[list[int]]]:
-        return {"input_ids": [([0] * (len(caption.split()) + 1))[:max_length] for caption in captions]}
-
-
-def caption_of(system: System, num_tokens: int) -> str:
-    """A caption of so many tokens, or of as many as the encoder takes."""
-    encoder = system.text_encoder
-    if not isinstance(encoder, T5Clip):
-        return " ".join(["word"] * num_tokens)
-    encoder.t5_tokenizer = encoder.clip_tokenizer = OneTokenPerWord()
-    return " ".join(["word"] * (num_tokens - 1))
-
-
-def phases(job: Job, gpus: int, caption_tokens: int) -> list[Phase]:
-    """From each change of batch size, of pictures or of the objective to the next."""
-    trainer, objective = job.trainer, job.system.objective
-    end = min(trainer.max_steps, trainer.stop_step or trainer.max_steps)
-    begins = {0, *job.starts, *(phase.step for phase in trainer.phases)}
-    if start := getattr(objective, "start_step", 0):
-        begins.add(start + 1)  # at start_step itself s is still t
-    begins.add(getattr(objective, "aux_start_step", None) or 0)
-    begins = sorted(begin for begin in begins if begin < end)
-    caption = caption_of(job.system, caption_tokens)
-    found = []
-    for first, last in zip(begins, [*begins[1:], end], strict=True):
-        batch = trainer.batch_size_at(first)
-        try:
-            micro_batches = trainer.micro_batches(gpus, objective.batch_multiple, first)
-        except UserError:  # among the warnings
-            micro_batches = ceil(batch / gpus / trainer.micro_batch_size)
-        shapes = job.shapes_at(first)
-        step = run(job, shapes, caption, last - 1, trainer.activation_checkpointing)
-        found.append(Phase(first, last, batch, micro_batches, shapes, step))
-    return found
-
-
-def run(job: Job, shapes: Shapes, caption: str, step: int, activation_checkpointing: bool | int) -> Step:
-    """The smallest micro-batch in which every shape has its share."""
-    multiple = job.system.objective.batch_multiple
-    rows = [shape for shape, count in shapes for _ in range(count * multiple)]
-    setting = {"precision": job.trainer.precision, "activation_checkpointing": activation_checkpointing}
-    return measure(job.system, *blank_batch(rows, caption), step, **setting)
-
-
-def memory(job: Job, share: Share, heaviest: Phase, caption_tokens: int, gib: int, batches: set[int]) -> dict:
+def memory(job: Job, share: Share, heaviest: Phase, caption: str, gib: int, batches: set[int]) -> dict:
     """Bytes of a rank, by setting of activation checkpointing, and the micro-batches that fit."""
-    trainer, multiple = job.trainer, job.system.objective.batch_multiple
-    encode_peak = 0 if job.cached else heaviest.step.encode_peak
-    caption, room = caption_of(job.system, caption_tokens), USABLE * gib * 2**30
+    trainer, room = job.trainer, round(USABLE * gib * 2**30)
+    at, micro, own = (heaviest.shapes, caption, heaviest.end - 1), trainer.micro_batch_size, heaviest.step
+    # what is there whatever the number of pictures: gradients of weights on their way
+    fixed = 2 * own.peak - run(job, *at, trainer.activation_checkpointing, larger=2).peak
+    encoding = 0 if job.cached else own.encode_peak / own.pictures
     variants = []
     for every in dict.fromkeys([*EVERY, trainer.activation_checkpointing]):
-        own = every == trainer.activation_checkpointing
-        step = heaviest.step if own else run(job, heaviest.shapes, caption, heaviest.end - 1, every)
-        per_picture = max(step.peak, encode_peak) / step.pictures
-        fits = max(int((room - share.states - share.whole) / per_picture / multiple), 0) * multiple
-        dividing = [m for m in range(multiple, fits + 1, multiple) if all(b % (m * share.size) == 0 for b in batches)]
+        configured = every == trainer.activation_checkpointing
+        step = own if configured else run(job, *at, every)
+        each, base = (step.peak - fixed) / step.pictures, share.states + share.whole + fixed
+        fits = min((room - base) / each, (room - share.states) / encoding if encoding else inf)
         variants.append(
             {
                 "activation_checkpointing": every,
-                "configured": own,
-                "activations": round(step.saved * trainer.micro_batch_size / step.pictures),
-                "peak": round(per_picture * trainer.micro_batch_size),
-                "total": round(share.states + share.whole + per_picture * trainer.micro_batch_size),
-                "largest_micro_batch": fits,
-                "largest_that_divides": dividing[-1] if dividing else 0,
+                "configured": configured,
+                "activations": round(step.saved / step.pictures * micro),
+                "peak": round(max(base + each * micro, share.states + encoding * micro)),
+                **micro_batches_that_fit(int(fits), job.system.objective.batch_multiple, share.size, batches),
             }
         )
     names = ("parameters", "gradients", "optimizer", "ema", "encoders", "whole")
-    return {name: getattr(share, name) for name in names} | {"usable": round(room), "variants": variants}
+    return {name: getattr(share, name) for name in names} | {"usable": room, "variants": variants}
 
 
-def plan(path: str, overrides: Sequence[str], gpus: int, gpu: str, mfu: float, caption_tokens: int) -> dict:
+def micro_batches_that_fit(fits: int, multiple: int, gpus: int, batches: set[int]) -> dict[str, int]:
+    """The largest, and the largest that all batches are multiples of; 0 if there is none."""
+    possible = range(multiple, fits + 1, multiple)
+    dividing = [micro for micro in possible if all(batch % (micro * gpus) == 0 for batch in batches)]
+    return {"largest_micro_batch": max(possible, default=0), "largest_that_divides": max(dividing, default=0)}
+
+
+def plan(
+    path: str,
+    overrides: Sequence[str] = (),
+    *,
+    gpus: int,
+    gpu: str = "h100",
+    mfu: float = 0.35,
+    caption_tokens: int = 77,
+) -> dict:
     """All that is told, numbers in bytes, FLOPs (of a step over all ranks), hours and days."""
     if gpus < 1:
         raise UserError(f"--gpus: {gpus} is not a number of at least 1")
@@ -203,11 +92,12 @@ def plan(path: str, overrides: Sequence[str], gpus: int, gpu: str, mfu: float, c
     name, gib = GPUS[gpu.lower()]
     job = load(path, overrides)
     ours = share(job.system, job.trainer, gpus, job.loaded, job.later)
-    found = phases(job, gpus, caption_tokens)
+    caption = caption_of(job.system, caption_tokens)
+    found = phases(job, gpus, caption)
     heaviest = max(found, key=lambda phase: phase.step.peak / phase.step.pictures)
     rate = PEAKS[name] * 1e12 * mfu * 3600  # useful operations in a GPU-hour
     told = [describe(phase, job, ours, rate, gpus) for phase in found]
-    room = memory(job, ours, heaviest, caption_tokens, gib, {phase.batch for phase in found})
+    room = memory(job, ours, heaviest, caption, gib, {phase.batch for phase in found})
     return {
         "config": path,
         "gpus": gpus,
@@ -281,8 +171,8 @@ def assumptions(found: list[Phase], job: Job) -> list[str]:
     return [
         f"every caption has {call.text_tokens // found[-1].step.pictures} tokens, none is dropped",
         "pictures are the squares of the data's pixel budgets",
-        "all operations that are not repeated to save memory run at this share of the peak; loading, saving, validation "
-        "and samples take no time",
+        "the share of the peak does not count what is recomputed to save memory",
+        "loading, saving, validation and samples take no time",
         f"{1 - USABLE:.0%} of the memory is left free",
     ] + (["latents and text come from a cache"] if job.cached else [])
 
@@ -307,10 +197,9 @@ def warnings(job: Job, share: Share, found: list[Phase], told: list[dict], room:
             f"the encoders do {max(shares):.0%} of all operations; cache what they give: scripts/precompute.py"
         )
     (own,) = (variant for variant in room["variants"] if variant["configured"])
-    if own["total"] > room["usable"]:
-        lines.append(
-            f"a micro-batch of {trainer.micro_batch_size} does not fit the memory; at most {own['largest_micro_batch']} do"
-        )
+    if own["peak"] > room["usable"]:
+        most = own["largest_micro_batch"]
+        lines.append(f"a micro-batch of {trainer.micro_batch_size} does not fit the memory; the largest is {most}")
     return list(dict.fromkeys(lines))
 
 

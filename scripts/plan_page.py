@@ -6,8 +6,8 @@ from __future__ import annotations
 def text(plan: dict) -> str:
     gpu, phases = plan["gpu"], plan["phases"]
     lines = [
-        f"{plan['config']} on {plan['gpus']} x {gpu['name']} ({gpu['gib']} GiB, {gpu['peak_tflops']} TFLOP/s), of which "
-        f"{plan['mfu']:.0%} are reached",
+        f"{plan['config']} on {plan['gpus']} x {gpu['name']} ({gpu['gib']} GiB, {gpu['peak_tflops']} TFLOP/s, of which "
+        f"{plan['mfu']:.0%} are reached)",
         *(f"assumed: {line}" for line in plan["assumptions"]),
         "",
         "Parameters",
@@ -57,12 +57,12 @@ def memory(room: dict) -> list[str]:
     names = {"whole": "blocks while they are whole"}
     lines = ["Memory of the fullest rank"]
     lines += [f"  {names.get(part, part):<34}{size(room[part]):>16}" for part in parts]
-    head = ("activations", "most at once", "all in all", "largest micro-batch", "that divides the batch")
+    head = ("activations", "all at the peak", "largest micro-batch", "that divides the batch")
     lines += [f"  {'activation checkpointing':<26}" + "".join(f"{name:>24}" for name in head)]
     for variant in room["variants"]:
         every = variant["activation_checkpointing"]
-        name = {False: "off", True: "every block"}.get(every, f"every {every}th block") + " *" * variant["configured"]
-        values = [size(variant[key]) for key in ("activations", "peak", "total")]
+        name = {False: "off", True: "every block"}.get(every, f"one block of {every}") + " *" * variant["configured"]
+        values = [size(variant[key]) for key in ("activations", "peak")]
         values += [str(variant[key]) for key in ("largest_micro_batch", "largest_that_divides")]
         lines.append(f"  {name:<26}" + "".join(f"{value:>24}" for value in values))
     return [*lines, f"  * as configured; {size(room['usable'])} may be used"]
@@ -95,10 +95,8 @@ def peta(flops: int | None) -> str:
 
 
 def size(number: int) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if number < 1024:
-            break
-        number /= 1024
-    else:
-        unit = "GiB"
-    return f"{number:,.4g} {unit}"
+    """Bytes in the largest unit of which there is one."""
+    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if number >= 1024**power:
+            return f"{number / 1024**power:,.4g} {unit}"
+    return f"{number} B"

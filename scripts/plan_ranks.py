@@ -66,8 +66,8 @@ class Share:
 
     @property
     def whole(self) -> int:
-        """The most that is whole at once: the root, a block and the one that is fetched ahead, and a block's gradient as
-        it was computed, as it is sent and as it was sent before."""
+        """The most that is whole at once: the root, a block, the one that is fetched ahead, and of gradients one that
+        is done, one that is sent and one that was sent before."""
         root = sum(unit.gathered for unit in self.live_units if unit.is_root)
         blocks = [unit for unit in self.live_units if not unit.is_root]
         largest = max(blocks, key=lambda unit: unit.held, default=None)
