@@ -170,7 +170,8 @@ def units(module: nn.Module) -> tuple[Unit, ...]:
 def traffic(share: Share, calls: Sequence[Call], num_micro: int = 1) -> dict[str, int]:
     """Bytes of a step by kind: what a rank receives, which is also what it sends, when every link is used once.
 
-    `calls` are those of a micro-batch; gradients are summed over ranks after every backward pass, as FSDP does it.
+    `calls` are those of a micro-batch. FSDP sums gradients over ranks in every micro-batch, once: autograd adds up the
+    passes of a weight before it hands its gradient over.
     """
     payload = payloads(share, calls)
     shards, replicas = share.live_units[0].ranks, share.live_units[0].replicas
@@ -182,15 +183,14 @@ def traffic(share: Share, calls: Sequence[Call], num_micro: int = 1) -> dict[str
 def payloads(share: Share, calls: Sequence[Call]) -> dict[str, int]:
     """Bytes of a micro-batch's collective calls by kind: tensors that are gathered, scattered, and reduced in place."""
     found = {"all_gather": 0, "reduce_scatter": 0, "all_reduce": 0}
-    learn = sum(call.learns for call in calls)
     for weights, its_units in {"live": share.live_units, "ema": share.ema_units}.items():
-        passes, backward = (sum(call.weights == weights for call in calls), learn if weights == "live" else 0)
+        passes = [call.learns for call in calls if call.weights == weights]
         for unit in its_units:
-            back = min(backward, 1) if unit.is_root else backward  # the root stays whole from one backward to the next
+            back = min(sum(passes), 1) if unit.is_root else sum(passes)  # the root stays whole from one to the next
             if unit.ranks > 1:
-                found["all_gather"] += unit.gathered * (passes + back if unit.freed else max(back, min(passes, 1)))
-                found["reduce_scatter"] += unit.summed * back
+                found["all_gather"] += unit.gathered * (len(passes) + back if unit.freed else max(back, 1))
+                found["reduce_scatter"] += unit.summed * any(passes)
             if unit.replicas > 1:
-                found["all_reduce"] += unit.summed // unit.ranks * back
+                found["all_reduce"] += unit.summed // unit.ranks * any(passes)
     found["all_gather"] += sum(unit.gathered for unit in share.text_units if unit.ranks > 1)
     return found

@@ -7,7 +7,7 @@ import copy
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -128,6 +128,7 @@ class Meter:
             modules: what holds weights, which are not counted.
         """
         self.counter, self.counted, self.part = FlopCounterMode(display=False), 0, "autoencoder"
+        self.counter.mod_tracker = NoModules()
         self.flops: dict[str, int] = defaultdict(int)
         self.calls: list[Call] = []
         tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
@@ -188,6 +189,12 @@ class Meter:
             return forward(*arguments)
         finally:
             self.mark(before)
+
+
+class NoModules(nullcontext):
+    """In place of the counter's tracker of modules, whose hooks keep alive what a backward pass would free."""
+
+    parents = frozenset({"Global"})
 
 
 def networks(encoder: Any) -> dict[str, nn.Module]:

@@ -129,7 +129,7 @@ def bytes_of_a_rank(world: World, overrides: list[str], step: int) -> dict[str, 
     ids=["2", "2, T5 cut too", "4 in groups of 2"],
 )
 def test_a_rank_holds_and_sends_what_the_plan_says(size, overrides, step, tmp_path):
-    overrides = [*RANDOM, f"trainer.output_dir={tmp_path}", "trainer.total_batch_size=8", *overrides]
+    overrides = [*RANDOM, f"trainer.output_dir={tmp_path}", f"trainer.total_batch_size={2 * size}", *overrides]
     found = on_ranks(size, bytes_of_a_rank, overrides, step)
     job = plan_job.load(TINY, overrides)
     share = plan_ranks.share(job.system, job.trainer, size, job.loaded, job.later)
@@ -146,8 +146,9 @@ def kept_and_peak(overrides: list[str], step: int) -> tuple[int, int]:
     """Of a real micro-batch in this process: bytes that autograd keeps, by the storages it is handed, and the most that
     the allocator has given out at once after the encoders are done, by torch's profiler."""
     system, data, trainer, seed = build(TINY, overrides)
-    net = system.backbone
-    dist.materialise(net, torch.device("cpu"), seed)
+    net = system.backbone.to_empty(device="cpu")
+    for name, parameter in net.named_parameters():
+        parameter.data.copy_(net.initial(name, parameter.shape, seed))
     system.load_encoders(torch.device("cpu"))
     dist.prepare(net, trainer.activation_checkpointing)
     for parameter in net.parameters():
