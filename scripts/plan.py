@@ -15,7 +15,7 @@ from math import inf
 
 import plan_page
 import torch
-from plan_job import Job, Phase, caption_of, load, phases, run
+from plan_job import Job, Phase, count_words, load, phases, run
 from plan_ranks import Share, optimizer_bytes, share, traffic
 from plan_step import META, networks
 from precompute import BYTES
@@ -38,10 +38,10 @@ ENCODER_SHARE = 0.2  # of all operations, from which on a cache is worth its dis
 EVERY = (False, 2, True)  # settings of activation checkpointing that are compared
 
 
-def memory(job: Job, share: Share, heaviest: Phase, caption: str, gib: int, batches: set[int]) -> dict:
+def memory(job: Job, share: Share, heaviest: Phase, num_words: int, gib: int, batches: set[int]) -> dict:
     """Bytes of a rank, by setting of activation checkpointing, and the micro-batches that fit."""
     trainer, room = job.trainer, round(USABLE * gib * 2**30)
-    at, micro, own = (heaviest.shapes, caption, heaviest.end - 1), trainer.micro_batch_size, heaviest.step
+    at, micro, own = (heaviest.shapes, num_words, heaviest.end - 1), trainer.micro_batch_size, heaviest.step
     # what is there whatever the number of pictures: gradients of weights on their way
     fixed = 2 * own.peak - run(job, *at, trainer.activation_checkpointing, larger=2).peak
     encoding = 0 if job.cached else own.encode_peak / own.pictures
@@ -92,12 +92,12 @@ def plan(
     name, gib = GPUS[gpu.lower()]
     job = load(path, overrides)
     ours = share(job.system, job.trainer, gpus, job.loaded, job.later)
-    caption = caption_of(job.system, caption_tokens)
-    found = phases(job, gpus, caption)
+    num_words = count_words(job.system, caption_tokens)
+    found = phases(job, gpus, num_words)
     heaviest = max(found, key=lambda phase: phase.step.peak / phase.step.pictures)
     rate = PEAKS[name] * 1e12 * mfu * 3600  # useful operations in a GPU-hour
     told = [describe(phase, job, ours, rate, gpus) for phase in found]
-    room = memory(job, ours, heaviest, caption, gib, {phase.batch for phase in found})
+    room = memory(job, ours, heaviest, num_words, gib, {phase.batch for phase in found})
     return {
         "config": path,
         "gpus": gpus,

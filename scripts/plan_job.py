@@ -100,16 +100,16 @@ class OneTokenPerWord:
         return {"input_ids": [([0] * (len(caption.split()) + 1))[:max_length] for caption in captions]}
 
 
-def caption_of(system: System, num_tokens: int) -> str:
-    """A caption of so many tokens, or of as many as the encoder takes."""
+def count_words(system: System, num_tokens: int) -> int:
+    """How many words make a caption of so many tokens; from here on a word is a token for the text encoder."""
     encoder = system.text_encoder
     if not isinstance(encoder, T5Clip):
-        return " ".join(["word"] * num_tokens)
+        return num_tokens
     encoder.t5_tokenizer = encoder.clip_tokenizer = OneTokenPerWord()
-    return " ".join(["word"] * (num_tokens - 1))
+    return num_tokens - 1
 
 
-def phases(job: Job, gpus: int, caption: str) -> list[Phase]:
+def phases(job: Job, gpus: int, num_words: int) -> list[Phase]:
     """From each change of batch size, of pictures or of the objective to the next."""
     trainer, objective = job.trainer, job.system.objective
     end = min(trainer.max_steps, trainer.stop_step or trainer.max_steps)
@@ -126,12 +126,12 @@ def phases(job: Job, gpus: int, caption: str) -> list[Phase]:
         except UserError:  # among the warnings
             micro_batches = ceil(batch / gpus / trainer.micro_batch_size)
         shapes = job.shapes_at(first)
-        step = run(job, shapes, caption, last - 1, trainer.activation_checkpointing)
+        step = run(job, shapes, num_words, last - 1, trainer.activation_checkpointing)
         found.append(Phase(first, last, batch, micro_batches, shapes, step))
     return found
 
 
-def run(job: Job, shapes: Shapes, caption: str, step: int, every: bool | int, larger: int = 1) -> Step:
+def run(job: Job, shapes: Shapes, num_words: int, step: int, every: bool | int, larger: int = 1) -> Step:
     """A micro-batch about as large as configured, or so many times larger, in which every shape has its share.
 
     `every`: activation checkpointing.
@@ -140,4 +140,4 @@ def run(job: Job, shapes: Shapes, caption: str, step: int, every: bool | int, la
     times = larger * max(job.trainer.micro_batch_size // smallest, 1) * job.system.objective.batch_multiple
     rows = [shape for shape, count in shapes for _ in range(count * times)]
     setting = {"precision": job.trainer.precision, "activation_checkpointing": every}
-    return measure(job.system, *blank_batch(rows, caption), step, **setting)
+    return measure(job.system, *blank_batch(rows, num_words), step, **setting)

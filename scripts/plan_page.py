@@ -11,7 +11,7 @@ def text(plan: dict) -> str:
         *(f"assumed: {line}" for line in plan["assumptions"]),
         "",
         "Parameters",
-        *(f"  {name:<34}{number / 1e6:>14,.3f} M" for name, number in plan["parameters"].items()),
+        *(f"  {name:<34}{count / 1e6:>14,.3f} M" for name, count in plan["parameters"].items()),
         "",
         "A step, by phase",
         row("from step", phases, lambda phase: f"{phase['start']:,}"),
@@ -39,10 +39,10 @@ def text(plan: dict) -> str:
         "",
         "Time",
         row("steps", phases, lambda phase: f"{phase['end'] - phase['start']:,}"),
-        row("GPU-hours", phases, lambda phase: f"{phase['gpu_hours']:,.3g}"),
-        row("GPU-hours with a cache", phases, lambda phase: f"{phase['gpu_hours_cached']:,.3g}"),
-        row("days", phases, lambda phase: f"{phase['days']:,.3g}"),
-        f"  together: {plan['days']:,.3g} days, {plan['gpu_hours']:,.4g} GPU-hours",
+        row("GPU-hours", phases, lambda phase: number(phase["gpu_hours"])),
+        row("GPU-hours with a cache", phases, lambda phase: number(phase["gpu_hours_cached"])),
+        row("days", phases, lambda phase: number(phase["days"])),
+        f"  together: {number(plan['days'])} days, {number(plan['gpu_hours'])} GPU-hours",
         "",
         *memory(plan["memory"]),
         "",
@@ -94,9 +94,13 @@ def peta(flops: int | None) -> str:
     return "-" if flops is None else f"{flops / 1e15:,.4g}"
 
 
-def size(number: int) -> str:
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def size(count: int) -> str:
     """Bytes in the largest unit of which there is one."""
     for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if number >= 1024**power:
-            return f"{number / 1024**power:,.4g} {unit}"
-    return f"{number} B"
+        if count >= 1024**power:
+            return f"{count / 1024**power:,.4g} {unit}"
+    return f"{count} B"

@@ -76,11 +76,12 @@ class Blank(Draws):
         return torch.empty_like(x.tokens)
 
 
-def blank_batch(shapes: Sequence[tuple[int, int]], caption: str) -> tuple[Batch, Blank]:
-    """Pictures of B x (height, width) that all have one caption, and the draws that go with them."""
+def blank_batch(shapes: Sequence[tuple[int, int]], num_words: int) -> tuple[Batch, Blank]:
+    """Pictures of B x (height, width), each with a caption of its own of so many words, and draws that go with them."""
     rows = tuple(range(len(shapes)))
     images = tuple(torch.empty(3, height, width, device=META) for height, width in shapes)
-    return Batch(images, (caption,) * len(rows), rows, ("",) * len(rows)), Blank(tuple((row,) for row in rows))
+    captions = tuple(" ".join([str(row)] * num_words) for row in rows)
+    return Batch(images, captions, rows, ("",) * len(rows)), Blank(tuple((row,) for row in rows))
 
 
 def measure(
