@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import register_flop_formula, sdpa_flop_count
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -34,8 +34,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
     """Softmax attention within each sequence; q, k, v (T, heads, head_dim) -> (T, heads, head_dim).
 
     On a CPU half precision has a slow backward and is lifted to float32. Elsewhere it has a fused kernel, which full
-    precision has not: that goes sequence by sequence.
+    precision has not: that goes sequence by sequence. The meta device has no numbers, but counts what they would cost.
     """
+    if q.is_meta:
+        return by_length(q, k, v, sequences.lens)[0]
     if q.device.type == "cpu":
         working = torch.promote_types(q.dtype, torch.float32)
         return by_length(*(x.to(working) for x in (q, k, v)), sequences.lens)[0].to(q.dtype)
@@ -121,3 +123,9 @@ def backward_flops(
 ) -> int:
     """The scores once more, and a product for each of the gradients of values, weights, queries and keys."""
     return 5 * 2 * q.shape[1] * q.shape[2] * squares(lens)
+
+
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
+def cpu_kernel_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_, **__) -> int:
+    """The kernel by which encoders attend on a CPU; torch counts only those of other devices."""
+    return sdpa_flop_count(q, k, v)

@@ -104,16 +104,27 @@ def shard(
     if mesh["replicate"].size() == 1:
         mesh = mesh["shard"]  # spares an all-reduce of every gradient over one rank
     policy = MixedPrecisionPolicy(DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for stack in module.children():
-        for number, block in enumerate(stack if isinstance(stack, nn.ModuleList) else ()):
-            if compile:
-                block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)
-            if activation_checkpointing and number % activation_checkpointing == 0:
-                # replaces the method rather than wrapping the module: parameter names stay what they are
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-            fully_shard(block, mesh=mesh, mp_policy=policy)
+    prepare(module, activation_checkpointing, compile)
+    for _, block in numbered_blocks(module):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     # the root too: an EMA twin never runs a backward pass that would free it
     fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+def numbered_blocks(module: nn.Module) -> Iterator[tuple[int, nn.Module]]:
+    """The blocks of every stack of a denoiser, numbered within the stack."""
+    for stack in module.children():
+        yield from enumerate(stack if isinstance(stack, nn.ModuleList) else ())
+
+
+def prepare(module: nn.Module, activation_checkpointing: bool | int = False, compile: bool = False) -> None:
+    """What `shard` does to the blocks besides cutting them: how they are run, in any number of processes."""
+    for number, block in numbered_blocks(module):
+        if compile:
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)
+        if activation_checkpointing and number % activation_checkpointing == 0:
+            # replaces the method rather than wrapping the module: parameter names stay what they are
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def materialise(module: nn.Module, device: torch.device, seed: int) -> None:
@@ -133,13 +144,18 @@ def fill(parameter: Tensor, full: Tensor) -> None:
 @torch.no_grad()
 def place_sharded(module: nn.Module, blocks: Iterable[nn.Module], read: Read, *, mesh: DeviceMesh) -> None:
     """Cut a frozen module on the meta device over the mesh, block by block; a rank reads the rows it keeps."""
-    for part in (*blocks, module):
-        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    cut(module, blocks, mesh)
     module.to_empty(device=mesh.device_type)
     for name, parameter in module.named_parameters():
         shape, start = compute_local_shape_and_global_offset(parameter.shape, mesh, parameter.placements)
         if shape[0]:
             parameter.to_local().copy_(read(name, slice(start[0], start[0] + shape[0])))
+
+
+def cut(module: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) -> None:
+    """Cut a frozen module over the mesh, block by block; it stays where it is."""
+    for part in (*blocks, module):
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
 
 def twins(
@@ -153,12 +169,25 @@ def twins(
     compile: bool = False,
 ) -> tuple[nn.Module, nn.Module]:
     """The live and the EMA denoiser from one on the meta device, sharded alike, with the same initial values."""
+    nets = cut_twins(module, world, precision, shard_size, activation_checkpointing, compile)
+    for part in nets:
+        materialise(part, world.device, seed)
+    return nets
+
+
+def cut_twins(
+    module: nn.Module,
+    world: World,
+    precision: Precision,
+    shard_size: int | None = None,
+    activation_checkpointing: bool | int = False,
+    compile: bool = False,
+) -> tuple[nn.Module, nn.Module]:
+    """As `twins`, but still on the meta device, without memory."""
     mesh = make_mesh(world, shard_size)
     net, ema = module, copy.deepcopy(module).requires_grad_(False)
     for part, saves_memory in ((net, activation_checkpointing), (ema, False)):
         shard(part, mesh, precision=precision, activation_checkpointing=saves_memory, compile=compile)
-    for part in (net, ema):
-        materialise(part, world.device, seed)
     return net, ema
 
 

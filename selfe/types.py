@@ -163,7 +163,10 @@ class Place(Protocol):
 
 
 class TextEncoder(Protocol):
-    """Frozen; every caption at its true length. Built without weights; `load` brings them to the device."""
+    """Frozen; every caption at its true length. Built without weights; `load` brings them to the device.
+
+    On the meta device there are none: it then says what the encoder would cost, and reads no file.
+    """
 
     text_dim: int
     pooled_dim: int

@@ -61,12 +61,14 @@ class FluxVAE:
         self.net = nn.ModuleDict({"encoder": Encoder(width), "decoder": Decoder(width)})
 
     def load(self, device: torch.device) -> None:
-        """Bring the weights to the device.
+        """Bring the weights to the device; to the meta device, where there are none, only their shapes.
 
         Raises:
             UserError: the file is missing, cannot be read, or holds another network.
         """
-        if self.skip_pretrained:
+        if device.type == "meta":
+            pass  # as it was built
+        elif self.skip_pretrained:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 self.net.to_empty(device="cpu").apply(reset)

@@ -28,6 +28,7 @@ from selfe.weights import AGAIN, Weights, cached
 T5_FOLDER, CLIP_FOLDER = "t5-v1_1-xxl", "clip-vit-large-patch14"
 TOKENIZERS = {"tokenizer.json"}, {"spiece.model"}, {"vocab.json", "merges.txt"}  # without, an empty one would be made
 CLIP_MAX_TOKENS = 77  # its position table
+T5_VOCABULARY, CLIP_VOCABULARY = 32128, 49408  # rows of their embeddings
 Tokenizer = PreTrainedTokenizerBase
 Parts = tuple[Tokenizer, T5Config, Read, Tokenizer, CLIPTextModel]  # T5 as what `place` needs, CLIP ready
 
@@ -82,12 +83,14 @@ class T5Clip:
     def load(self, device: torch.device, shard: Place | None = None) -> None:
         """Bring tokenizers and weights to the device; T5, which is nine tenths of them, through `shard` if given.
 
+        On the meta device nothing is read and nothing takes memory: networks of these sizes, a tokenizer of bytes.
+
         Raises:
             UserError: files are missing, damaged, or do not have the sizes of the configuration.
         """
         self.device, self.sharded = device, shard is not None
         self.t5_tokenizer, config, read, self.clip_tokenizer, self.clip = (
-            self.random() if self.skip_pretrained else self.pretrained()
+            self.random() if self.skip_pretrained or device.type == "meta" else self.pretrained()
         )
         with torch.device("meta"):
             self.t5 = T5EncoderModel(config).to(self.dtype).eval().requires_grad_(False)
@@ -105,15 +108,16 @@ class T5Clip:
     def random(self) -> Parts:
         """Stand-ins of the configured sizes, the same on every machine."""
         tokenizer = ByT5Tokenizer()
-        t5 = T5Config(vocab_size=len(tokenizer), feed_forward_proj="gated-gelu", **asdict(self.t5_size))
+        vocabularies = (len(tokenizer),) * 2 if self.skip_pretrained else (T5_VOCABULARY, CLIP_VOCABULARY)
+        t5 = T5Config(vocab_size=vocabularies[0], feed_forward_proj="gated-gelu", **asdict(self.t5_size))
         clip = CLIPTextConfig(
-            vocab_size=len(tokenizer),
+            vocab_size=vocabularies[1],
             max_position_embeddings=CLIP_MAX_TOKENS,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             **asdict(self.clip_size),
         )
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.device("meta" if self.device.type == "meta" else "cpu"):
             torch.manual_seed(0)
             state = T5EncoderModel(t5).state_dict()
             return tokenizer, t5, lambda name, rows: state[name][rows], tokenizer, CLIPTextModel(clip)
@@ -157,7 +161,7 @@ class T5Clip:
         """B x (text (n, text_dim), pooled (pooled_dim,)), float32."""
         ids = self.t5_ids(captions)
         groups = [list(range(len(ids)))] if self.sharded else by_length(ids)
-        texts = self.forward_each(ids, groups, lambda ids, mask: self.t5(ids, attention_mask=mask).last_hidden_state)
+        texts = self.forward_each(ids, groups, self.forward_t5)
         texts = [text[: len(row)] for text, row in zip(texts, ids, strict=True)]
         ids = self.clip_tokenizer(list(captions), truncation=True, max_length=CLIP_MAX_TOKENS)["input_ids"]
         pooled = self.forward_each(ids, by_length(ids), lambda ids, mask: self.clip(ids).pooler_output)
@@ -173,6 +177,11 @@ class T5Clip:
             logger.warning("captions are cut to %d T5 tokens; the first (%d): %.60s...", self.max_tokens, *long[0])
         self.num_cut += len(long)
         return self.t5_tokenizer(list(captions), truncation=True, max_length=self.max_tokens)["input_ids"]
+
+    def forward_t5(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Padded rows (B, n) -> (B, n, text_dim). Rows of one length need no mask, and the meta device has none."""
+        padded = self.sharded and not ids.is_meta
+        return self.t5(ids, attention_mask=mask if padded else None).last_hidden_state
 
     def forward_each(
         self, ids: list[list[int]], groups: list[list[int]], forward: Callable[[Tensor, Tensor], Tensor]
