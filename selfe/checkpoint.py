@@ -2,53 +2,38 @@
 
 A run keeps them as `<run>/checkpoints/step_00001000/`, in torch's distributed checkpoint format. `step` counts finished
 steps, which is all of a run's progress: order, times and noise are functions of it. The marker, written last, holds
-size and checksum of every file. `saving.py` writes them.
+size and checksum of every file. `draft.py` and `saving.py` write them.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import os
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal, get_args
 
-import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
 from torch.optim import Optimizer
-from torch.serialization import skip_data
 
-from selfe import device, dist, log
-from selfe.dist import Group, World
+from selfe import dist, log
+from selfe.dist import World
 from selfe.types import UserError
 
 Part = Literal["model", "ema", "optimizer", "step"]
 PARTS: tuple[Part, ...] = get_args(Part)
 MARKER = "progress.json"  # written last: a folder without it is not a checkpoint
-METADATA = ".metadata"  # torch's: which tensor lies where
 CHUNK = 1 << 22  # bytes that are read or written at once
-ALIGNMENT = 64  # of a tensor's first byte, in its file and within what torch.save writes
 
 
 @dataclass(frozen=True)
@@ -61,130 +46,6 @@ class InitFrom:
     def __post_init__(self):
         if not {"model", "ema"} & set(self.parts):
             raise ValueError(f"parts must name model or ema, got {list(self.parts)}")
-
-
-class Memory(FileSystem):
-    """Where torch's writer puts the one file that is asked of it here, `.metadata`."""
-
-    @contextmanager
-    def create_stream(self, path: Path, mode: str) -> Iterator[io.BytesIO]:
-        self.file = io.BytesIO()
-        yield self.file
-
-    def mkdir(self, path: Path) -> None: ...
-
-    def exists(self, path: Path) -> bool:
-        return False
-
-    def rename(self, path: Path, new_path: Path) -> None: ...
-
-
-class Draft(dcp.FileSystemWriter):
-    """This rank's part of a checkpoint, in host memory as it will be on the disk: a save copies the state's numbers to
-    their places and writes the whole in large pieces.
-
-    Which rank writes what, and `.metadata`, depend on names, shapes and types alone, so torch plans them once, with
-    this as its storage. What takes Python's lock per tensor would otherwise run beside every save's training steps.
-    """
-
-    def __init__(self, state: dict, world: World, group: Group):
-        """Called by every rank; the numbers are not copied yet."""
-        super().__init__(Path(), sync_files=False)
-        self.world, self.fs, self.planner = world, Memory(), dcp.DefaultSavePlanner()
-        self.files: dict[str, memoryview] = {}  # by name, those that this rank writes
-        self.num_bytes = 0  # of the files of all ranks; known on the main one
-        dcp.save(state, storage_writer=self, planner=self.planner, process_group=group)
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """A place for every item of this rank, instead of a file."""
-        name = f"{plan.storage_data.prefix}0.distcp"
-        self.items, self.places, results, frames, end = plan.items, [], [], {}, 0
-        for item in self.items:
-            before, size, after = frame(planner.resolve_data(item))
-            start, length = end + len(before), len(before) + size + len(after)
-            self.places.append(slice(start, start + size))
-            frames |= {end: before, start + size: after}
-            results.append(WriteResult(item.index, length, _StorageInfo(name, end, length)))
-            end = -(-(end + length) // ALIGNMENT) * ALIGNMENT
-        image = host_memory(end, self.world)
-        self.files[name] = memoryview(image.numpy())
-        for start, part in frames.items():
-            self.files[name][start : start + len(part)] = part
-        self.places = [
-            image[place].view(data.dtype).view(data.shape) if isinstance(data, Tensor) else self.files[name][place]
-            for place, data in zip(self.places, map(planner.resolve_data, self.items), strict=True)
-        ]
-        done = Future()
-        done.set_result(results)
-        return done
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On the main rank, with what all ranks have placed."""
-        super().finish(metadata, results)
-        self.files[METADATA] = self.fs.file.getbuffer()
-        self.num_bytes = sum(result.size_in_bytes for of_rank in results for result in of_rank)
-
-    def storage_meta(self) -> None:
-        """Not in `.metadata`: it would name a folder."""
-
-    def fill(self, state: dict) -> bool:
-        """Copy a state's numbers to their places; False if it is not laid out as the one this was made for."""
-        self.planner.set_up_planner(state)
-        data = [self.planner.resolve_data(item) for item in self.items]
-        pairs = list(zip(self.places, data, strict=True))
-        tensors = [(place, value.detach()) for place, value in pairs if isinstance(place, Tensor)]
-        others = [(place, value.getbuffer()) for place, value in pairs if not isinstance(place, Tensor)]
-        if any(place.shape != value.shape or place.dtype != value.dtype for place, value in tensors):
-            return False
-        if any(len(place) != len(value) for place, value in others):
-            return False
-        for place, value in others:
-            place[:] = value
-        torch._foreach_copy_(*map(list, zip(*tensors, strict=True)), non_blocking=True)
-        device.synchronize()
-        return True
-
-    def write(self, folder: Path) -> dict[str, list[int]]:
-        """This rank's files into a folder, synced to the disk: {name: [bytes, checksum]}."""
-        return {name: put(folder / name, data) for name, data in self.files.items()}
-
-
-def host_memory(num_bytes: int, world: World) -> Tensor:
-    """(n,) uint8, for fast copies from an accelerator pinned: torch's stager pins no more than it is asked for."""
-    on_device = world.device.type != "cpu"
-    options = StagingOptions(on_device, False, False, on_device)
-    return DefaultStager(options).stage({"": torch.zeros(num_bytes, dtype=torch.uint8)})[""]
-
-
-def frame(data: Tensor | io.BytesIO) -> tuple[bytes, int, bytes]:
-    """What torch.save writes before and after the numbers of a tensor, and how many bytes these are."""
-    if isinstance(data, Tensor):
-        return blank(data.shape, data.dtype)
-    return b"", len(data.getbuffer()), b""
-
-
-@lru_cache(maxsize=1024)
-def blank(shape: torch.Size, dtype: torch.dtype) -> tuple[bytes, int, bytes]:
-    file, tensor = io.BytesIO(), torch.empty(shape, dtype=dtype)
-    with skip_data():
-        torch.save(tensor, file)
-    file.seek(0)
-    with FakeTensorMode():
-        start = torch.load(file, weights_only=True).untyped_storage()._checkpoint_offset if tensor.numel() else 0
-    return file.getvalue()[:start], tensor.nbytes, file.getvalue()[start + tensor.nbytes :]
-
-
-def put(path: Path, data: memoryview) -> list[int]:
-    """Write a file and sync it: [bytes, checksum]. Python's lock is free meanwhile."""
-    value = 0
-    with path.open("wb") as file:
-        for start in range(0, len(data), CHUNK):
-            piece = data[start : start + CHUNK]
-            value = zlib.crc32(piece, value)
-            file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
-    return [len(data), value]
 
 
 def checksum(path: Path) -> int:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from selfe import checkpoint, dist, log
-from selfe.checkpoint import Draft
 from selfe.dist import World
+from selfe.draft import Draft
 from selfe.types import UserError
 
 ASIDE, GONE = ".partial", ".removed"  # suffixes of folders that are no checkpoints (yet, or any more)
