@@ -66,7 +66,8 @@ class Draft(dcp.FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """A place for every item of this rank, instead of a file."""
         name = f"{plan.storage_data.prefix}0.distcp"
-        self.items, starts, results, frames, end = plan.items, [], [], {}, 0
+        self.names, self.items = planner.state_dict.keys(), plan.items
+        starts, results, frames, end = [], [], {}, 0
         values = self.values()
         for item, value in zip(self.items, values, strict=True):
             is_tensor = item.type != WriteItemType.BYTE_IO
@@ -108,6 +109,8 @@ class Draft(dcp.FileSystemWriter):
     def fill(self, state: dict) -> bool:
         """Copy a state's numbers to their places; False if it is not laid out as the one this was made for."""
         self.planner.set_up_planner(state)
+        if self.planner.state_dict.keys() != self.names:
+            return False
         pairs = list(zip(self.places, self.values(), strict=True))
         if any((place.shape, place.dtype) != (value.shape, value.dtype) for place, value in pairs):
             return False
