@@ -101,7 +101,7 @@ def photographs(folder: Path, side: int, count: int = 128) -> int:
 
 def ours(folder: str, count: int) -> Callable[[], None]:
     feed = ManifestData(f"{folder}/manifest.tsv", folder, pixels=65536, max_aspect=1.0)
-    part = MicroBatches(feed, 0, lambda step: count, 16, 1, World(0, 1, torch.device("cpu")), "train")
+    part = MicroBatches(feed, 0, lambda step: range(count), 16, 1, World(0, 1, torch.device("cpu")), "train")
 
     def work() -> None:
         for batch in ahead(part, [(0, place) for place in range(count // 16)], num_workers=1):
@@ -170,7 +170,7 @@ class Planned(Dataset):
         self.feed = feed
 
     def __getitem__(self, step: int) -> tuple[int, int]:
-        self.feed.costs(0, step, 1024, "train")
+        self.feed.costs(0, step, range(1024 * step, 1024 * step + 1024), "train")
         self.feed.sources["train"][0].prompt(step)
         return os.getpid(), resident()
 
@@ -179,7 +179,7 @@ def memory(feed: ManifestData) -> int:
     """Bytes in this process and two workers together, all of them planning."""
     last = dict(DataLoader(Planned(feed), sampler=range(200), batch_size=None, num_workers=2))
     for step in range(200, 300):
-        feed.costs(0, step, 1024, "train")
+        feed.costs(0, step, range(1024 * step, 1024 * step + 1024), "train")
     return sum(last.values()) + resident()
 
 
@@ -225,7 +225,7 @@ def loaded(settings: dict) -> tuple[System, Data]:
 
 def steps(system: System, data: Data, encoders_only: bool = False) -> None:
     for step in range(SELF_EVALUATING, SELF_EVALUATING + NUM_STEPS):
-        batch = data.batch(0, step, 8, range(8), "train").to(torch.device("cpu"))
+        batch = data.batch(0, step, range(8 * step, 8 * step + 8), range(8), "train").to(torch.device("cpu"))
         draws = Draws.of_step(0, step, batch.positions)
         if encoders_only:
             system.encode(system.objective.captions(batch.prompts, draws, step))

@@ -188,7 +188,7 @@ def evaluate(run: Run, out: Path, count: int, size: int = 8) -> None:
 @torch.no_grad()
 def terms(system: System, net: torch.nn.Module, data: ShapesData, places: int = 10) -> dict[str, np.ndarray]:
     """Sizes of the data term and of the verdict over (t, s), both per number and in units of velocity."""
-    batch = data.batch(0, 0, 64, range(64), "train")
+    batch = data.batch(0, 0, range(64), range(64), "train")
     draws = Draws.of_step(0, 0, batch.positions)
     conds = system.encode({"cond": list(batch.prompts), "null": [""] * len(batch.prompts)})
     x0 = system.autoencoder.encode(batch.images, draws)

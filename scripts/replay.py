@@ -53,7 +53,7 @@ def replay(settings: dict, told: dict, found: Path | None, world: dist.World) ->
     measured, micro_batches = Measured(), told["micro_batches"]
     for samples in micro_batches:
         positions = [sample["position"] for sample in samples]
-        batch = data.batch(seed, step, trainer.batch_size_at(step), positions, "train").to(world.device)
+        batch = data.batch(seed, step, trainer.samples_at(step), positions, "train").to(world.device)
         loss = system.loss(net, ema, batch, Draws.of_step(seed, step, batch.positions), step)
         (loss.per_sample.mean() / len(micro_batches)).backward()
         measured.add(loss, batch)

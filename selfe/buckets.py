@@ -25,14 +25,14 @@ class Phase:
         if self.shares and (len(self.shares) != len(self.pixels) or min(self.shares) < 1):
             raise ValueError(f"shares: one positive whole number for each of {list(self.pixels)}, got {self.shares}")
 
-    def counts(self, step: int, total: int) -> list[int]:
-        """How many pictures of the step's global batch have each budget; right to one picture over any time."""
+    def counts(self, samples: range) -> list[int]:
+        """How many pictures of a global batch have each budget; right to one picture over any time."""
         ends = np.cumsum(self.shares or [1] * len(self.pixels))
 
-        def before(samples: int) -> np.ndarray:
-            return samples * ends // ends[-1]
+        def before(number: int) -> np.ndarray:
+            return number * ends // ends[-1]
 
-        return np.diff(before((step + 1) * total) - before(step * total), prepend=0).tolist()
+        return np.diff(before(samples.stop) - before(samples.start), prepend=0).tolist()
 
 
 class Buckets:

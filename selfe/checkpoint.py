@@ -2,7 +2,7 @@
 
 A run keeps them as `<run>/checkpoints/step_00001000/`, in torch's distributed checkpoint format. `step` counts finished
 steps, which is all of a run's progress: order, times and noise are functions of it. The marker, written last, holds
-size and checksum of every file. `saving.py` writes them.
+size and checksum of every file. `draft.py` and `saving.py` write them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from typing import Literal, get_args
 
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -29,12 +27,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from selfe import dist, log
-from selfe.dist import Group, World
+from selfe.dist import World
 from selfe.types import UserError
 
 Part = Literal["model", "ema", "optimizer", "step"]
 PARTS: tuple[Part, ...] = get_args(Part)
 MARKER = "progress.json"  # written last: a folder without it is not a checkpoint
+CHUNK = 1 << 22  # bytes that are read or written at once
 
 
 @dataclass(frozen=True)
@@ -49,39 +48,11 @@ class InitFrom:
             raise ValueError(f"parts must name model or ema, got {list(self.parts)}")
 
 
-def stager(world: World) -> DefaultStager:
-    """Copies a state to buffers on the host that it keeps and reuses."""
-    on_device = world.device.type != "cpu"
-    return DefaultStager(
-        StagingOptions(
-            use_pinned_memory=on_device,
-            use_shared_memory=False,
-            use_async_staging=False,
-            use_non_blocking_copy=on_device,
-        )
-    )
-
-
-def write(state: dict, folder: Path, group: Group) -> None:
-    """A state into a folder, synced to the disk; called by every rank. OSError on all if any could not write."""
-    try:
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, sync_files=True), process_group=group)
-    except CheckpointException as error:
-        failed, (reason, _) = next(iter(error.failures.items()))
-        raise OSError(f"process {failed}: {str(reason).splitlines()[0]}") from error
-
-
-def written(folder: Path, rank: int) -> dict[str, list[int]]:
-    """The files of a rank: {name: [bytes, checksum]}."""
-    mine = list(folder.glob(f"__{rank}_*")) + ([folder / ".metadata"] if rank == 0 else [])
-    return {path.name: [path.stat().st_size, checksum(path)] for path in mine}
-
-
 def checksum(path: Path) -> int:
     """CRC-32 of a file."""
     value = 0
     with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
+        while chunk := file.read(CHUNK):
             value = zlib.crc32(chunk, value)
     return value
 

@@ -23,6 +23,12 @@ def choose_device(local_rank: int) -> torch.device:
     return torch.device(torch.accelerator.current_accelerator().type, local_rank)
 
 
+def synchronize() -> None:
+    """Wait until the accelerator has done what it was asked for; a CPU always has."""
+    if accelerator_count():
+        torch.accelerator.synchronize()
+
+
 def peak_tflops() -> float | None:
     """The current device's peak in bf16, None if it is not known."""
     if not accelerator_count():

@@ -1,4 +1,4 @@
-"""From sources of captioned pictures to batches whose make-up is a function of (seed, step).
+"""From sources of captioned pictures to batches whose make-up is a function of seed, step and schedule.
 
 A step's global batch is planned from the pictures' sizes alone: which samples, in which shapes, at which positions.
 Only then are the pictures of some positions read, so that any number of processes and workers can share the work.
@@ -146,17 +146,19 @@ class Feed:
             facts |= {f"{split}_manifest[{i}]": source.digest() for i, source in enumerate(sources)}
         return {f"data.{key}": str(value) for key, value in facts.items()}
 
-    def costs(self, seed: int, step: int, total: int, split: Split) -> tuple[int, ...]:
+    def costs(self, seed: int, step: int, samples: range, split: Split) -> tuple[int, ...]:
         """Tokens of picture and caption at each position of the step's global batch; captions by their length."""
-        return tuple(row.cost for row in plan(self, seed, step, total, split))
+        return tuple(row.cost for row in plan(self, seed, step, samples, split))
 
-    def batch(self, seed: int, step: int, total: int, positions: Sequence[int], split: Split) -> Batch:
-        """These positions of the step's global batch; its samples are number step x total and on of the run."""
-        return self.collect(seed, step, total, positions, split, self.read)
+    def batch(self, seed: int, step: int, samples: range, positions: Sequence[int], split: Split) -> Batch:
+        """These positions of the step's global batch."""
+        return self.collect(seed, step, samples, positions, split, self.read)
 
-    def collect(self, seed: int, step: int, total: int, positions: Sequence[int], split: Split, read: Read) -> Batch:
+    def collect(
+        self, seed: int, step: int, samples: range, positions: Sequence[int], split: Split, read: Read
+    ) -> Batch:
         """As `batch`, with pictures by `read`."""
-        rows = plan(self, seed, step, total, split)
+        rows = plan(self, seed, step, samples, split)
         found, problems = [], []
         for position in positions:
             flipped = self.flip and split == "train" and generator(seed, step, position, "flip").random() < 0.5
@@ -217,19 +219,19 @@ class Feed:
 
 
 @lru_cache(maxsize=4)  # asked for by every micro-batch of a step
-def plan(feed: Feed, seed: int, step: int, total: int, split: Split) -> tuple[Row, ...]:
+def plan(feed: Feed, seed: int, step: int, samples: range, split: Split) -> tuple[Row, ...]:
     """The step's global batch, position by position."""
-    numbers = np.arange(step * total, (step + 1) * total)
+    numbers = np.arange(samples.start, samples.stop)
     weights = feed.weights if split == "train" else (1,)
     sources, places = mixed(numbers, weights)
-    indices, lengths, sizes = np.empty_like(numbers), np.empty_like(numbers), np.empty((total, 2), np.int64)
+    indices, lengths, sizes = np.empty_like(numbers), np.empty_like(numbers), np.empty((len(samples), 2), np.int64)
     for source in range(len(weights)):
         its = sources == source
         indices[its] = feed.indices(seed, split, source, places[its])
         sizes[its] = feed.sizes(split, source, indices[its])
         lengths[its] = feed.sources[split][source].lengths(indices[its])
     phase = feed.phase(step, split)
-    budgets = dealt_budgets(phase, step, sizes)
+    budgets = dealt_budgets(phase, samples, sizes)
     shapes = np.empty_like(sizes)
     for number, pixels in enumerate(phase.pixels):
         shapes[budgets == number] = feed.buckets[pixels].nearest(sizes[budgets == number])
@@ -239,10 +241,10 @@ def plan(feed: Feed, seed: int, step: int, total: int, split: Split) -> tuple[Ro
     return tuple(Row(*values[:4], tuple(values[4]), values[5]) for values in zip(*columns, strict=True))
 
 
-def dealt_budgets(phase: Phase, step: int, sizes: np.ndarray) -> np.ndarray:
+def dealt_budgets(phase: Phase, samples: range, sizes: np.ndarray) -> np.ndarray:
     """A pixel budget's number for each picture (n,): shares as the phase says, and pictures that are too small for a
     larger budget get the smaller ones first, so that as few as possible are enlarged."""
     filled = np.searchsorted(phase.pixels, sizes.prod(axis=1), side="right").clip(1)
     budgets = np.empty(len(sizes), np.int64)
-    budgets[np.argsort(filled, kind="stable")] = np.repeat(np.arange(len(phase.pixels)), phase.counts(step, len(sizes)))
+    budgets[np.argsort(filled, kind="stable")] = np.repeat(np.arange(len(phase.pixels)), phase.counts(samples))
     return budgets

@@ -34,7 +34,7 @@ class MicroBatches(Dataset):
 
     data: Data
     seed: int
-    total_at: Callable[[int], int]  # step -> size of the global batch
+    samples_at: Callable[[int], range]  # step of training -> its global batch, numbered over the run
     micro: int
     multiple: int  # positions that stay together
     world: World
@@ -43,13 +43,19 @@ class MicroBatches(Dataset):
     def __getitem__(self, index: tuple[int, int]) -> Batch | UserError:
         """This rank's micro-batch number `place` of a step."""
         step, place = index
-        total = self.total_at(step if self.split == "train" else 0)
+        samples = self.samples(step)
         try:
-            costs = self.data.costs(self.seed, step, total, self.split)
+            costs = self.data.costs(self.seed, step, samples, self.split)
             positions = deal(costs, self.world.size, self.micro, self.multiple)[self.world.rank][place]
-            return self.data.batch(self.seed, step, total, positions, self.split)
+            return self.data.batch(self.seed, step, samples, positions, self.split)
         except UserError as error:
             return error
+
+    def samples(self, step: int) -> range:
+        if self.split == "train":
+            return self.samples_at(step)
+        total = len(self.samples_at(0))  # validation keeps the first size, so that only the weights change its value
+        return range(step * total, (step + 1) * total)
 
 
 def expect(batch: Batch | UserError) -> Batch:

@@ -14,10 +14,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from selfe import checkpoint, dist, log
 from selfe.dist import World
+from selfe.draft import Draft
 from selfe.types import UserError
 
 ASIDE, GONE = ".partial", ".removed"  # suffixes of folders that are no checkpoints (yet, or any more)
@@ -44,7 +43,7 @@ class Saver:
         self.folder, self.keep, self.world = folder, keep, world
         # a slow disk is no reason to give up: the limit only ends a wait for processes that are gone
         self.group = dist.host_group(timeout_minutes=120)
-        self.stager = checkpoint.stager(world)
+        self.draft: Draft | None = None
         self.thread = ThreadPoolExecutor(1, "save")
         self.pending: Future | None = None
         self.saved: Path | None = None  # the last that succeeded
@@ -64,8 +63,15 @@ class Saver:
                 f"{self.folder}: {len(self.failures)} saves in a row failed, the last because {self.failures[-1]}; "
                 f"mend that and start again: the run continues from {self.saved or 'its newest checkpoint'}"
             )
-        staged = self.stager.stage(state)
-        self.pending = self.thread.submit(self.write, step, staged, notes or {})
+        self.stage(state)
+        self.pending = self.thread.submit(self.write, step, notes or {})
+
+    def stage(self, state: dict) -> None:
+        """Copy a state to host memory. The first one, and one with other names or shapes, is laid out before."""
+        fits = self.draft is not None and self.draft.fill(state)
+        if not all(dist.together(lambda: fits, self.world, self.group)):
+            self.draft = Draft(state, self.world, self.group)
+            self.draft.fill(state)
 
     def wait(self) -> None:
         """Until no save is under way; counts one that failed."""
@@ -87,19 +93,18 @@ class Saver:
             )
         return self.saved
 
-    def write(self, step: int, state: dict, notes: dict) -> Path:
-        """One checkpoint, in the background thread of every rank. OSError on all ranks if any failed."""
+    def write(self, step: int, notes: dict) -> Path:
+        """What is staged as a checkpoint, in every rank's background thread. OSError on all ranks if any failed."""
         final = self.folder / f"step_{step:08d}"
         aside = final.with_name(final.name + ASIDE)
-        world, group = self.world, self.group
+        world, group, draft = self.world, self.group, self.draft
 
         def on_main(action: Callable[[], None]) -> None:
             dist.together(lambda: world.is_main and action(), world, group)
 
         try:
-            on_main(lambda: prepare(aside, num_bytes(state)))
-            checkpoint.write(state, aside, group)
-            parts = dist.together(lambda: checkpoint.written(aside, world.rank), world, group)
+            on_main(lambda: prepare(aside, draft.num_bytes))
+            parts = dist.together(lambda: draft.write(aside), world, group)
             files = {name: entry for part in parts for name, entry in part.items()}
             marker = {"step": step, "processes": world.size, "files": files} | notes
             on_main(lambda: publish(aside, final, marker))
@@ -111,16 +116,6 @@ class Saver:
         if world.is_main:
             prune(self.folder, self.keep)
         return final
-
-
-def num_bytes(state: dict) -> int:
-    """What the tensors of a state take, over all ranks."""
-    leaves = state.values()
-    return sum(
-        num_bytes(leaf) if isinstance(leaf, dict) else leaf.numel() * leaf.element_size()
-        for leaf in leaves
-        if isinstance(leaf, (dict, torch.Tensor))
-    )
 
 
 def prepare(aside: Path, needed: int) -> None:

@@ -34,7 +34,7 @@ class Phase:
 
     step: int
     lr: float | None = None
-    total_batch_size: int | None = None  # where it changes, the order of the data jumps within an epoch, once
+    total_batch_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,18 @@ class Trainer:
         progress = (step - start) / max(self.max_steps - 1 - start, 1)
         return lr + (self.min_lr - lr) * min(max(progress, 0.0), 1.0)
 
-    def batch_size_at(self, step: int) -> int:
-        sizes = [phase.total_batch_size for phase in self.phases if phase.total_batch_size and phase.step <= step]
-        return (sizes or [self.total_batch_size])[-1]
+    def samples_at(self, step: int) -> range:
+        """The step's samples, numbered over the run."""
+        first, since, total = 0, 0, self.total_batch_size
+        for phase in self.phases:
+            if phase.total_batch_size and phase.step <= step:
+                first, since, total = first + (phase.step - since) * total, phase.step, phase.total_batch_size
+        first += (step - since) * total
+        return range(first, first + total)
 
     def micro_batches(self, world_size: int, batch_multiple: int, step: int = 0) -> int:
         """Micro-batches per rank in a step."""
-        together, total = self.micro_batch_size * world_size, self.batch_size_at(step)
+        together, total = self.micro_batch_size * world_size, len(self.samples_at(step))
         if total % together:
             raise UserError(
                 f"trainer.total_batch_size: {total} is not a multiple of micro_batch_size "
@@ -127,15 +132,8 @@ class Fit:
         for step in (0, *(phase.step for phase in trainer.phases)):  # every batch size is checked before the first step
             self.num_micro(step)
         self.folder = Path(trainer.output_dir)
-        self.net, self.ema = dist.twins(
-            system.backbone,
-            world,
-            trainer.precision,
-            seed,
-            shard_size=trainer.shard_size,
-            activation_checkpointing=trainer.activation_checkpointing,
-            compile=trainer.compile,
-        )
+        how = {name: getattr(trainer, name) for name in ("shard_size", "activation_checkpointing", "compile")}
+        self.net, self.ema = dist.twins(system.backbone, world, trainer.precision, seed, **how)
         cut = partial(dist.place_sharded, mesh=dist.make_mesh(world, trainer.shard_size))
         system.load_encoders(world.device, cut if trainer.shard_text_encoder else None)
         self.optimizer = torch.optim.AdamW(
@@ -285,12 +283,12 @@ class Fit:
         values |= {"ema_distance": ema_distance(self.ema, self.net, device), "skipped": self.guard.skipped}
         values["replaced"] = int(dist.sum_over_ranks(torch.tensor([float(self.replaced)], device=device)))
         self.replaced = 0
-        num_samples = sum(map(self.trainer.batch_size_at, range(self.steps_logged, step + 1)))
+        num_samples = self.trainer.samples_at(step).stop - self.trainer.samples_at(self.steps_logged).start
         self.steps_logged = step + 1
         return values | self.clock.rates(num_samples, self.world.size)
 
     def part(self, split: Split) -> MicroBatches:
-        sizes = self.trainer.batch_size_at, self.trainer.micro_batch_size, self.system.objective.batch_multiple
+        sizes = self.trainer.samples_at, self.trainer.micro_batch_size, self.system.objective.batch_multiple
         return MicroBatches(self.data, self.seed, *sizes, self.world, split)
 
     @torch.no_grad()

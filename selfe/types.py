@@ -204,16 +204,20 @@ class Autoencoder(Protocol):
 
 
 class Data(Protocol):
-    """Captioned pictures whose order is a pure function of (seed, step)."""
+    """Captioned pictures whose order is a pure function of the seed.
+
+    `samples` are the numbers of a step's global batch, counted over the whole run: where the batch size changes, the
+    order goes on where it was.
+    """
 
     has_val: bool
 
-    def costs(self, seed: int, step: int, total: int, split: Split) -> tuple[int, ...]:
+    def costs(self, seed: int, step: int, samples: range, split: Split) -> tuple[int, ...]:
         """The work of each position of the step's global batch, in tokens, known before anything is decoded."""
         ...
 
-    def batch(self, seed: int, step: int, total: int, positions: Sequence[int], split: Split) -> Batch:
-        """These positions of the step's global batch of `total` samples; the same samples for any split over ranks."""
+    def batch(self, seed: int, step: int, samples: range, positions: Sequence[int], split: Split) -> Batch:
+        """These positions of the step's global batch; the same samples for any split over ranks."""
         ...
 
 

@@ -126,4 +126,4 @@ def lines(folder: Path) -> list[dict]:
 def files(checkpoint: Path) -> dict[str, list[int]]:
     """Size and checksum of what every rank wrote of a checkpoint: its weights, EMA and optimizer."""
     found = json.loads((checkpoint / "progress.json").read_text())["files"]
-    return {name: entry for name, entry in found.items() if name != ".metadata"}  # which names the folder
+    return {name: entry for name, entry in found.items() if name != ".metadata"}  # torch's index of them

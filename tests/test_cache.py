@@ -75,8 +75,8 @@ def losses(settings: dict) -> list[torch.Tensor]:
     system.load_encoders(CPU)
     found = []
     for step, split in [*((step, "train") for step in range(12)), (0, "val")]:
-        positions = deal(data.costs(0, step, 8, split), 1, 8, 2)[0][0]
-        batch = data.batch(0, step, 8, positions, split).to(CPU)
+        positions = deal(data.costs(0, step, range(step * 8, (step + 1) * 8), split), 1, 8, 2)[0][0]
+        batch = data.batch(0, step, range(step * 8, (step + 1) * 8), positions, split).to(CPU)
         draws = Draws.of_step(0, step, batch.positions)
         found.append(system.loss(system.backbone, system.backbone, batch, draws, step).per_sample)
     return found

@@ -4,6 +4,7 @@ import copy
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
+from itertools import product
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import lines_only, manifest
 
-from selfe import flow
+from selfe import flow, train
 from selfe.buckets import Buckets, Phase, deal
 from selfe.data.manifest import ManifestData
 from selfe.dist import World
@@ -33,8 +34,8 @@ def feed(tmp_path_factory) -> ManifestData:
     return ManifestData(str(manifest(folder, SIZES)), str(folder), pixels=1024, phases=TWO_BUDGETS, flip=True)
 
 
-def total_at(step: int) -> int:
-    return TOTAL
+def samples_at(step: int, total: int = TOTAL) -> range:
+    return range(step * total, (step + 1) * total)
 
 
 def seen(feed: ManifestData, start: int, end: int, world: int, accumulation: int, workers: int) -> Iterator[tuple]:
@@ -42,7 +43,7 @@ def seen(feed: ManifestData, start: int, end: int, world: int, accumulation: int
     micro = TOTAL // world // accumulation
     found = []
     for rank in range(world):
-        part = MicroBatches(feed, 5, total_at, micro, 2, World(rank, world, torch.device("cpu")), "train")
+        part = MicroBatches(feed, 5, samples_at, micro, 2, World(rank, world, torch.device("cpu")), "train")
         order = [(step, place) for step in range(start, end) for place in range(accumulation)]
         for (step, _), batch in zip(order, map(expect, ahead(part, order, workers)), strict=True):
             found += of_batch(batch, step)
@@ -86,6 +87,23 @@ def test_every_picture_once_per_epoch_and_each_epoch_in_a_new_order(reference):
     assert sorted(by_step.values()) == [3] * (PICTURES - 8) + [4] * 8
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_no_sample_is_repeated_or_left_out_where_the_batch_size_changes(feed, world):
+    """8 samples a step, 16 from step 3 on, 4 from step 7 on: after each step, each picture as often as the others."""
+    phases = (train.Phase(3, total_batch_size=16), train.Phase(7, total_batch_size=4))
+    trainer = train.Trainer("x", max_steps=15, total_batch_size=8, micro_batch_size=2, phases=phases)
+    machine = [World(rank, world, torch.device("cpu")) for rank in range(world)]
+    parts = [MicroBatches(feed, 5, trainer.samples_at, 2, 2, rank, "train") for rank in machine]
+    times = Counter({feed.sources["train"][0].name(i): 0 for i in range(PICTURES)})
+    for step in range(15):
+        for part, place in product(parts, range(trainer.micro_batches(world, 2, step))):
+            times.update(expect(part[step, place]).names)
+        done = trainer.samples_at(step).stop
+        assert times.total() == done
+        assert set(times.values()) <= {done // PICTURES, -(-done // PICTURES)}
+    assert set(times.values()) == {3}
+
+
 def test_a_feed_opens_its_files_anew_in_a_copy(feed, reference):
     twin = copy.deepcopy(feed)
     assert seen(twin, 0, 1, 1, 1, 0) == [sample for sample in reference if sample[0] == 0]
@@ -117,7 +135,8 @@ def test_several_manifests_come_as_their_weights_say_and_each_has_its_epochs(tmp
     paths = [lines_only(tmp_path / name, sizes[:n]) for name, n in (("a.tsv", 30), ("b.tsv", 8))]
     parts = (Mixed(str(paths[0]), 3), Mixed(str(paths[1]), 1))
     feed = ManifestData(parts, str(tmp_path), pixels=4096)
-    rows = [row for step in range(10) for row in plan(feed, 0, step, 8, "train")]  # 60 of one and 20 of the other
+    # 60 of one and 20 of the other
+    rows = [row for step in range(10) for row in plan(feed, 0, step, samples_at(step, 8), "train")]
     assert Counter(row.source for row in rows) == {0: 60, 1: 20}
     assert set(Counter(row.index for row in rows if row.source == 0).values()) == {2}
     assert set(Counter(row.index for row in rows if row.source == 1 and row.place < 16).values()) == {2}
@@ -132,7 +151,7 @@ def test_budgets_share_each_batch_and_small_pictures_are_not_enlarged(tmp_path):
         str(lines_only(tmp_path / "a.tsv", sizes)), str(tmp_path), phases=(Phase(10, (65536, 262144), (1, 3)),)
     )
     for step in (9, 10, 11):
-        rows = plan(feed, 0, step, 30, "train")
+        rows = plan(feed, 0, step, samples_at(step, 30), "train")
         large = [row for row in rows if row.shape[0] * row.shape[1] > 65536]
         assert len(large) in ((0,) if step < 10 else (22, 23))
         num_small = sum(tuple(sizes[row.index]) == (300, 200) for row in rows)
@@ -141,7 +160,7 @@ def test_budgets_share_each_batch_and_small_pictures_are_not_enlarged(tmp_path):
         areas = [row.shape[0] * row.shape[1] for row in rows]
         assert areas == sorted(areas, reverse=True)
         line = len(b"0000000.jpg\tpicture 0\t300\t300\n")
-        for cost, area in zip(feed.costs(0, step, 30, "train"), areas, strict=True):
+        for cost, area in zip(feed.costs(0, step, samples_at(step, 30), "train"), areas, strict=True):
             assert 0 <= cost - area // 256 - line // 4 <= 1
 
 
@@ -185,7 +204,7 @@ def test_the_busiest_rank_has_little_more_work_than_the_mean(tmp_path, ranks, mi
     feed = ManifestData(str(tmp_path / "a.tsv"), str(tmp_path), phases=(Phase(0, (65536, 262144)),))
     ratios = []
     for step in range(50_000 // 1024):
-        costs = feed.costs(0, step, 1024, "train")
+        costs = feed.costs(0, step, samples_at(step, 1024), "train")
         work = np.array(costs)[np.array(deal(costs, ranks, micro, 2))].sum(axis=2)  # (ranks, micro-batches)
         ratios.append((work.sum(axis=1).max(), work.max(axis=0).sum()) / work.sum(axis=1).mean())
     busiest, waited = np.max(ratios, axis=0)

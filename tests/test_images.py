@@ -219,7 +219,7 @@ def trained(feed: ManifestData, found: dict[int, check_data.Finding]) -> set[int
         for told in (problem, found[number].problem):
             assert f"line {number}: " in told
             assert "\n" not in told
-    batch = feed.batch(0, 0, 16, range(16), "train")
+    batch = feed.batch(0, 0, range(16), range(16), "train")
     assert all(image.shape[1] * image.shape[2] <= 1024 for image in batch.images)
     assert batch.replaced
     return set(bad)
@@ -245,7 +245,7 @@ def test_every_odd_line_is_named_alike_by_checker_and_training(tmp_path):
 
 def said_by_training(path: Path) -> str:
     try:
-        ManifestData(str(path), str(path.parent), pixels=1024).batch(0, 0, 1, [0], "train")
+        ManifestData(str(path), str(path.parent), pixels=1024).batch(0, 0, range(1), [0], "train")
     except BadSample as problem:
         return problem.kind
     return ""

@@ -146,14 +146,14 @@ def damaged(tmp_path: Path, **options: object) -> tuple[ManifestData, Path]:
 def test_a_bad_picture_stops_training_by_default(tmp_path):
     feed, path = damaged(tmp_path)
     with pytest.raises(BadSample, match=rf"{path}, line (4|9): .*train_000(3|8).jpg"):
-        feed.batch(0, 0, 12, range(12), "train")
+        feed.batch(0, 0, range(12), range(12), "train")
 
 
 def test_a_bad_picture_is_replaced_by_the_next_of_its_bucket(tmp_path):
     feed, path = damaged(tmp_path, on_bad_image="replace")
-    rows = plan(feed, 0, 0, 12, "train")
-    batch = feed.batch(0, 0, 12, range(12), "train")
-    places = {row.place: row for row in (*rows, *plan(feed, 0, 1, 12, "train"))}
+    rows = plan(feed, 0, 0, range(12), "train")
+    batch = feed.batch(0, 0, range(12), range(12), "train")
+    places = {row.place: row for row in (*rows, *plan(feed, 0, 1, range(12, 24), "train"))}
     for position, row in enumerate(rows):
         expected = row.index
         if expected in (3, 8):
@@ -163,7 +163,7 @@ def test_a_bad_picture_is_replaced_by_the_next_of_its_bucket(tmp_path):
         assert batch.prompts[position] == f"picture {expected}"
         assert batch.images[position].shape[1:] == row.shape
     assert {f"{path}, line 4", f"{path}, line 9"} == {problem.partition(": ")[0] for problem in batch.replaced}
-    halves = [feed.batch(0, 0, 12, positions, "train") for positions in (range(6), range(6, 12))]
+    halves = [feed.batch(0, 0, range(12), positions, "train") for positions in (range(6), range(6, 12))]
     assert halves[0].names + halves[1].names == batch.names
 
 
@@ -184,18 +184,18 @@ def test_a_bucket_without_a_good_picture_is_one_line(tmp_path):
     (tmp_path / "train_0000.jpg").write_bytes(b"nothing")
     feed = ManifestData(str(path), str(tmp_path), pixels=1024, on_bad_image="replace")
     with pytest.raises(UserError, match="no picture of shape"):
-        feed.batch(0, 0, 1, [0], "train")
+        feed.batch(0, 0, range(1), [0], "train")
 
 
 def test_flips_are_a_coin_per_sample_and_not_for_validation(tmp_path):
     path = str(manifest(tmp_path, [(32, 32)] * 8))
     plain = ManifestData(path, str(tmp_path), pixels=1024, val_manifest=path)
     flipping = ManifestData(path, str(tmp_path), pixels=1024, val_manifest=path, flip=True)
-    a, b = (feed.batch(0, 0, 8, range(8), "train").images for feed in (plain, flipping))
+    a, b = (feed.batch(0, 0, range(8), range(8), "train").images for feed in (plain, flipping))
     flipped = [not torch.equal(x, y) for x, y in zip(a, b, strict=True)]
     assert 0 < sum(flipped) < 8
     assert all(torch.equal(x.flip(-1) if flip else x, y) for x, y, flip in zip(a, b, flipped, strict=True))
-    a, b = (feed.batch(0, 0, 8, range(8), "val") for feed in (plain, flipping))
+    a, b = (feed.batch(0, 0, range(8), range(8), "val") for feed in (plain, flipping))
     assert all(torch.equal(x, y) for x, y in zip(a.images, b.images, strict=True))
     assert list(a.prompts) == [f"picture {i}" for i in range(8)]
 

@@ -19,8 +19,8 @@ LAYERS = {
         0.3: "feed",
         1: "backbones encoders objectives samplers data",
         2: "system",
-        3: "config device dist ema checkpoint saving loading flux_format log sinks folder pictures sheets prompts jobs "
-        "gallery signals watch health clock observe",
+        3: "config device dist ema checkpoint draft saving loading flux_format log sinks folder pictures sheets "
+        "prompts jobs gallery signals watch health clock observe",
         4: "launch",
         5: "train infer",
     }.items()
@@ -89,7 +89,7 @@ def test_rooms_of_layer_one_are_one_level_deep():
 def test_one_home_for_each_thing_that_differs():
     """Device and backend choice, the process group and the environment have one place each."""
     homes = {
-        r"torch\.distributed": {"dist", "checkpoint", "launch"},
+        r"torch\.distributed": {"dist", "checkpoint", "draft", "launch"},
         r"os\.environ": {"dist", "launch"},
         r"\bcuda\b": set(),
         r"\bnccl\b": set(),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from ranks import on_ranks
 
 from selfe import checkpoint
@@ -49,6 +50,34 @@ def test_what_stays(alone, tmp_path):
     saver.begin(9, state(9))  # the run comes by again
     saver.finish()
     assert steps(tmp_path) == [3, 4, 8, 9, 10]
+
+
+def leaves(step: int, columns: int = 5) -> dict:
+    """Every kind of leaf: sharded or not is for `test_checkpoint.py`."""
+    weight = torch.full((3, columns), float(step))
+    tensors = {"weight": weight, "half": weight.bfloat16(), "scalar": weight[0, 0].clone(), "turned": weight.T}
+    tensors |= {"part": torch.arange(10.0)[step : step + 3], "empty": torch.empty(0, 4), "mask": weight > 2}
+    return {"net": tensors, "optimizer": {"lr": 1 / step, "names": ["a", "b"] * columns, "fused": True}}
+
+
+def test_every_save_holds_every_leaf(alone, tmp_path):
+    """The second save goes where the first went; the third has other shapes, the fourth another name, the fifth a list
+    of another length."""
+    saver = Saver(tmp_path, Keep(keep_last=9), alone)
+    states = {step: leaves(step, columns) for step, columns in ((1, 5), (2, 5), (3, 6), (4, 6), (5, 6))}
+    states[4]["net"]["more"] = states[5]["net"]["more"] = torch.ones(2)
+    states[5]["optimizer"]["names"] = ["c"]
+    for step, state in states.items():
+        saver.begin(step, state)
+    saver.finish()
+    assert steps(tmp_path) == [1, 2, 3, 4, 5]
+    for step, state in states.items():
+        blank = {name: torch.zeros_like(tensor) for name, tensor in state["net"].items()}
+        found = {"net": blank, "optimizer": dict.fromkeys(state["optimizer"])}
+        dcp.load(found, checkpoint_id=tmp_path / f"step_{step:08d}")
+        assert found["optimizer"] == state["optimizer"]
+        for name, tensor in state["net"].items():
+            assert torch.equal(found["net"][name], tensor), name
 
 
 def test_leftovers_of_an_interrupted_save_are_removed(alone, tmp_path):

@@ -16,18 +16,18 @@ CPU = torch.device("cpu")
 
 def test_a_picture_depends_on_seed_and_number_alone():
     data = ShapesData()
-    whole = data.batch(3, 5, 8, range(8), "train")
-    parts = [data.batch(3, 5, 8, positions, "train") for positions in (range(3), range(3, 8))]
+    whole = data.batch(3, 5, range(40, 48), range(8), "train")
+    parts = [data.batch(3, 5, range(40, 48), positions, "train") for positions in (range(3), range(3, 8))]
     assert whole.prompts == parts[0].prompts + parts[1].prompts
     for a, b in zip(whole.images, parts[0].images + parts[1].images, strict=True):
         assert torch.equal(a, b)
-    other = data.batch(4, 5, 8, range(8), "train")
+    other = data.batch(4, 5, range(40, 48), range(8), "train")
     assert not torch.equal(whole.images[0], other.images[0])
 
 
 def test_held_out_combinations_are_in_validation_and_nowhere_else():
     data = ShapesData(held_out=6)
-    prompts = {split: set(data.batch(0, 0, 2000, range(2000), split).prompts) for split in ("train", "val")}
+    prompts = {split: set(data.batch(0, 0, range(2000), range(2000), split).prompts) for split in ("train", "val")}
     assert len(prompts["train"]) == len(COMBINATIONS) - 6
     assert len(prompts["val"]) == 6
     assert not prompts["train"] & prompts["val"]
@@ -35,7 +35,7 @@ def test_held_out_combinations_are_in_validation_and_nowhere_else():
 
 def test_pictures_show_what_their_captions_say():
     data = ShapesData(size=32, held_out=0)
-    batch = data.batch(0, 0, 400, range(400), "train")
+    batch = data.batch(0, 0, range(400), range(400), "train")
     for image, prompt in zip(batch.images, batch.prompts, strict=True):
         foreground, shape, _, background = prompt.split()
         assert image.abs().max() <= 1
@@ -55,7 +55,7 @@ def test_pictures_show_what_their_captions_say():
 
 def test_contrast_varies_the_norm():
     def norms(**changes) -> torch.Tensor:
-        images = ShapesData(**changes).batch(0, 0, 300, range(300), "train").images
+        images = ShapesData(**changes).batch(0, 0, range(300), range(300), "train").images
         return torch.stack([image.norm() for image in images]).log()
 
     assert norms().std() < 0.1

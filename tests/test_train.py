@@ -30,7 +30,9 @@ def test_schedule_of_the_paper():
 def test_phases():
     phases = (Phase(3000, total_batch_size=8), Phase(5000, lr=1e-4), Phase(8000, total_batch_size=32))
     phased = trainer(phases=phases)
-    assert [phased.batch_size_at(step) for step in (0, 2999, 3000, 7999, 8000)] == [16, 16, 8, 8, 32]
+    assert [len(phased.samples_at(step)) for step in (0, 2999, 3000, 7999, 8000)] == [16, 16, 8, 8, 32]
+    assert phased.samples_at(3001) == range(3000 * 16 + 8, 3000 * 16 + 16)
+    assert phased.samples_at(8000).start == phased.samples_at(7999).stop == 3000 * 16 + 5000 * 8
     assert [phased.micro_batches(2, 2, step) for step in (0, 3000, 8000)] == [4, 2, 8]
     assert phased.lr_at(4999) == trainer().lr_at(4999)
     assert phased.lr_at(5000) == 1e-4
@@ -61,10 +63,10 @@ class Positions:
 
     has_val = False
 
-    def costs(self, seed: int, step: int, total: int, split: str) -> tuple[int, ...]:
-        return tuple(1 + position // 5 for position in range(total))
+    def costs(self, seed: int, step: int, samples: range, split: str) -> tuple[int, ...]:
+        return tuple(1 + position // 5 for position in range(len(samples)))
 
-    def batch(self, seed: int, step: int, total: int, positions: Sequence[int], split: str) -> Batch:
+    def batch(self, seed: int, step: int, samples: range, positions: Sequence[int], split: str) -> Batch:
         return Batch((), tuple(str(step) for _ in positions), tuple(positions), ())
 
 
@@ -75,7 +77,7 @@ def test_every_position_of_a_step_once_on_any_number_of_ranks(size, micro):
         seen = []
         for rank in range(size):
             world = World(rank, size, torch.device("cpu"))
-            part = MicroBatches(Positions(), 0, trainer().batch_size_at, micro, 2, world, "train")
+            part = MicroBatches(Positions(), 0, trainer().samples_at, micro, 2, world, "train")
             for place in range(accumulation):
                 batch = part[step, place]
                 assert batch.prompts == (str(step),) * micro
@@ -104,4 +106,4 @@ def test_configured_defaults_are_the_papers():
     paper = config.build(settings, "trainer")
     assert (paper.lr, paper.min_lr, paper.warmup_steps, paper.betas) == (3e-4, 1e-5, 1000, (0.9, 0.95))
     assert (paper.clip_norm, paper.ema_decay, paper.max_steps) == (1.0, 0.9999, 710_000)
-    assert [paper.batch_size_at(step) for step in (0, 499_999, 500_000)] == [1024, 1024, 768]
+    assert [len(paper.samples_at(step)) for step in (0, 499_999, 500_000)] == [1024, 1024, 768]

@@ -20,12 +20,12 @@ class CachedData:
         cache.check(folder, source.facts())
         self.source, self.latents, self.has_val = source, cache.Store(folder / "latents"), source.has_val
 
-    def costs(self, seed: int, step: int, total: int, split: Split) -> tuple[int, ...]:
-        return self.source.costs(seed, step, total, split)
+    def costs(self, seed: int, step: int, samples: range, split: Split) -> tuple[int, ...]:
+        return self.source.costs(seed, step, samples, split)
 
-    def batch(self, seed: int, step: int, total: int, positions: Sequence[int], split: Split) -> Batch:
+    def batch(self, seed: int, step: int, samples: range, positions: Sequence[int], split: Split) -> Batch:
         """As of the source, with pictures (rows, columns, numbers per token) in bf16."""
-        return self.source.collect(seed, step, total, positions, split, self.read)
+        return self.source.collect(seed, step, samples, positions, split, self.read)
 
     def read(self, split: Split, row: Row, flipped: bool) -> Tensor:
         key = cache.latent_key(split, row.source, row.index, row.shape, flipped)

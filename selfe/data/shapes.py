@@ -83,13 +83,13 @@ class ShapesData:
         if not held_out:
             self.combinations["val"] = self.combinations["train"]
 
-    def costs(self, seed: int, step: int, total: int, split: Split) -> tuple[int, ...]:
+    def costs(self, seed: int, step: int, samples: range, split: Split) -> tuple[int, ...]:
         """All pictures are alike."""
-        return (1,) * total
+        return (1,) * len(samples)
 
-    def batch(self, seed: int, step: int, total: int, positions: Sequence[int], split: Split) -> Batch:
-        """These positions of the step's global batch of `total` samples; sample step x total + position of the run."""
-        numbers = [step * total + position for position in positions]
+    def batch(self, seed: int, step: int, samples: range, positions: Sequence[int], split: Split) -> Batch:
+        """These positions of the step's global batch."""
+        numbers = [samples[position] for position in positions]
         uniform = np.stack([generator(seed, split, number).random(12) for number in numbers])
         combinations = self.combinations[split]
         chosen = [combinations[int(u * len(combinations))] for u in uniform[:, 0]]
