@@ -78,7 +78,7 @@ def shapes_of(settings: dict) -> tuple[Callable[[int], Shapes], tuple[int, ...]]
     kind = config.named(part["module"], "data.module")
     if not (isinstance(kind, type) and issubclass(kind, Feed)):
         data = config.build({"data": part}, "data")
-        shape = tuple(data.batch(settings["seed"], 0, 1, [0], "train").images[0].shape[1:])
+        shape = tuple(data.batch(settings["seed"], 0, range(1), [0], "train").images[0].shape[1:])
         return lambda step: [(shape, 1)], (0,)
     unopened = type(kind.__name__, (kind,), {"open": lambda self, path, base_dir: None})
     feed = config.call(unopened, part["params"], "data.params", build=True)
@@ -120,7 +120,7 @@ def phases(job: Job, gpus: int, num_words: int) -> list[Phase]:
     begins = sorted(begin for begin in begins if begin < end)
     found = []
     for first, last in zip(begins, [*begins[1:], end], strict=True):
-        batch = trainer.batch_size_at(first)
+        batch = len(trainer.samples_at(first))
         try:
             micro_batches = trainer.micro_batches(gpus, objective.batch_multiple, first)
         except UserError:  # among the warnings

@@ -154,7 +154,7 @@ def kept_and_peak(overrides: list[str], step: int) -> tuple[int, int]:
     for parameter in net.parameters():
         parameter.register_post_accumulate_grad_hook(plan_step.drop_grad)
     weights = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
-    batch = data.batch(seed, step, 4, range(4), "train").to(torch.device("cpu"))
+    batch = data.batch(seed, step, range(4 * step, 4 * step + 4), range(4), "train").to(torch.device("cpu"))
     draws, kept = Draws.of_step(seed, step, batch.positions), {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -185,7 +185,7 @@ def test_activations_are_what_autograd_keeps(every, step):
     overrides += ["system.backbone.params.num_double_blocks=2", "system.backbone.params.num_single_blocks=3"]
     kept, peak = kept_and_peak(overrides, step)
     _, data, _, seed = build(TINY, overrides)
-    batch = data.batch(seed, step, 4, range(4), "train")
+    batch = data.batch(seed, step, range(4 * step, 4 * step + 4), range(4), "train")
     found = measured(TINY, overrides, batch, Draws.of_step(seed, step, batch.positions), step)
     assert found.saved == pytest.approx(kept, rel=0.15)
     assert found.peak == pytest.approx(peak, rel=0.15)
