@@ -121,3 +121,14 @@ def backward_flops(
 ) -> int:
     """The scores once more, and a product for each of the gradients of values, weights, queries and keys."""
     return 5 * 2 * q.shape[1] * q.shape[2] * squares(lens)
+
+
+aten = torch.ops.aten
+# what `attend` comes to, for those who choose what to keep between forward and backward
+KERNELS = (
+    torch.ops.selfe.by_length.default,
+    torch.ops.torch_attn._varlen_attn.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+)

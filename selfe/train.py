@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from selfe import checkpoint, config, dist, ema, flux_format, folder, health, launch, loading, log, observe
+from selfe.blocks import Recompute
 from selfe.clock import Clock
-from selfe.dist import World
+from selfe.dist import Gathering, World
 from selfe.draws import Draws
 from selfe.health import Guard, Health
 from selfe.loading import MicroBatches, expect
@@ -60,7 +61,8 @@ class Trainer:
     precision: Precision = "bf16"
     shard_size: int | None = None  # ranks that share one copy of the parameters; the others replicate it
     shard_text_encoder: bool = False  # cut T5 over the same ranks: less memory, more traffic
-    activation_checkpointing: bool | int = True  # k: of every k-th block
+    gathering: Gathering = Gathering()  # noqa: RUF009 - frozen
+    activation_checkpointing: Recompute = True  # k: of every k-th block; selective: of all, but only what is cheap
     compile: bool = False  # every block, once for all shapes; takes a minute or more at the start
     timeout_minutes: float = 10  # without progress on any process; then all end
     num_workers: int = 4
@@ -127,15 +129,9 @@ class Fit:
         for step in (0, *(phase.step for phase in trainer.phases)):  # every batch size is checked before the first step
             self.num_micro(step)
         self.folder = Path(trainer.output_dir)
-        self.net, self.ema = dist.twins(
-            system.backbone,
-            world,
-            trainer.precision,
-            seed,
-            shard_size=trainer.shard_size,
-            activation_checkpointing=trainer.activation_checkpointing,
-            compile=trainer.compile,
-        )
+        names = "shard_size", "activation_checkpointing", "compile", "gathering"
+        chosen = {name: getattr(trainer, name) for name in names}
+        self.net, self.ema = dist.twins(system.backbone, world, trainer.precision, seed, **chosen)
         cut = partial(dist.place_sharded, mesh=dist.make_mesh(world, trainer.shard_size))
         system.load_encoders(world.device, cut if trainer.shard_text_encoder else None)
         self.optimizer = torch.optim.AdamW(
@@ -212,6 +208,7 @@ class Fit:
         values = self.validate(step) if done % trainer.val_every == 0 and self.data.has_val else {}
         if done % trainer.samples.every == 0 and trainer.samples.prompts:
             self.draw_samples(done, sinks)
+        dist.reshard(self.net)
         return values
 
     def part_with(self, message: str, stop: int) -> None:

@@ -19,8 +19,8 @@ LAYERS = {
         0.3: "feed",
         1: "backbones encoders objectives samplers data",
         2: "system",
-        3: "config device dist ema checkpoint saving loading flux_format log sinks folder pictures sheets prompts jobs "
-        "gallery signals watch health clock observe",
+        3: "config device blocks dist ema checkpoint saving loading flux_format log sinks folder pictures sheets "
+        "prompts jobs gallery signals watch health clock observe",
         4: "launch",
         5: "train infer",
     }.items()
