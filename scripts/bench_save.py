@@ -1,4 +1,4 @@
-"""What a save costs the training loop: `.venv/bin/python scripts/bench_save.py [--rounds N]`, one JSON object.
+"""What a save costs the training loop.
 
 The smoke system from a cache, one process, one thread: real steps, and real saves to a temporary folder. A save costs
 the call that starts it, its copy to host memory included, and what the steps beside the writing take longer than steps
@@ -7,16 +7,12 @@ only), or waiting for what only one thread may have, Python's lock above all (lo
 
 Bounds are on what the machine's other work changes little: CPU, and the lock. Wall clock is told. If all that the
 writing thread computes were taken from the loop, as on a machine of one core, a save would cost less than a step.
-Exit code 1 if a bound is missed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,9 +21,10 @@ from pathlib import Path
 
 import precompute
 import torch
-from bench import SMOKE, at_most
+from bench_data import SMOKE
+from measuring import at_most
 
-from selfe import config, dist, launch, loading
+from selfe import config, dist, loading
 from selfe.train import Fit
 
 STEPS = 6  # from a save to the next
@@ -79,7 +76,7 @@ def measure(fit: Fit, rounds: int) -> tuple[list[Spent], list[Spent], list[list[
     return calls, alone, beside
 
 
-def bench(rounds: int) -> dict:
+def save(rounds: int) -> dict:
     with tempfile.TemporaryDirectory() as folder, dist.world() as world:
         settings = config.load(SMOKE, ["system.text_encoder.params.skip_pretrained=1", *SELF_EVALUATING])
         settings["system"]["autoencoder"]["params"]["skip_pretrained"] = True
@@ -120,19 +117,3 @@ def judged(calls: list[Spent], alone: list[Spent], beside: list[list[Spent]]) ->
             ),
         ],
     }
-
-
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=10)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    result = bench(options.rounds)
-    machine = {"machine": f"{platform.machine()}, {platform.system()}", "torch": torch.__version__}
-    print(json.dumps({"verb": "save"} | machine | result, indent=1))
-    if not all(verdict["pass"] for verdict in result["verdicts"]):
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    launch.worker(main)

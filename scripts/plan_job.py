@@ -12,6 +12,7 @@ from plan_step import META, Step, blank_batch, measure, networks
 from torch import nn
 
 from selfe import config
+from selfe.blocks import Recompute
 from selfe.encoders.t5_clip import T5Clip
 from selfe.feed import Feed
 from selfe.system import System
@@ -131,7 +132,7 @@ def phases(job: Job, gpus: int, num_words: int) -> list[Phase]:
     return found
 
 
-def run(job: Job, shapes: Shapes, num_words: int, step: int, every: bool | int, larger: int = 1) -> Step:
+def run(job: Job, shapes: Shapes, num_words: int, step: int, every: Recompute, larger: int = 1) -> Step:
     """A micro-batch about as large as configured, or so many times larger, in which every shape has its share.
 
     `every`: activation checkpointing.

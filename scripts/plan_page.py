@@ -61,7 +61,8 @@ def memory(room: dict) -> list[str]:
     lines += [f"  {'activation checkpointing':<26}" + "".join(f"{name:>24}" for name in head)]
     for variant in room["variants"]:
         every = variant["activation_checkpointing"]
-        name = {False: "off", True: "every block"}.get(every, f"one block of {every}") + " *" * variant["configured"]
+        name = {False: "off", True: "every block", "selective": "selective"}.get(every, f"one block of {every}")
+        name += " *" * variant["configured"]
         values = [size(variant[key]) for key in ("activations", "peak")]
         values += [str(variant[key]) for key in ("largest_micro_batch", "largest_that_divides")]
         lines.append(f"  {name:<26}" + "".join(f"{value:>24}" for value in values))

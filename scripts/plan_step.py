@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from selfe import dist
+from selfe import blocks
+from selfe.blocks import Recompute
 from selfe.draws import Draws
 from selfe.system import System
 from selfe.types import DTYPES, Batch, Denoiser, Packed, Precision, TextCond
@@ -91,16 +92,16 @@ def measure(
     step: int,
     *,
     precision: Precision,
-    activation_checkpointing: bool | int = False,
+    activation_checkpointing: Recompute = False,
 ) -> Step:
     """Run one micro-batch through loss and backward pass; system, encoders and pictures are on the meta device."""
     net = copy.deepcopy(system.backbone).to(DTYPES[precision])
     ema = copy.deepcopy(net).requires_grad_(False)
     encoders = networks(system.text_encoder) | networks(system.autoencoder)
     meter = Meter([net, ema, *encoders.values()])
-    for _, block in dist.numbered_blocks(net):
+    for _, block in blocks.blocks(net):
         block.forward = partial(meter.again, block.forward)  # below the checkpoint, which calls it a second time
-    dist.prepare(net, activation_checkpointing)
+    blocks.save_memory(net, activation_checkpointing)
     for parameter in net.parameters():
         parameter.register_post_accumulate_grad_hook(drop_grad)  # FSDP too has no whole gradient for long
     with meter.watching(system.text_encoder):

@@ -129,3 +129,14 @@ def backward_flops(
 def cpu_kernel_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_, **__) -> int:
     """The kernel by which encoders attend on a CPU; torch counts only those of other devices."""
     return sdpa_flop_count(q, k, v)
+
+
+aten = torch.ops.aten
+# what `attend` comes to, for those who choose what to keep between forward and backward
+KERNELS = (
+    torch.ops.selfe.by_length.default,
+    torch.ops.torch_attn._varlen_attn.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+)

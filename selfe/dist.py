@@ -1,4 +1,4 @@
-"""Processes: the only home of the process group, FSDP2 and activation checkpointing."""
+"""Processes: the only home of the process group and FSDP2."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import copy
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.utils.checkpoint import checkpoint
 
+from selfe import blocks
+from selfe.blocks import Recompute
 from selfe.device import choose_device
 from selfe.types import DTYPES, Precision, Read, UserError
 
@@ -88,43 +88,60 @@ def make_mesh(world: World, shard_size: int | None) -> DeviceMesh:
     )
 
 
+@dataclass(frozen=True)
+class Gathering:
+    """When a rank has whole blocks rather than its part of them: memory against traffic."""
+
+    # after a forward pass: let go (true), keep for the backward pass (false), or keep cut over so many ranks, whose
+    # links should be fast; the EMA weights are let go in any case
+    reshard_after_forward: bool | int = True
+    prefetch: int = 1  # blocks whose gathering is begun ahead; 0: when they are needed
+
+    def __post_init__(self):
+        if self.prefetch < 0:
+            raise ValueError(f"prefetch must be at least 0, got {self.prefetch}")
+
+
 def shard(
     module: nn.Module,
     mesh: DeviceMesh,
     *,
     precision: Precision,
-    activation_checkpointing: bool | int = False,
+    activation_checkpointing: Recompute = False,
     compile: bool = False,
+    gathering: Gathering = Gathering(),
 ) -> None:
     """Cut the parameters of a module (on the meta device or not) over the mesh, block by block.
 
     Stored in fp32, computed in `precision`, gradients reduced in fp32. The module casts its own inputs, because times
-    must not be rounded to bf16. Activations of every block, or of every `activation_checkpointing`-th, are not kept.
+    must not be rounded to bf16. What is computed again in the backward pass is for `blocks.save_memory` to say.
     """
+    blocks.save_memory(module, activation_checkpointing)
+    if compile:
+        blocks.compile(module)
+    after, size = gathering.reshard_after_forward, mesh["shard"].size()
+    if type(after) is int and (after < 1 or size % after):
+        raise UserError(
+            f"trainer.gathering.reshard_after_forward: {after} does not divide the {size} ranks that share one copy "
+            "of the parameters; choose a divisor, true or false"
+        )
     if mesh["replicate"].size() == 1:
         mesh = mesh["shard"]  # spares an all-reduce of every gradient over one rank
     policy = MixedPrecisionPolicy(DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False)
-    prepare(module, activation_checkpointing, compile)
-    for _, block in numbered_blocks(module):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+    parts = [block for _, block in blocks.blocks(module)]
+    for block in parts:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=after)
     # the root too: an EMA twin never runs a backward pass that would free it
-    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=after or True)
+    for number, part in enumerate([module, *parts] if gathering.prefetch else ()):
+        part.set_modules_to_forward_prefetch(parts[number : number + gathering.prefetch])
 
 
-def numbered_blocks(module: nn.Module) -> Iterator[tuple[int, nn.Module]]:
-    """The blocks of every stack of a denoiser, numbered within the stack."""
-    for stack in module.children():
-        yield from enumerate(stack if isinstance(stack, nn.ModuleList) else ())
-
-
-def prepare(module: nn.Module, activation_checkpointing: bool | int = False, compile: bool = False) -> None:
-    """What `shard` does to the blocks besides cutting them: how they are run, in any number of processes."""
-    for number, block in numbered_blocks(module):
-        if compile:
-            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)
-        if activation_checkpointing and number % activation_checkpointing == 0:
-            # replaces the method rather than wrapping the module: parameter names stay what they are
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+def reshard(module: nn.Module) -> None:
+    """Let go of what forward passes without a backward pass have kept whole."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def materialise(module: nn.Module, device: torch.device, seed: int) -> None:
@@ -165,11 +182,12 @@ def twins(
     seed: int,
     *,
     shard_size: int | None = None,
-    activation_checkpointing: bool | int = False,
+    activation_checkpointing: Recompute = False,
     compile: bool = False,
+    gathering: Gathering = Gathering(),
 ) -> tuple[nn.Module, nn.Module]:
     """The live and the EMA denoiser from one on the meta device, sharded alike, with the same initial values."""
-    nets = cut_twins(module, world, precision, shard_size, activation_checkpointing, compile)
+    nets = cut_twins(module, world, precision, shard_size, activation_checkpointing, compile, gathering)
     for part in nets:
         materialise(part, world.device, seed)
     return nets
@@ -180,14 +198,17 @@ def cut_twins(
     world: World,
     precision: Precision,
     shard_size: int | None = None,
-    activation_checkpointing: bool | int = False,
+    activation_checkpointing: Recompute = False,
     compile: bool = False,
+    gathering: Gathering = Gathering(),
 ) -> tuple[nn.Module, nn.Module]:
     """As `twins`, but still on the meta device, without memory."""
     mesh = make_mesh(world, shard_size)
     net, ema = module, copy.deepcopy(module).requires_grad_(False)
-    for part, saves_memory in ((net, activation_checkpointing), (ema, False)):
-        shard(part, mesh, precision=precision, activation_checkpointing=saves_memory, compile=compile)
+    # what the average keeps whole would be out of date after its update
+    kept = activation_checkpointing, gathering
+    for part, (recompute, when) in ((net, kept), (ema, (False, replace(gathering, reshard_after_forward=True)))):
+        shard(part, mesh, precision=precision, activation_checkpointing=recompute, compile=compile, gathering=when)
     return net, ema
 
 

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from selfe import checkpoint, config, dist, gallery, jobs, launch, log, pictures, prompts
+from selfe import blocks, checkpoint, config, dist, gallery, jobs, launch, log, pictures, prompts
 from selfe.dist import World
 from selfe.draws import Draws
 from selfe.encoders.remembered import Remembered
@@ -40,6 +40,7 @@ class Inferencer:
     prompts: tuple[str, ...] = ()  # instead of defaults.prompt_file
     weights: Literal["ema", "live", "both"] = "ema"
     precision: Precision = "bf16"
+    compile: bool = False  # every block of the denoiser, once for all sizes; worth it for many pictures
     batch_size: int = 16  # pictures in a batch, at most
     batch_pixels: int = 16 * 512 * 512  # of all pictures in a batch, at most
     format: Format = "png"
@@ -101,6 +102,8 @@ class Inferencer:
             facts["step"] = checkpoint.load_weights(path, net, kind)
             facts[f"{kind}_fingerprint"] = checkpoint.fingerprint(net)
             nets[kind] = net.to(DTYPES[self.precision])
+            if self.compile:
+                blocks.compile(net)
         return nets, facts
 
     def draw_share(

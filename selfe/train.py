@@ -7,14 +7,15 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, product
+from itertools import chain, pairwise, product
 from pathlib import Path
 
 import torch
 
 from selfe import checkpoint, config, dist, ema, flux_format, folder, health, launch, loading, log, observe
+from selfe.blocks import Recompute
 from selfe.clock import Clock
-from selfe.dist import World
+from selfe.dist import Gathering, World
 from selfe.draws import Draws
 from selfe.health import Guard, Health
 from selfe.loading import MicroBatches, expect
@@ -60,7 +61,8 @@ class Trainer:
     precision: Precision = "bf16"
     shard_size: int | None = None  # ranks that share one copy of the parameters; the others replicate it
     shard_text_encoder: bool = False  # cut T5 over the same ranks: less memory, more traffic
-    activation_checkpointing: bool | int = True  # k: of every k-th block
+    gathering: Gathering = Gathering()  # noqa: RUF009 - frozen
+    activation_checkpointing: Recompute = True  # k: of every k-th block; selective: of all, but only what is cheap
     compile: bool = False  # every block, once for all shapes; takes a minute or more at the start
     timeout_minutes: float = 10  # without progress on any process; then all end
     num_workers: int = 4
@@ -97,12 +99,10 @@ class Trainer:
 
     def samples_at(self, step: int) -> range:
         """The step's samples, numbered over the run."""
-        first, since, total = 0, 0, self.total_batch_size
-        for phase in self.phases:
-            if phase.total_batch_size and phase.step <= step:
-                first, since, total = first + (phase.step - since) * total, phase.step, phase.total_batch_size
-        first += (step - since) * total
-        return range(first, first + total)
+        sizes = [(0, self.total_batch_size)]
+        sizes += [(p.step, p.total_batch_size) for p in self.phases if p.total_batch_size and p.step <= step]
+        first = sum(total * (end - begin) for (begin, total), (end, _) in pairwise([*sizes, (step, 0)]))
+        return range(first, first + sizes[-1][1])
 
     def micro_batches(self, world_size: int, batch_multiple: int, step: int = 0) -> int:
         """Micro-batches per rank in a step."""
@@ -132,7 +132,8 @@ class Fit:
         for step in (0, *(phase.step for phase in trainer.phases)):  # every batch size is checked before the first step
             self.num_micro(step)
         self.folder = Path(trainer.output_dir)
-        how = {name: getattr(trainer, name) for name in ("shard_size", "activation_checkpointing", "compile")}
+        names = "shard_size", "activation_checkpointing", "compile", "gathering"
+        how = {name: getattr(trainer, name) for name in names}
         self.net, self.ema = dist.twins(system.backbone, world, trainer.precision, seed, **how)
         cut = partial(dist.place_sharded, mesh=dist.make_mesh(world, trainer.shard_size))
         system.load_encoders(world.device, cut if trainer.shard_text_encoder else None)
@@ -210,6 +211,7 @@ class Fit:
         values = self.validate(step) if done % trainer.val_every == 0 and self.data.has_val else {}
         if done % trainer.samples.every == 0 and trainer.samples.prompts:
             self.draw_samples(done, sinks)
+        dist.reshard(self.net)
         return values
 
     def part_with(self, message: str, stop: int) -> None:

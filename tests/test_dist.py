@@ -1,14 +1,13 @@
 """Sharding changes nothing: gradients, initial values, EMA and clipping on two processes are those of one."""
 
-import copy
-
 import pytest
 import torch
 from ranks import on_ranks
+from torch.distributed.tensor.debug import CommDebugMode
 
 from selfe import dist, ema
 from selfe.backbones.mmdit import MMDiT
-from selfe.dist import World
+from selfe.dist import Gathering, World
 from selfe.draws import Draws, generator
 from selfe.objectives.self_evaluation import SelfEvaluation
 from selfe.types import Packed, TextCond, UserError, packed
@@ -71,14 +70,12 @@ def gradients(net: torch.nn.Module, twin: torch.nn.Module, rank: int, size: int,
     }
 
 
-def sharded_gradients(world: World, shard_size: int, activation_checkpointing: bool) -> dict[str, torch.Tensor]:
+def sharded_gradients(world: World, *args: int | bool | str) -> dict[str, torch.Tensor]:
+    shard_size, recompute, *gathering = args
     with torch.device("meta"):
         net = small_net()
-    twin = copy.deepcopy(net).requires_grad_(False)
-    mesh = dist.make_mesh(world, shard_size)
-    for module in (net, twin):
-        dist.shard(module, mesh, precision="fp32", activation_checkpointing=activation_checkpointing)
-        dist.materialise(module, world.device, seed=0)
+    options = {"activation_checkpointing": recompute, "gathering": Gathering(*gathering)}
+    net, twin = dist.twins(net, world, "fp32", 0, shard_size=shard_size, **options)
     grads = gradients(net, twin, world.rank, world.size, micro=2)
     norm = dist.clip_grad_norm(net, 1e-3)
     ema.update(twin, net, 0.5)
@@ -103,9 +100,19 @@ def test_micro_batches_add_up_to_the_batch(single):
             torch.testing.assert_close(parts[name], gradient, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("shard_size", "activation_checkpointing"), [(2, False), (1, False), (2, True)])
-def test_gradients_of_two_ranks_equal_one(single, shard_size, activation_checkpointing):
-    found = on_ranks(2, sharded_gradients, shard_size, activation_checkpointing)
+@pytest.mark.parametrize(
+    "args",  # shard_size, activation_checkpointing, gathering
+    [
+        (2, False, True, 0),
+        (1, False),
+        (2, True, False, 1),
+        (2, 2, 1, 2),
+        (2, "selective"),
+        (1, "selective", False, 3),
+    ],
+)
+def test_gradients_of_two_ranks_equal_one(single, args):
+    found = on_ranks(2, sharded_gradients, *args)
     for name, gradient in single.items():
         assert gradient.abs().max() > 0, name
         torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-6)
@@ -116,6 +123,59 @@ def test_gradients_of_two_ranks_equal_one(single, shard_size, activation_checkpo
     perturb(net, 0), perturb(twin, 1)
     torch.testing.assert_close(found["average"], (net.out.weight + twin.out.weight) / 2, rtol=0, atol=1e-6)
     assert not found["unsharded"]
+
+
+def gathered(world: World, keep: bool) -> torch.Tensor:
+    with torch.device("meta"):
+        net = small_net()
+    net, twin = dist.twins(net, world, "fp32", 0, gathering=Gathering(reshard_after_forward=not keep))
+    with CommDebugMode() as traffic:
+        gradients(net, twin, world.rank, world.size, micro=4)
+    return torch.tensor(traffic.get_comm_counts()[torch.ops.c10d._allgather_base_])
+
+
+def test_blocks_that_are_kept_whole_are_gathered_less_often():
+    """Two blocks: for each of four forward passes and two backward passes, or once for each net and once between the
+    backward passes. What belongs to no block goes with the passes, its backward passes being one."""
+    assert on_ranks(2, gathered, False) == 2 * 6 + 5
+    assert on_ranks(2, gathered, True) == 2 * 3 + 5
+
+
+def after_looking(world: World) -> dict[str, torch.Tensor]:
+    """Values before and after a change of the weights, with passes that keep blocks whole and have no backward pass."""
+    with torch.device("meta"):
+        net = small_net()
+    net, twin = dist.twins(net, world, "fp32", 0, gathering=Gathering(reshard_after_forward=False))
+    perturb(net, 0)
+    conds = encode(["a", "b"])
+    arguments = latents(range(2)), torch.tensor([0.9, 0.5]), torch.tensor([0.4, 0.5]), conds
+    with torch.no_grad():
+        found = {"before": net(*arguments)}
+        dist.reshard(net)
+        ema.update(twin, net, 0.0)
+        for parameter in net.parameters():
+            dist.local(parameter).mul_(2)
+        found |= {"after": net(*arguments), "average": twin(*arguments)}
+    return found
+
+
+def test_blocks_that_are_kept_whole_are_never_out_of_date():
+    found, net = on_ranks(2, after_looking), small_net()
+    perturb(net, 0)
+    conds = encode(["a", "b"])
+    arguments = latents(range(2)), torch.tensor([0.9, 0.5]), torch.tensor([0.4, 0.5]), conds
+    with torch.no_grad():
+        torch.testing.assert_close(found["before"], net(*arguments), rtol=0, atol=1e-6)
+        torch.testing.assert_close(found["average"], found["before"], rtol=0, atol=1e-6)
+        for parameter in net.parameters():
+            parameter.mul_(2)
+        torch.testing.assert_close(found["after"], net(*arguments), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [3, 0])
+def test_indivisible_gathering_is_one_line(wrong, alone):
+    with pytest.raises(UserError, match=f"reshard_after_forward: {wrong} does not divide the 1 ranks"):
+        dist.twins(small_net(), alone, "fp32", 0, gathering=Gathering(wrong))
 
 
 def initial_weights(world: World) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from selfe import config, dist
+from selfe import blocks, config, dist
 from selfe.dist import World
 from selfe.draws import Draws
 from selfe.train import Fit
@@ -150,7 +150,7 @@ def kept_and_peak(overrides: list[str], step: int) -> tuple[int, int]:
     for name, parameter in net.named_parameters():
         parameter.data.copy_(net.initial(name, parameter.shape, seed))
     system.load_encoders(torch.device("cpu"))
-    dist.prepare(net, trainer.activation_checkpointing)
+    blocks.save_memory(net, trainer.activation_checkpointing)
     for parameter in net.parameters():
         parameter.register_post_accumulate_grad_hook(plan_step.drop_grad)
     weights = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}

@@ -19,7 +19,7 @@ LAYERS = {
         0.3: "feed",
         1: "backbones encoders objectives samplers data",
         2: "system",
-        3: "config device dist ema checkpoint draft saving loading flux_format log sinks folder pictures sheets "
+        3: "config device blocks dist ema checkpoint draft saving loading flux_format log sinks folder pictures sheets "
         "prompts jobs gallery signals watch health clock observe",
         4: "launch",
         5: "train infer",
