@@ -19,7 +19,7 @@ from selfe.buckets import Buckets
 from selfe.dist import World
 from selfe.draws import Draws
 from selfe.objectives.self_evaluation import SelfEvaluation
-from selfe.types import Packed, TextCond, packed
+from selfe.types import Packed, packed
 
 STEPS = {"start_step": 3, "tau_steps": 8, "aux_start_step": 8}  # as in configs/debug/selfe_smoke.yaml
 
@@ -32,9 +32,9 @@ def fresh():
     torch.compiler.set_default_backend(None)
 
 
-def pair(dtype: torch.dtype, recompute: blocks.Recompute = False) -> tuple[MMDiT, MMDiT]:
+def pair(dtype: torch.dtype, recompute: blocks.Recompute = False, singles: int = 1) -> tuple[MMDiT, MMDiT]:
     """The same denoiser, plain and compiled."""
-    plain, compiled = (small(dtype=dtype, num_double_blocks=1, num_single_blocks=1) for _ in range(2))
+    plain, compiled = (small(dtype=dtype, num_double_blocks=1, num_single_blocks=singles) for _ in range(2))
     blocks.save_memory(compiled, recompute)
     blocks.compile(compiled)
     return plain, compiled
@@ -54,15 +54,15 @@ def assert_same(plain: MMDiT, compiled: MMDiT, dtype: torch.dtype, atol: float) 
         torch.testing.assert_close(other, one, rtol=0, atol=atol * max(1, one.abs().max().item()))
 
 
-@pytest.mark.parametrize("recompute", [False, True, "selective"])
+@pytest.mark.parametrize("recompute", [False, "selective"])
 def test_values_and_gradients(recompute):
     assert_same(*pair(torch.float64, recompute), torch.float64, 1e-12)
 
 
 def test_generated_code():
-    """The same for what really runs."""
+    """The same for what really runs; of one block, because a compiler's work takes long."""
     torch.compiler.set_default_backend(None)
-    assert_same(*pair(torch.float32, "selective"), torch.float32, 1e-5)
+    assert_same(*pair(torch.float32, "selective", singles=0), torch.float32, 1e-5)
 
 
 def test_packed_samples_do_not_see_each_other():
@@ -97,29 +97,23 @@ def batch(seed: int, size: int) -> tuple[Packed, torch.Tensor, list[str]]:
 
 
 def all_that_happens(net: MMDiT, ema: MMDiT, seeds: range) -> None:
-    """Every phase of training, validation, and sampling with and without guidance, with fresh shapes throughout."""
+    """Every phase of training, validation, and sampling with and without a prompt, with fresh shapes throughout."""
     objective = SelfEvaluation(**STEPS)
     for seed in seeds:
-        for step in (0, 5, 9):
-            for size in (4, 6):
-                x0, _, captions = batch(seed * 100 + size + step, size)
-                draws = Draws.of_step(seed, step, range(size))
-                conds = {name: cond(c) for name, c in objective.captions(captions, draws, step).items()}
-                objective(net, ema, x0, conds, draws, step).per_sample.mean().backward()
-                with torch.no_grad():
-                    for judged in (net, ema):
-                        objective(judged, ema, x0, conds, draws, step)
+        for step, size in ((0, 4), (5, 6), (9, 4), (9, 2)):
+            x0, _, captions = batch(seed * 100 + size + step, size)
+            draws = Draws.of_step(seed, step, range(size))
+            conds = {name: encode(c) for name, c in objective.captions(captions, draws, step).items()}
+            objective(net, ema, x0, conds, draws, step).per_sample.mean().backward()
+            with torch.no_grad():
+                for judged in (net, ema):
+                    objective(judged, ema, x0, conds, draws, step)
         with torch.no_grad():
             for size in (1, 2, 3, 5):
                 x, t, captions = batch(seed * 100 + 50 + size, size)
                 for judged in (net, ema):
-                    judged(x, t, t, cond(captions))
-                    judged(x, t, t, cond([""] * size))
-
-
-def cond(captions: list[str]) -> TextCond:
-    """The empty caption is one token."""
-    return encode(["x" * (5 * len(caption)) + "x" * (len(caption) % 5) for caption in captions])
+                    judged(x, t, t, encode(captions))
+                    judged(x, t, t, encode([""] * size))
 
 
 def test_a_bounded_number_of_compilations(alone: World):
