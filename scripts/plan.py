@@ -43,13 +43,14 @@ def memory(job: Job, share: Share, heaviest: Phase, num_words: int, gib: int, ba
     trainer, room = job.trainer, round(USABLE * gib * 2**30)
     at, micro, own = (heaviest.shapes, num_words, heaviest.end - 1), trainer.micro_batch_size, heaviest.step
     # what is there whatever the number of pictures: gradients of weights on their way
-    fixed = 2 * own.peak - run(job, *at, trainer.activation_checkpointing, larger=2).peak
+    fixed = max(2 * own.peak - run(job, *at, trainer.activation_checkpointing, larger=2).peak, 0)
     encoding = 0 if job.cached else own.encode_peak / own.pictures
     variants = []
     for every in dict.fromkeys([*EVERY, trainer.activation_checkpointing]):
         configured = every == trainer.activation_checkpointing
         step = own if configured else run(job, *at, every)
-        each, base = (step.peak - fixed) / step.pictures, share.states + share.whole + fixed
+        each = max(step.peak - fixed, step.saved) / step.pictures
+        base = share.states + share.whole + fixed
         fits = min((room - base) / each, (room - share.states) / encoding if encoding else inf)
         variants.append(
             {

@@ -248,13 +248,13 @@ def mini(*overrides: str, **options) -> dict:
 
 def test_warnings_appear_where_they_should(monkeypatch):
     assert mini()["warnings"] == []
-    assert mini("trainer.micro_batch_size=24")["warnings"][0].startswith("from step 0: trainer.total_batch_size: 64")
-    assert any("multiple of 2, got 1" in line for line in mini("trainer.micro_batch_size=1")["warnings"])
     many = mini(gpus=1024)["warnings"]
-    assert any("1023 of 1024 GPUs are idle" in line for line in many), many
-    assert any("ranks hold no parameter" in line for line in many), many
+    for words in ("64 is not a multiple of micro_batch_size", "1023 of 1024 GPUs are idle", "ranks hold no parameter"):
+        assert any(words in line for line in many), (words, many)
     monkeypatch.setitem(plan.GPUS, "a100", ("A100", 1e-6))
-    assert any("does not fit" in line for line in mini(gpu="a100")["warnings"])
+    small = mini("trainer.micro_batch_size=1", gpu="a100")["warnings"]
+    for words in ("multiple of 2, got 1", "does not fit"):
+        assert any(words in line for line in small), (words, small)
 
 
 def test_phases_follow_objective_batch_and_data(tmp_path):
@@ -332,5 +332,4 @@ def test_the_command(capsys):
     plan.main(["configs/mini/selfe.yaml", "--gpus", "4", "trainer.micro_batch_size=16", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found["phases"][0]["micro_batches"] == 1
-    plan.main(["configs/mini/selfe.yaml", "--gpus", "4", "trainer.micro_batch_size=16"])
-    assert "Memory of the fullest rank" in capsys.readouterr().out
+    assert plan_page.text(found).startswith("configs/mini/selfe.yaml on 4 x H100")
