@@ -79,9 +79,9 @@ def warp(t: Tensor, mu: Tensor) -> Tensor:
     return pushed / (pushed + (1 - t))
 
 
-def draw_t(draws: Draws, x0: Packed) -> Tensor:
-    """Training times (B,): logit-normal, then warped by each sample's size (S.2)."""
-    t = torch.sigmoid(draws.normal("t", like=x0.tokens))
+def draw_t(draws: Draws, x0: Packed, std: float = 1.0) -> Tensor:
+    """Training times (B,): logit-normal of this standard deviation, then warped by each sample's size (S.2)."""
+    t = torch.sigmoid(std * draws.normal("t", like=x0.tokens))
     return warp(t, shift(x0.lens, like=t))
 
 

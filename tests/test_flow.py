@@ -56,12 +56,13 @@ def test_warp_is_monotone_and_pushes_large_pictures_towards_noise():
     assert (large[1:-1] > small[1:-1]).all()
 
 
-def test_training_times_are_warped_logit_normal():
+@pytest.mark.parametrize("std", [1.0, 1.5])
+def test_training_times_are_warped_logit_normal(std):
     x0 = randn(0, [(1, 1), (2, 3), (8, 8)])
     draws = Draws.of_step(0, 0, range(3))
     z = draws.normal("t", like=x0.tokens)
-    expected = [reference.times(float(z[i]), 0.0, True, 0.0, n)[0] for i, n in enumerate(x0.lens)]
-    close(flow.draw_t(draws, x0), expected)
+    expected = [reference.times(std * float(z[i]), 0.0, True, 0.0, n)[0] for i, n in enumerate(x0.lens)]
+    close(flow.draw_t(draws, x0, std), expected)
 
 
 @pytest.mark.parametrize("ratio", [0, 0.5, 1])

@@ -223,7 +223,7 @@ def test_finite_and_continuous_at_the_ends(energy_preserving, eval_floor, dtype,
 
     def at(margin: float) -> Tensor:
         t = torch.tensor([margin, margin, 1 - margin, 1 - margin, 1 - margin, 0.5, 0.5, margin], dtype=dtype)
-        monkeypatch.setattr(flow, "draw_t", lambda draws, x0: t)
+        monkeypatch.setattr(flow, "draw_t", lambda draws, x0, std: t)
         loss = run(objective, net, ema, 10, dtype)
         numbers = [
             loss.per_sample.detach(),

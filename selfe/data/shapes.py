@@ -60,7 +60,7 @@ class ShapesData:
         self,
         size: int = 8,
         held_out: int = 6,
-        radius: tuple[float, float] = (0.24, 0.325),
+        radius: tuple[float, float] = (0.3, 0.37),
         contrast: tuple[float, float] = (1.0, 1.0),
     ):
         """

@@ -26,7 +26,8 @@ FAKE = "fake image "  # prepended to a prompt, names the network's own samples (
 class SelfEvaluation:
     """Eq. 13-21 with the paper's constants. `p_equal=1` is flow matching, to the bit.
 
-    Steps count from 0: before `start_step` plain flow matching; from there tau grows from 0 to 1 over `tau_steps`; from
+    Training times spread by `t_std` (`flow.draw_t`); a larger one shows a short run more of those close to 1. Steps
+    count from 0: before `start_step` plain flow matching; from there tau grows from 0 to 1 over `tau_steps`; from
     `aux_start_step` (None: never) the auxiliary term joins. `k_cls` weighs the classifier score; in the auxiliary phase
     `aux_k_cls` and `aux_k_fake` weigh it and the fake score (s.6, k and 1 - k).
     """
@@ -35,6 +36,7 @@ class SelfEvaluation:
         self,
         p_drop: float = 0.1,
         p_equal: float = 0.5,
+        t_std: float = 1.0,
         start_step: int = 0,
         tau_steps: int = 300_000,
         cond_weights: Literal["ema", "live"] = "ema",
@@ -51,9 +53,11 @@ class SelfEvaluation:
         for name, value in {"p_drop": p_drop, "p_equal": p_equal, "eval_floor": eval_floor}.items():
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} lies in [0, 1], got {value}")
-        if tau_steps < 1 or lam_max < 0:
-            raise ValueError(f"tau_steps must be at least 1 and lam_max at least 0, got {tau_steps} and {lam_max}")
-        self.p_drop = p_drop
+        if tau_steps < 1 or lam_max < 0 or t_std < 0:
+            raise ValueError(
+                f"tau_steps is at least 1, lam_max and t_std at least 0, got {tau_steps}, {lam_max} and {t_std}"
+            )
+        self.p_drop, self.t_std = p_drop, t_std
         self.share = Fraction(1 - p_equal).limit_denominator(64)
         self.batch_multiple = self.share.denominator
         self.start_step, self.tau_steps = start_step, tau_steps
@@ -88,7 +92,7 @@ class SelfEvaluation:
     ) -> Loss:
         rows = self.judged_rows(len(x0), step)
         noise = draws.normal_like("noise", x0)
-        t = flow.draw_t(draws, x0)
+        t = flow.draw_t(draws, x0, self.t_std)
         s = t.clone()
         s[rows] = t[rows] * (1 - self.tau(step) * draws.uniform("s", like=t)[rows])
         x_t = x0.with_tokens(flow.interpolate(x0.tokens, noise, t, x0))
