@@ -7,7 +7,15 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Size
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    register_flop_formula,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
+
+aten = torch.ops.aten
 
 
 def cpu_seconds(work: Callable[[], None]) -> float:
@@ -29,6 +37,17 @@ def take_turns(contenders: dict[str, Callable[[], None]], rounds: int) -> dict[s
         for name, work in contenders.items():
             seconds[name].append(cpu_seconds(work))
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+@register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu)
+def _(q: Size, k: Size, v: Size, *_, **__) -> int:
+    """torch has formulas for the kernels of accelerators only, and would not see the attention of a peer."""
+    return sdpa_flop_count(q, k, v)
+
+
+@register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu_backward)
+def _(grad: Size, q: Size, k: Size, v: Size, *_, **__) -> int:
+    return sdpa_backward_flop_count(grad, q, k, v)
 
 
 def flops(work: Callable[[], None]) -> int:
