@@ -178,8 +178,9 @@ def kept_and_peak(overrides: list[str], step: int) -> tuple[int, int]:
     return sum(kept.values()), peak
 
 
-@pytest.mark.parametrize("every", ["false", "2", "true"])
-@pytest.mark.parametrize("step", [0, 5], ids=["flow matching", "auxiliary"])
+@pytest.mark.parametrize(
+    ("step", "every"), [(0, "true"), (5, "false"), (5, "2"), (5, "true")], ids=lambda value: str(value)
+)
 def test_activations_are_what_autograd_keeps(every, step):
     overrides = [*SMALL, f"trainer.activation_checkpointing={every}"]
     overrides += ["system.backbone.params.num_double_blocks=2", "system.backbone.params.num_single_blocks=3"]
@@ -203,14 +204,14 @@ def paper() -> dict:
 
 def test_the_plan_of_the_paper_names_a_micro_batch(paper):
     """Neither pictures nor weights are here."""
-    assert paper["parameters"]["denoiser"] == 2_247_717_184
+    assert paper["parameters"]["denoiser"] == 2_247_716_928
     assert paper["parameters"]["text_encoder.t5"] == pytest.approx(4.762e9, rel=1e-3)
     (own,) = (variant for variant in paper["memory"]["variants"] if variant["configured"])
     most, divides = own["largest_micro_batch"], own["largest_that_divides"]
     assert most >= divides >= 32
     assert 1024 % (8 * divides) == 0
     assert own["peak"] < paper["memory"]["usable"]
-    assert paper["memory"]["parameters"] == pytest.approx(2_247_717_184 * 4 / 8, rel=0.01)
+    assert paper["memory"]["parameters"] == pytest.approx(2_247_716_928 * 4 / 8, rel=0.01)
     assert paper["storage"]["latents_per_picture"]["256x256"] == {"cached": 65536, "one_sample": 32768}
     assert paper["storage"]["text_per_token"] == 8192
     (phase,) = paper["phases"]
