@@ -92,6 +92,6 @@ def test_self_evaluation_beats_flow_matching_at_two_steps(tmp_path):
     """The same seed, data, times and noise; only the share of samples with s < t differs."""
     flow_matching = hits(tmp_path / "flow_matching", seed=1, p_equal=1.0)
     self_evaluation = hits(tmp_path / "self_evaluation", seed=1)
-    # seeds 1 to 4: flow matching .060 .063 .061 .073, Self-E .272 .157 .201 .149, of 1536 pictures (standard error .01);
+    # seeds 1 to 4: flow matching .060 .063 .061 .073, Self-E .272 .157 .201 .149, standard errors .01;
     # with the verdict reversed (k_cls=-1), seed 1 gives .021
     assert self_evaluation > flow_matching + 0.05
