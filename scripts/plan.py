@@ -35,7 +35,7 @@ GPUS = {  # the name that `PEAKS` knows, GiB of memory
 }
 USABLE = 0.9  # of the memory; the rest is the driver's, the links' and what the allocator cannot fill
 ENCODER_SHARE = 0.2  # of all operations, from which on a cache is worth its disk
-EVERY = (False, "selective", 2, True)  # settings of activation checkpointing that are compared
+EVERY = (False, 2, True)  # settings of activation checkpointing that are compared
 
 
 def memory(job: Job, share: Share, heaviest: Phase, num_words: int, gib: int, batches: set[int]) -> dict:

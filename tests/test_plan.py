@@ -250,7 +250,7 @@ def mini(*overrides: str, **options) -> dict:
 def test_warnings_appear_where_they_should(monkeypatch):
     assert mini()["warnings"] == []
     many = mini(gpus=1024)["warnings"]
-    for words in ("64 is not a multiple of micro_batch_size", "1023 of 1024 GPUs are idle", "ranks hold no parameter"):
+    for words in ("is not a multiple of micro_batch_size", "1023 of 1024 GPUs are idle", "ranks hold no parameter"):
         assert any(words in line for line in many), (words, many)
     monkeypatch.setitem(plan.GPUS, "a100", ("A100", 1e-6))
     small = mini("trainer.micro_batch_size=1", gpu="a100")["warnings"]
