@@ -12,7 +12,6 @@ from torch.utils.flop_counter import (
     FlopCounterMode,
     register_flop_formula,
     sdpa_backward_flop_count,
-    sdpa_flop_count,
 )
 
 aten = torch.ops.aten
@@ -39,14 +38,9 @@ def take_turns(contenders: dict[str, Callable[[], None]], rounds: int) -> dict[s
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
-@register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu)
-def _(q: Size, k: Size, v: Size, *_, **__) -> int:
-    """torch has formulas for the kernels of accelerators only, and would not see the attention of a peer."""
-    return sdpa_flop_count(q, k, v)
-
-
 @register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu_backward)
 def _(grad: Size, q: Size, k: Size, v: Size, *_, **__) -> int:
+    """Of a peer: torch has formulas for the kernels of accelerators only (its forward: selfe/attention.py)."""
     return sdpa_backward_flop_count(grad, q, k, v)
 
 
