@@ -151,8 +151,8 @@ class Half(nn.Module):
         self, x: Tensor, attended: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, mlp_gate: Tensor, runs: Runs
     ) -> Tensor:
         """Residual of the attention (n, width), then of the MLP."""
-        x = x + runs.spread(gate) * self.attention_out(attended)
-        return x + runs.spread(mlp_gate) * self.mlp(modulate(x, shift, scale, runs))
+        x = torch.addcmul(x, runs.spread(gate), self.attention_out(attended))
+        return torch.addcmul(x, runs.spread(mlp_gate), self.mlp(modulate(x, shift, scale, runs)))
 
 
 class SingleBlock(nn.Module):
@@ -176,7 +176,7 @@ class SingleBlock(nn.Module):
         q, k, v = rearrange(qkv, "n (three heads d) -> three n heads d", three=3, heads=self.num_heads)
         attended = attention(*self.qk_norm(q, k), v, layout)
         update = self.attention_mlp_out(torch.cat([attended, F.gelu(mlp, approximate="tanh")], dim=-1))
-        return x + layout.stream.spread(gate) * update
+        return torch.addcmul(x, layout.stream.spread(gate), update)
 
 
 class QKNorm(nn.Module):
@@ -206,7 +206,7 @@ def sinusoid(t: Tensor) -> Tensor:
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, runs: Runs) -> Tensor:
     """Layer norm of x (n, width) without weights, then its sample's scale and shift (B, width)."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + runs.spread(scale)) + runs.spread(shift)
+    return torch.addcmul(runs.spread(shift), F.layer_norm(x, x.shape[-1:], eps=1e-6), runs.spread(1 + scale))
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ class Runs:
 
 
 class Spread(torch.autograd.Function):
-    """`values[owner]`, with a backward that sums run by run.
+    """The rows `owner` of values, with a backward that sums run by run.
 
     Indexing's own backward adds with atomics, in an order that varies from run to run and so does the last bit.
     """
@@ -231,7 +231,7 @@ class Spread(torch.autograd.Function):
     def forward(ctx, values: Tensor, owner: Tensor, lens: Tensor) -> Tensor:
         # with a separate setup_context, torch would look up this signature at every call, slower than the work itself
         ctx.save_for_backward(lens)
-        return values[owner]
+        return values.index_select(0, owner)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -325,13 +325,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
 
 
 class Reorder(torch.autograd.Function):
-    """`x[order]` for a permutation, whose backward is the inverse permutation rather than a sum over indices."""
+    """The rows of x in a new order, whose backward is the inverse permutation rather than a sum over indices."""
 
     @staticmethod
     def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
-        return x[order]
+        return x.index_select(0, order)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad[ctx.saved_tensors[0]], None, None
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
