@@ -35,7 +35,7 @@ GPUS = {  # the name that `PEAKS` knows, GiB of memory
 }
 USABLE = 0.9  # of the memory; the rest is the driver's, the links' and what the allocator cannot fill
 ENCODER_SHARE = 0.2  # of all operations, from which on a cache is worth its disk
-EVERY = (False, 2, True)  # settings of activation checkpointing that are compared
+EVERY = (False, 2, "selective", True)  # settings of activation checkpointing that are compared
 
 
 def memory(job: Job, share: Share, heaviest: Phase, num_words: int, gib: int, batches: set[int]) -> dict:
@@ -154,11 +154,10 @@ def storage(job: Job, found: list[Phase]) -> dict:
     net, system = job.system.backbone, job.system
     weights = sum(p.nbytes for p in net.parameters())
     latents = {}
-    if hasattr(system.autoencoder, "moments"):
-        for shape in dict.fromkeys(shape for phase in found for shape, _ in phase.shapes):
-            mean, deviation = system.autoencoder.moments([torch.empty(3, *shape, device=META)])
-            numbers = mean.tokens.numel() * (1 if deviation is None else 2)
-            latents[f"{shape[0]}x{shape[1]}"] = {"cached": BYTES * numbers, "one_sample": BYTES * mean.tokens.numel()}
+    for shape in dict.fromkeys(shape for phase in found for shape, _ in phase.shapes):
+        mean, deviation = system.autoencoder.moments([torch.empty(3, *shape, device=META)])
+        numbers = mean.tokens.numel() * (1 if deviation is None else 2)
+        latents[f"{shape[0]}x{shape[1]}"] = {"cached": BYTES * numbers, "one_sample": BYTES * mean.tokens.numel()}
     return {
         "checkpoint": 2 * weights + optimizer_bytes(net),  # live, EMA, optimizer
         "latents_per_picture": latents,

@@ -11,6 +11,7 @@ import torch
 from plan_step import Call
 from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from selfe import dist
@@ -31,7 +32,7 @@ class Unit:
     replicas: int
     holders: int  # of those ranks, how many have a row of it
     number_bytes: int  # of a number when gathered
-    freed: bool  # after a forward pass; gathered again for the backward pass
+    kept: float  # share that stays between passes beside what is held: 0, 1 (whole), or 1/k (cut over k ranks)
     is_root: bool
 
     @property
@@ -66,12 +67,12 @@ class Share:
 
     @property
     def whole(self) -> int:
-        """The most that is whole at once: the root, a block, the one that is fetched ahead, and of gradients one that
-        is done, one that is sent and one that was sent before."""
-        root = sum(unit.gathered for unit in self.live_units if unit.is_root)
+        """The most that is whole at once: the root and what is kept, a block, the one that is fetched ahead, and of
+        gradients one that is done, one that is sent and one that was sent before."""
+        stay = sum(unit.gathered * (1 if unit.is_root else unit.kept) for unit in self.live_units)
         blocks = [unit for unit in self.live_units if not unit.is_root]
         largest = max(blocks, key=lambda unit: unit.held, default=None)
-        return root + (3 * largest.gathered + 2 * largest.summed if largest else 0)
+        return round(stay) + (3 * largest.gathered + 2 * largest.summed if largest else 0)
 
     @property
     def empty_ranks(self) -> int:
@@ -112,7 +113,8 @@ def share(
         later: the one of them that is cut over the ranks too, if any.
     """
     with pretended(size) as world:
-        net, ema = dist.cut_twins(copy.deepcopy(system.backbone), world, trainer.precision, trainer.shard_size)
+        how = {"shard_size": trainer.shard_size, "gathering": trainer.gathering}
+        net, ema = dist.cut_twins(copy.deepcopy(system.backbone), world, trainer.precision, **how)
         whole, text_units = [network for network in encoders if not later or network is not later.module], ()
         if len(whole) < len(encoders):
             module, blocks = copy.deepcopy((later.module, later.blocks))
@@ -160,15 +162,24 @@ def units(module: nn.Module) -> tuple[Unit, ...]:
                     replicas=mesh.mesh.size() // mesh.shard_mesh_size,
                     holders=max(-(-p._orig_size[0] // p.padded_sharded_param_size[0]) for p in parameters),
                     number_bytes=(group.mp_policy.param_dtype or parameters[0].sharded_param.dtype).itemsize,
-                    freed=group._reshard_after_forward,
+                    kept=share_kept(group),
                     is_root=part is module,
                 )
             )
     return tuple(found)
 
 
+def share_kept(group: FSDPParamGroup) -> float:
+    """See `Unit.kept`."""
+    if (after := group.post_forward_mesh_info) is None:
+        return 1.0
+    return 0.0 if after == group.mesh_info else 1 / after.shard_mesh_size
+
+
 def traffic(share: Share, calls: Sequence[Call], num_micro: int = 1) -> dict[str, int]:
     """Bytes of a step by kind: what a rank receives, which is also what it sends, when every link is used once.
+
+    Less if blocks stay cut over k ranks: all but the first gathering of a block are then of (k - 1) / k of it.
 
     `calls` are those of a micro-batch. FSDP sums gradients over ranks in every micro-batch, once: autograd adds up the
     passes of a weight before it hands its gradient over.
@@ -188,7 +199,7 @@ def payloads(share: Share, calls: Sequence[Call]) -> dict[str, int]:
         for unit in its_units:
             back = min(sum(passes), 1) if unit.is_root else sum(passes)  # the root stays whole from one to the next
             if unit.ranks > 1:
-                found["all_gather"] += unit.gathered * (len(passes) + back if unit.freed else max(back, 1))
+                found["all_gather"] += unit.gathered * (len(passes) + back if unit.kept < 1 else max(back, 1))
                 found["reduce_scatter"] += unit.summed * any(passes)
             if unit.replicas > 1:
                 found["all_reduce"] += unit.summed // unit.ranks * any(passes)

@@ -46,7 +46,7 @@ class Step:
     pictures: int
     calls: tuple[Call, ...]
     flops: dict[str, int]  # by part; see `Meter`
-    saved: int  # bytes that autograd keeps from the forward to the backward passes, weights not counted
+    saved: int  # bytes that are kept from the forward to the backward passes, weights not counted
     peak: int  # bytes: the most that exists at once while the denoiser works, weights and their gradients not counted
     encode_peak: int  # bytes: the same while the encoders work
 
@@ -98,7 +98,7 @@ def measure(
     net = copy.deepcopy(system.backbone).to(DTYPES[precision])
     ema = copy.deepcopy(net).requires_grad_(False)
     encoders = networks(system.text_encoder) | networks(system.autoencoder)
-    meter = Meter([net, ema, *encoders.values()])
+    meter = Meter([net, ema, *encoders.values()], blocks.COSTLY if activation_checkpointing == "selective" else ())
     for _, block in blocks.blocks(net):
         block.forward = partial(meter.again, block.forward)  # below the checkpoint, which calls it a second time
     blocks.save_memory(net, activation_checkpointing)
@@ -124,10 +124,11 @@ class Meter:
     which is what activation checkpointing does a second time.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]):
+    def __init__(self, modules: Sequence[nn.Module], costly: Sequence[Any] = ()):
         """
         Args:
             modules: what holds weights, which are not counted.
+            costly: operations whose outputs the blocks that learn keep, beside what autograd is handed.
         """
         self.counter, self.counted, self.part = FlopCounterMode(display=False), 0, "autoencoder"
         self.counter.mod_tracker = NoModules()
@@ -136,6 +137,7 @@ class Meter:
         tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
         weights = {tensor.untyped_storage()._cdata for tensor in tensors}
         self.living, self.saved = Living(weights), Living(weights)
+        self.costly, self.in_block = costly, False
         self.in_backward, self.encode_peak = False, 0
 
     def mark(self, part: str) -> str:
@@ -151,7 +153,7 @@ class Meter:
         for name, module in networks(text_encoder).items():
             handles.append(module.register_forward_pre_hook(lambda *_, name=name: self.enter(f"text_encoder.{name}")))
             handles.append(module.register_forward_hook(lambda *_: self.enter("autoencoder")))
-        with self.counter, Watch(self.living), saved_tensors_hooks(self.keep, lambda tensor: tensor):
+        with self.counter, Watch(self.made), saved_tensors_hooks(self.keep, lambda tensor: tensor):
             yield
             self.mark("autoencoder")
         for handle in handles:
@@ -159,6 +161,11 @@ class Meter:
 
     def enter(self, part: str) -> None:
         self.mark(part)
+
+    def made(self, operation: Any, tensor: Tensor) -> None:
+        self.living.add(tensor)
+        if self.in_block and operation in self.costly:
+            self.saved.add(tensor)
 
     def keep(self, tensor: Tensor) -> Tensor:
         if tensor.is_meta:
@@ -185,7 +192,10 @@ class Meter:
     def again(self, forward: Callable, *arguments: Any) -> Any:
         """A block's forward pass, which in the backward pass is one that was done before."""
         if not self.in_backward:
-            return forward(*arguments)
+            self.in_block = torch.is_grad_enabled()
+            result = forward(*arguments)
+            self.in_block = False
+            return result
         before = self.mark("recomputed")
         try:  # a checkpoint leaves by an exception when it has seen enough
             return forward(*arguments)
@@ -231,15 +241,15 @@ class Living:
 
 
 class Watch(TorchDispatchMode):
-    """Tells `living` of every tensor that an operation makes on the meta device."""
+    """Tells of every tensor that an operation makes on the meta device."""
 
-    def __init__(self, living: Living):
+    def __init__(self, made: Callable[[Any, Tensor], None]):
         super().__init__()
-        self.living = living
+        self.made = made
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **(keywords or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.is_meta:
-                self.living.add(tensor)
+                self.made(function, tensor)
         return result

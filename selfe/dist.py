@@ -176,18 +176,13 @@ def cut(module: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) -> Non
 
 
 def twins(
-    module: nn.Module,
-    world: World,
-    precision: Precision,
-    seed: int,
-    *,
-    shard_size: int | None = None,
-    activation_checkpointing: Recompute = False,
-    compile: bool = False,
-    gathering: Gathering = Gathering(),
+    module: nn.Module, world: World, precision: Precision, seed: int, **options: Any
 ) -> tuple[nn.Module, nn.Module]:
-    """The live and the EMA denoiser from one on the meta device, sharded alike, with the same initial values."""
-    nets = cut_twins(module, world, precision, shard_size, activation_checkpointing, compile, gathering)
+    """The live and the EMA denoiser from one on the meta device, sharded alike, with the same initial values.
+
+    `options` are those of `cut_twins`.
+    """
+    nets = cut_twins(module, world, precision, **options)
     for part in nets:
         materialise(part, world.device, seed)
     return nets
@@ -197,6 +192,7 @@ def cut_twins(
     module: nn.Module,
     world: World,
     precision: Precision,
+    *,
     shard_size: int | None = None,
     activation_checkpointing: Recompute = False,
     compile: bool = False,
@@ -205,10 +201,10 @@ def cut_twins(
     """As `twins`, but still on the meta device, without memory."""
     mesh = make_mesh(world, shard_size)
     net, ema = module, copy.deepcopy(module).requires_grad_(False)
+    how = {"precision": precision, "compile": compile}
+    shard(net, mesh, **how, activation_checkpointing=activation_checkpointing, gathering=gathering)
     # what the average keeps whole would be out of date after its update
-    kept = activation_checkpointing, gathering
-    for part, (recompute, when) in ((net, kept), (ema, (False, replace(gathering, reshard_after_forward=True)))):
-        shard(part, mesh, precision=precision, activation_checkpointing=recompute, compile=compile, gathering=when)
+    shard(ema, mesh, **how, gathering=replace(gathering, reshard_after_forward=True))
     return net, ema
 
 

@@ -124,9 +124,11 @@ def bytes_of_a_rank(world: World, overrides: list[str], step: int) -> dict[str, 
     [
         (2, [], 5),
         (2, ["trainer.shard_text_encoder=true", "trainer.activation_checkpointing=false"], 2),
+        (2, ["trainer.gathering={reshard_after_forward: false}"], 5),
+        (4, ["trainer.gathering={reshard_after_forward: 2}"], 5),
         (4, ["trainer.shard_size=2"], 5),
     ],
-    ids=["2", "2, T5 cut too", "4 in groups of 2"],
+    ids=["2", "2, T5 cut too", "2, blocks stay whole", "4, blocks stay cut over 2", "4 in groups of 2"],
 )
 def test_a_rank_holds_and_sends_what_the_plan_says(size, overrides, step, tmp_path):
     overrides = [*RANDOM, f"trainer.output_dir={tmp_path}", f"trainer.total_batch_size={2 * size}", *overrides]
@@ -238,8 +240,10 @@ def test_text_says_what_the_numbers_say(paper):
 
 
 def test_checkpointing_trades_operations_for_memory(paper):
-    off, second, every = paper["memory"]["variants"]
+    off, second, selective, every = paper["memory"]["variants"]
     assert off["activations"] > second["activations"] > 2 * every["activations"]
+    assert off["activations"] > selective["activations"] > 2 * every["activations"]
+    assert off["largest_micro_batch"] < selective["largest_micro_batch"] < every["largest_micro_batch"]
     assert off["largest_micro_batch"] < second["largest_micro_batch"] < every["largest_micro_batch"]
 
 

@@ -26,9 +26,13 @@ class Identity:
 
     def encode(self, images: Sequence[Tensor], draws: Draws) -> Packed:
         """B x (3, H, W) in [-1, 1] -> tokens (T, 3 patch^2), float32."""
+        return self.moments(images)[0]
+
+    def moments(self, images: Sequence[Tensor]) -> tuple[Packed, None]:
+        """The tokens, which have no spread."""
         p = self.patch
         tokens = [rearrange(x, "c (h p) (w q) -> (h w) (c p q)", p=p, q=p) for x in images]
-        return packed(torch.cat(tokens).to(self.device), [(x.shape[1] // p, x.shape[2] // p) for x in images])
+        return packed(torch.cat(tokens).to(self.device), [(x.shape[1] // p, x.shape[2] // p) for x in images]), None
 
     def decode(self, latents: Packed) -> list[Tensor]:
         """Tokens (T, 3 patch^2) -> B x (3, H, W), float32, as far outside of [-1, 1] as the denoiser left them."""
