@@ -4,9 +4,12 @@ import multiprocessing
 from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import settings
 
 from selfe import dist
+from selfe.backbones import mmdit
+from selfe.blocks import MOST_VARIANTS
 from selfe.dist import World
 
 settings.register_profile("selfe", deadline=None)  # no test depends on how fast the machine is
@@ -19,6 +22,25 @@ multiprocessing.set_forkserver_preload(
 
 def pytest_addoption(parser):
     parser.addoption("--kill-rounds", type=int, default=4, help="how often test_interruptions.py kills a run")
+    parser.addoption("--compile", action="store_true", help="all blocks of the tests' own process are compiled")
+
+
+@pytest.fixture
+def traced() -> Iterator[None]:
+    """Compilation traces, forward and backward, without generating code, which takes most of the time."""
+    torch.compiler.reset()
+    torch.compiler.set_default_backend("aot_eager")
+    yield
+    torch.compiler.set_default_backend(None)
+
+
+@pytest.fixture(autouse=True)
+def compiled(request, monkeypatch) -> None:
+    if request.config.getoption("--compile"):
+        request.getfixturevalue("traced")
+        for block in (mmdit.DoubleBlock, mmdit.SingleBlock):
+            forward = torch.compile(block.forward, fullgraph=True, dynamic=True, recompile_limit=MOST_VARIANTS)
+            monkeypatch.setattr(block, "forward", forward)
 
 
 @pytest.fixture

@@ -125,6 +125,12 @@ def test_gradients_of_two_ranks_equal_one(single, args):
     assert not found["unsharded"]
 
 
+def test_blocks_may_stay_cut_over_fewer_ranks(single):
+    found = on_ranks(4, sharded_gradients, 4, False, 2, 1)
+    for name, gradient in single.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-6)
+
+
 class Gatherings(TorchDispatchMode):
     def __init__(self):
         super().__init__()

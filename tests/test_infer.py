@@ -122,6 +122,16 @@ def test_the_same_pictures_on_two_processes_in_other_batches_and_orders(trained,
     assert furthest(tmp_path / "shuffled", reference, names) <= 1
 
 
+def test_compiled_blocks_draw_the_same_pictures(trained, reference, tmp_path, traced):
+    found = torch._dynamo.utils.counters["stats"]
+    before = found["unique_graphs"]
+    draw(trained, tmp_path / "compiled", "inferencer.compile=true")
+    assert found["unique_graphs"] > before
+    names = files(reference).keys()
+    assert files(tmp_path / "compiled").keys() == names
+    assert furthest(tmp_path / "compiled", reference, names) <= 1
+
+
 def test_killed_three_times_and_gone_on_with(trained, reference, tmp_path):
     output, chance = tmp_path / "pictures", random.Random()
     job = arguments(trained, output)
