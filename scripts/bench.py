@@ -8,6 +8,7 @@
     .venv/bin/python scripts/bench.py sample     guidance, and packed against padded sampling
     .venv/bin/python scripts/bench.py optim      the optimizer and the EMA against their plain forms
     .venv/bin/python scripts/bench.py save       what a save costs the steps beside it
+    .venv/bin/python scripts/bench.py grow       time and memory over tokens, batch and width
 
 One thread; CPU seconds, those of worker processes included; contenders take turns, medians count. Exit code 1 if a
 bound is missed. The peers come by scripts/setup.sh --group bench.
@@ -19,8 +20,10 @@ import argparse
 import json
 import platform
 import sys
+from contextlib import redirect_stdout
 
 import bench_data
+import bench_growth
 import bench_method
 import bench_model
 import bench_save
@@ -29,7 +32,7 @@ import torch
 from selfe import launch
 
 VERBS = {name: getattr(bench_data, name) for name in ("data", "manifest", "cache")}
-VERBS |= {"step": bench_model.step, "save": bench_save.save}
+VERBS |= {"step": bench_model.step, "save": bench_save.save, "grow": bench_growth.grow}
 VERBS |= {name: getattr(bench_method, name) for name in ("selfe", "sample", "optim")}
 
 
@@ -40,7 +43,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="the only form there is; accepted to be named")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    result = VERBS[options.verb](options.rounds)
+    with redirect_stdout(sys.stderr):  # what parts of selfe say on the way
+        result = VERBS[options.verb](options.rounds)
     machine = {"machine": f"{platform.machine()}, {platform.system()}", "torch": torch.__version__}
     print(json.dumps({"verb": options.verb} | machine | result, indent=1))
     if not all(verdict["pass"] for verdict in result["verdicts"]):

@@ -17,7 +17,7 @@ from selfe.buckets import Buckets
 from selfe.types import Packed, TextCond, UserError, packed
 
 BATCH, BATCHES = 8, 3  # samples in a batch; batches, each of other lengths, in a round
-PATCH_DIM, TEXT_DIM, POOLED_DIM, WIDTH, HEADS, DOUBLE, SINGLE = 64, 512, 64, 256, 4, 2, 4
+PATCH_DIM, TEXT_DIM, POOLED_DIM, WIDTH, HEAD_DIM, DOUBLE, SINGLE = 64, 512, 64, 256, 64, 2, 4
 Inputs = tuple[Packed, Tensor, Tensor, TextCond]
 Shapes = tuple[list[tuple[int, int]], list[int]]  # grids, and lengths of captions
 
@@ -67,9 +67,10 @@ def turn(net: nn.Module, calls: Sequence[tuple], autocast: bool) -> Callable[[],
     return work
 
 
-def denoiser(seed: int = 0) -> MMDiT:
+def denoiser(seed: int = 0, width: int = WIDTH) -> MMDiT:
     """Of performance size; far from the zeros of the start, so that nothing can be skipped."""
-    net = MMDiT(PATCH_DIM, TEXT_DIM, POOLED_DIM, WIDTH, HEADS, DOUBLE, SINGLE, rope_axes=(8, 28, 28))
+    sizes = PATCH_DIM, TEXT_DIM, POOLED_DIM, width, width // HEAD_DIM, DOUBLE, SINGLE
+    net = MMDiT(*sizes, rope_axes=(8, 28, 28))
     return randomised(net, seed)
 
 
@@ -82,8 +83,8 @@ def flux() -> nn.Module:
         in_channels=PATCH_DIM,
         num_layers=DOUBLE,
         num_single_layers=SINGLE,
-        attention_head_dim=WIDTH // HEADS,
-        num_attention_heads=HEADS,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=WIDTH // HEAD_DIM,
         joint_attention_dim=TEXT_DIM,
         pooled_projection_dim=POOLED_DIM,
         axes_dims_rope=(8, 28, 28),
@@ -127,9 +128,8 @@ def padded(x: Packed, t: Tensor, s: Tensor, cond: TextCond, captions_to: int = 0
     image, text = (nn.utils.rnn.pad_sequence(part.split(), batch_first=True) for part in (x, cond.text))
     text = nn.functional.pad(text, (0, 0, 0, max(captions_to - text.shape[1], 0)))
     places = torch.zeros(image.shape[1], 3)
-    places[:, 1] = torch.arange(
-        len(places)
-    )  # one table for all pictures is all it takes; what stands there costs nothing
+    # one table for all pictures is all it takes; what stands there costs nothing
+    places[:, 1] = torch.arange(len(places))
     return image, text, cond.pooled, t, places, torch.zeros(text.shape[1], 3)
 
 
