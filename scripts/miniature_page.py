@@ -73,11 +73,11 @@ def measure_table(study, guidance: float) -> str:
     for steps in STEPS:
         for config, label in LABELS.items():
             if row := study.row(config, steps, guidance):
-                names = ("shape", "foreground", "background", "held_out", "fd", "place", "spread", "gamut")
-                digits = (2, 2, 2, 2, 0, 2, 3, 3)
+                names = ("shape", "foreground", "background", "held_out", "fd", "extent", "place", "spread", "gamut")
+                digits = (2, 2, 2, 2, 0, 2, 2, 3, 3)
                 lines.append([str(steps), label, *(number(row[n], d) for n, d in zip(names, digits, strict=True))])
-    head = "N", "model", "shape", "foreground", "background", "held-out ok", "FD", "place", "colour spread", "gamut"
-    return table(list(head), lines)
+    head = ["N", "model", "shape", "foreground", "background", "held-out ok", "FD", "extent", "place", "colour spread"]
+    return table([*head, "gamut"], lines)
 
 
 def ablation_table(study) -> str:

@@ -77,6 +77,7 @@ class Study:
         right = np.stack([s["right"].all(axis=1) for s in found])
         low, high = interval(right)
         distances = self.distance(config, cell)
+        extent_of_real = np.cov(self.reference(config)["features"], rowvar=False).trace()
         return {
             "model": config, "steps": steps, "guidance": guidance, "eta": eta, "cell": cell, "seeds": len(found),
             "ok": right.mean(), "ok_low": low, "ok_high": high, "ok_seeds": right.mean(axis=1).tolist(),
@@ -85,6 +86,7 @@ class Study:
             "background": np.mean([s["right"][:, 2].mean() for s in found]),
             "held_out": right[:, self.unseen].mean(), "trained": right[:, ~self.unseen].mean(),
             "fd": np.mean(distances), "fd_seeds": distances,
+            "extent": np.mean([np.cov(s["features"], rowvar=False).trace() for s in found]) / extent_of_real,
             "place": np.mean([s["place"].std(axis=0).mean() for s in found]),
             "spread": np.mean([s["background"].std(axis=0).mean() for s in found]),
             "gamut": np.mean([s["gamut"].mean() for s in found]),
