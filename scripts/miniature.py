@@ -85,9 +85,9 @@ QUICK = (  # the length of the ablations, see configs/mini/short.yaml
 )
 MAIN = ("flow_matching", "selfe", "selfe_floor")
 SHORT = (
-    "short_flow_matching", "short_floor", "wrong_sign", "no_verdict", "short_selfe", "selfe_late", "aux_late",
-    "aux_from_start", "no_normalisation", "floor_aux", "contrast_flow_matching", "contrast_floor", "contrast_selfe",
-    "lambda_1",
+    "short_flow_matching", "short_selfe", "short_floor", "wrong_sign", "no_verdict", "lambda_1", "floor_aux",
+    "aux_late", "contrast_flow_matching", "contrast_floor", "no_normalisation", "aux_from_start", "selfe_late",
+    "contrast_selfe",
 )  # fmt: skip
 
 
@@ -230,7 +230,11 @@ def main() -> None:
         with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
             waiting = [pool.submit(work, run, out, count, QUICK if given.quick else ()) for run in runs]
             for number, future in enumerate(as_completed(waiting), 1):
-                name, seconds = future.result()
+                try:
+                    name, seconds = future.result()
+                except SystemExit:
+                    pool.shutdown(wait=False, cancel_futures=True)  # the other model may end, none begins
+                    raise
                 say(f"{number}/{len(runs)} {name}: {seconds / 60:.1f} minutes")
     command = f"scripts/miniature.py{' --quick' * given.quick} --seeds {seeds} --count {count}"
     report(out, runs, count, command, ROOT / "docs" if given.docs or not given.quick else None)
