@@ -71,7 +71,7 @@ def cells(name: str, full: bool) -> tuple[Cell, ...]:
     first = plain if plain or "floor" in name else ONE_STEP
     found = [Cell(n, w, 0.0, first if n == 1 else plain) for n in (1, 2, 4, 8, 32) for w in (1.0, 2.0, 3.0)]
     if full:
-        found += [Cell(n, w, 0.0, plain) for n in (2, 4, 8) for w in (1.25, 1.5)]
+        found += [Cell(n, w, 0.0, plain) for n in (2, 4, 8) for w in (0.75, 1.25, 1.5)]
         found += [Cell(n, w, 1.0, plain) for n in (2, 4, 8) for w in (1.0, 2.0)]
         if not plain:
             found += [Cell(n, 1.0, 0.0, r) for n in (1, 2) for r in (0.0, 0.5, 0.6, 0.7, 0.75, 0.8, 1.0)]

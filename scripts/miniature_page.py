@@ -13,6 +13,7 @@ from matplotlib import pyplot as plt
 LABELS = {"flow_matching": "flow matching", "selfe": "Self-E", "selfe_floor": "Self-E, floor"}
 COLOURS = {"flow_matching": "#777777", "selfe": "#1f77b4", "selfe_floor": "#d62728"}
 STEPS = (1, 2, 4, 8, 32)
+SWEEP = (0.75, 1.0, 1.25, 1.5, 2.0, 3.0)  # of guidance; the first is less than none
 ABLATIONS = {
     "short_flow_matching": "flow matching",
     "short_selfe": "Self-E (the paper's form)",
@@ -87,13 +88,17 @@ def ablation_table(study) -> str:
             continue
         cells = [label]
         for guidance in (1.0, 2.0):
-            cells += [number((r := study.row(config, n, guidance)) and r["ok"]) for n in STEPS]
-        four = study.row(config, 4, 2.0)
-        one = study.row(config, 1, 1.0)
-        cells += [number(four and four["fd"], 0), number(four and four["held_out"])]
-        lines.append([*cells, number(one and one["place"]), number(one and one["gamut"], 3)])
-    head = ["", *(f"N={n}, w={w}" for w in (1, 2) for n in STEPS), "FD N=4, w=2", "held-out ok N=4, w=2"]
-    return table([*head, "place N=1", "gamut N=1"], lines)
+            cells += [number((r := study.row(config, n, guidance)) and r["ok"]) for n in STEPS[:-1]]
+        for steps, guidance, name, digits in (
+            (2, 1.0, "fd", 0), (4, 1.0, "fd", 0), (4, 1.0, "extent", 2), (4, 2.0, "fd", 0), (4, 2.0, "held_out", 2),
+            (1, 1.0, "place", 2), (1, 1.0, "gamut", 3), (4, 1.0, "log_norm", 2),
+        ):  # fmt: skip
+            row = study.row(config, steps, guidance)
+            cells.append(number(row and row[name], digits))
+        lines.append(cells)
+    head = ["", *(f"N={n}, w={w}" for w in (1, 2) for n in STEPS[:-1]), "FD N=2, w=1", "FD N=4, w=1"]
+    head += ["extent N=4, w=1", "FD N=4, w=2", "held-out ok N=4, w=2", "place N=1, w=1", "gamut N=1, w=1"]
+    return table([*head, "log norm N=4, w=1"], lines)
 
 
 def equal_compute_table(study, everything: dict) -> str:
@@ -138,11 +143,11 @@ def trade_table(study) -> str:
     for config, label in LABELS.items():
         for steps in (2, 4, 8):
             cells = [label, str(steps)]
-            for w in (1.0, 1.25, 1.5, 2.0, 3.0):
+            for w in SWEEP:
                 row = study.row(config, steps, w)
                 cells.append(f"{row['ok_seeds'][0]:.2f} / {row['fd_seeds'][0]:.0f}" if row else "-")
             lines.append(cells)
-    return table(["model", "N", *(f"w = {w:g}" for w in (1, 1.25, 1.5, 2, 3))], lines)
+    return table(["model", "N", *(f"w = {w:g}" for w in SWEEP)], lines)
 
 
 def verdict_table(verdicts: list[dict]) -> str:
@@ -186,7 +191,7 @@ def curves(study, config: str, label: str, axes: np.ndarray) -> None:
     axes[0, 0].plot(steps, [row["ok"] for row in rows], "o-", color=colour, label=label)
     axes[0, 0].fill_between(steps, *([row[k] for row in rows] for k in ("ok_low", "ok_high")), color=colour, alpha=0.2)
     axes[0, 1].plot(steps, [row["fd"] for row in rows], "o-", color=colour)
-    trade = [row for w in (1.0, 1.25, 1.5, 2.0, 3.0) if (row := study.row(config, 4, w))]
+    trade = [row for w in SWEEP if (row := study.row(config, 4, w))]
     axes[0, 2].plot([r["ok_seeds"][0] for r in trade], [r["fd_seeds"][0] for r in trade], "o-", color=colour)
     for row in trade:
         axes[0, 2].annotate(f"{row['guidance']:g}", (row["ok_seeds"][0], row["fd_seeds"][0]), fontsize=7)
