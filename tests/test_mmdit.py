@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from selfe.backbones.mmdit import MMDiT, grid_angles, rotate
+from selfe.backbones.layout import grid_angles
+from selfe.backbones.mmdit import MMDiT, rotate
 from selfe.types import Packed, TextCond, packed
 
 SMALL = {"patch_dim": 8, "text_dim": 12, "pooled_dim": 6, "width": 48, "num_heads": 2, "rope_axes": (4, 8, 12)}

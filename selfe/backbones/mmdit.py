@@ -1,13 +1,8 @@
-"""Dual-time MMDiT: FLUX's denoiser on packed tokens, with a second clock (arXiv 2512.22374, S.2).
-
-The stream lies as [all text | all image], so that each modality's weights see one contiguous slice; attention alone
-needs [text_i | image_i] sample by sample, and reaches it through index maps made once per call (`Layout`).
-"""
+"""Dual-time MMDiT: FLUX's denoiser on packed tokens, with a second clock (arXiv 2512.22374, S.2)."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -15,7 +10,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from selfe.attention import Sequences, attend
+from selfe.attention import attend
+from selfe.backbones.layout import Layout, Runs
 from selfe.draws import generator
 from selfe.types import Packed, TextCond, UserError
 
@@ -117,8 +113,9 @@ class DoubleBlock(nn.Module):
         n = layout.num_text
         halves = (self.text, x[:n], layout.text), (self.image, x[n:], layout.image)
         mods = [half.modulation(clock).chunk(6, dim=-1) for half, _, _ in halves]
-        qkv = [half.qkv(x, *mod[:2], runs) for (half, x, runs), mod in zip(halves, mods, strict=True)]
-        attended = attention(*(torch.cat(parts) for parts in zip(*qkv, strict=True)), layout)
+        # a generator: what the halves make is not held longer than it takes to join it
+        qkv = (half.qkv(x, *mod[:2], runs) for (half, x, runs), mod in zip(halves, mods, strict=True))
+        attended = attention(*(layout.sort(torch.cat(parts)) for parts in zip(*qkv, strict=True)), layout)
         parts = (attended[:n], attended[n:])
         return torch.cat(
             [
@@ -151,8 +148,8 @@ class Half(nn.Module):
         self, x: Tensor, attended: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, mlp_gate: Tensor, runs: Runs
     ) -> Tensor:
         """Residual of the attention (n, width), then of the MLP."""
-        x = torch.addcmul(x, runs.spread(gate), self.attention_out(attended))
-        return torch.addcmul(x, runs.spread(mlp_gate), self.mlp(modulate(x, shift, scale, runs)))
+        x = runs.addcmul(x, self.attention_out(attended), gate)
+        return runs.addcmul(x, self.mlp(modulate(x, shift, scale, runs)), mlp_gate)
 
 
 class SingleBlock(nn.Module):
@@ -170,13 +167,18 @@ class SingleBlock(nn.Module):
         """Stream x (T, width), clock (B, width) -> (T, width)."""
         # text, then image: every sample's numbers are needed twice
         shift, scale, gate = self.modulation(clock).repeat(2, 1).chunk(3, dim=-1)
-        qkv, mlp = self.qkv_mlp_in(modulate(x, shift, scale, layout.stream)).split(
-            [3 * x.shape[1], self.hidden], dim=-1
-        )
-        q, k, v = rearrange(qkv, "n (three heads d) -> three n heads d", three=3, heads=self.num_heads)
-        attended = attention(*self.qk_norm(q, k), v, layout)
-        update = self.attention_mlp_out(torch.cat([attended, F.gelu(mlp, approximate="tanh")], dim=-1))
-        return torch.addcmul(x, layout.stream.spread(gate), update)
+        h = modulate(x, shift, scale, layout.stream)
+        # one layer in two products: what the MLP makes is not held during attention, nor q, k and v during the MLP
+        sizes = [3 * x.shape[1], self.hidden]
+        qkv_in, mlp_in = zip(self.qkv_mlp_in.weight.split(sizes), self.qkv_mlp_in.bias.split(sizes), strict=True)
+        attended = self.attend(F.linear(h, *qkv_in), layout)
+        mlp = F.gelu(F.linear(h, *mlp_in), approximate="tanh")
+        return layout.stream.addcmul(x, self.attention_mlp_out(torch.cat([attended, mlp], dim=-1)), gate)
+
+    def attend(self, qkv: Tensor, layout: Layout) -> Tensor:
+        """qkv (T, 3 width), both in the stream's order -> (T, width)."""
+        q, k, v = rearrange(layout.sort(qkv), "n (three heads d) -> three n heads d", three=3, heads=self.num_heads)
+        return attention(*self.qk_norm(q, k), v, layout)
 
 
 class QKNorm(nn.Module):
@@ -206,97 +208,7 @@ def sinusoid(t: Tensor) -> Tensor:
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, runs: Runs) -> Tensor:
     """Layer norm of x (n, width) without weights, then its sample's scale and shift (B, width)."""
-    return torch.addcmul(runs.spread(shift), F.layer_norm(x, x.shape[-1:], eps=1e-6), runs.spread(1 + scale))
-
-
-@dataclass(frozen=True)
-class Runs:
-    """Tokens that lie run by run, each run sharing the numbers of one row."""
-
-    owner: Tensor  # (n,) the row of a token, ascending
-    lens: Tensor  # (rows,)
-
-    def spread(self, values: Tensor) -> Tensor:
-        """values (rows, width) -> (n, width), every token getting its row."""
-        return Spread.apply(values, self.owner, self.lens)
-
-
-class Spread(torch.autograd.Function):
-    """The rows `owner` of values, with a backward that sums run by run.
-
-    Indexing's own backward adds with atomics, in an order that varies from run to run and so does the last bit.
-    """
-
-    @staticmethod
-    def forward(ctx, values: Tensor, owner: Tensor, lens: Tensor) -> Tensor:
-        # with a separate setup_context, torch would look up this signature at every call, slower than the work itself
-        ctx.save_for_backward(lens)
-        return values.index_select(0, owner)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        (lens,) = ctx.saved_tensors
-        working = torch.promote_types(grad.dtype, torch.float32)
-        total = torch.segment_reduce(grad.to(working), "sum", lengths=lens, unsafe=True)
-        return total.to(grad.dtype), None, None
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How one call's stream [all text | all image] maps to samples and to attention's order. Made once per call."""
-
-    num_text: int
-    text: Runs  # a run for each sample
-    image: Runs
-    stream: Runs  # 2 B runs: the samples' text, then their images
-    order: Tensor  # (T,) stream positions in attention's order: [text | image] sample by sample, the shortest first
-    inverse: Tensor  # (T,) the way back
-    sequences: Sequences  # one for each sample, text and image together, in attention's order
-    rotation: tuple[Tensor, Tensor]  # cosines and sines (T, 1, head_dim / 2), in attention's order
-
-    @classmethod
-    def of(cls, image: Packed, text: Packed, axes: tuple[int, ...], theta: float) -> Layout:
-        device, num_text = image.tokens.device, text.tokens.shape[0]
-        total = [i + n for i, n in zip(image.lens, text.lens, strict=True)]
-        samples = sorted(range(len(total)), key=total.__getitem__)
-        place = torch.empty(len(total), dtype=torch.int64)
-        place[samples] = torch.arange(len(total))
-        place = place.to(device)
-        # stable: text stays before image within a sample
-        order = torch.argsort(torch.cat([place[text.owner], place[image.owner]]), stable=True)
-        lens = [torch.tensor(part.lens, device=device) for part in (text, image)]
-        angles = [
-            part
-            for i in samples
-            for part in (
-                torch.zeros(text.lens[i], sum(axes) // 2, dtype=torch.float64),
-                grid_angles(image.grids[i], axes, theta),
-            )
-        ]
-        angles = torch.cat(angles)[:, None].to(device)
-        working = torch.promote_types(image.tokens.dtype, torch.float32)
-        return cls(
-            num_text=num_text,
-            text=Runs(text.owner, lens[0]),
-            image=Runs(image.owner, lens[1]),
-            stream=Runs(torch.cat([text.owner, image.owner + len(text)]), torch.cat(lens)),
-            order=order,
-            inverse=torch.argsort(order),
-            sequences=Sequences.of([total[i] for i in samples], device),
-            rotation=(angles.cos().to(working), angles.sin().to(working)),
-        )
-
-
-@lru_cache(maxsize=256)
-def grid_angles(grid: tuple[int, int], axes: tuple[int, ...], theta: float) -> Tensor:
-    """RoPE angles (rows * columns, head_dim / 2) of a picture's patches at (frame 0, row, column); text has angle 0."""
-    rows, columns = grid
-    position = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).double()  # (n, 2)
-    position = torch.cat([torch.zeros(rows * columns, 1, dtype=torch.float64), position], dim=1)
-    parts = [
-        position[:, [i]] * theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim) for i, dim in enumerate(axes)
-    ]
-    return torch.cat(parts, dim=1)
+    return runs.addcmul(runs.spread(shift), F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
 @lru_cache(maxsize=16)
@@ -318,20 +230,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """Joint attention of each sample's text and image; q, k, v (T, heads, head_dim) in stream order -> (T, width)."""
-    q, k, v = (Reorder.apply(x, layout.order, layout.inverse) for x in (q, k, v))
+    """Of each sample's text and image together; sorted q, k, v (T, heads, head_dim) -> (T, width) of the stream."""
     q, k = rotate(q, *layout.rotation), rotate(k, *layout.rotation)
-    return Reorder.apply(attend(q, k, v, layout.sequences), layout.inverse, layout.order).flatten(1)
-
-
-class Reorder(torch.autograd.Function):
-    """The rows of x in a new order, whose backward is the inverse permutation rather than a sum over indices."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return x.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+    return layout.unsort(attend(q, k, v, layout.sequences).flatten(1))

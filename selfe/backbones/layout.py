@@ -1,0 +1,150 @@
+"""Where the tokens of a packed batch lie: [all text | all image] for weights, [text_i | image_i] for attention.
+
+The stream lies so that each modality's weights see one contiguous slice; attention alone needs sample by sample, and
+reaches it through index maps made once per call (`Layout`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from selfe.attention import Sequences
+from selfe.types import Packed
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one call's stream [all text | all image] maps to samples and to attention's order. Made once per call."""
+
+    num_text: int
+    text: Runs  # a run for each sample
+    image: Runs
+    stream: Runs  # 2 B runs: the samples' text, then their images
+    order: Tensor  # (T,) stream positions in attention's order: [text | image] sample by sample, the shortest first
+    inverse: Tensor  # (T,) the way back
+    sequences: Sequences  # one for each sample, text and image together, in attention's order
+    rotation: tuple[Tensor, Tensor]  # cosines and sines (T, 1, head_dim / 2), in attention's order
+
+    @classmethod
+    def of(cls, image: Packed, text: Packed, axes: tuple[int, ...], theta: float) -> Layout:
+        device, num_text = image.tokens.device, text.tokens.shape[0]
+        total = [i + n for i, n in zip(image.lens, text.lens, strict=True)]
+        samples = sorted(range(len(total)), key=total.__getitem__)
+        place = torch.empty(len(total), dtype=torch.int64)
+        place[samples] = torch.arange(len(total))
+        place = place.to(device)
+        # stable: text stays before image within a sample
+        order = torch.argsort(torch.cat([place[text.owner], place[image.owner]]), stable=True)
+        lens = [torch.tensor(part.lens, device=device) for part in (text, image)]
+        angles = [
+            part
+            for i in samples
+            for part in (
+                torch.zeros(text.lens[i], sum(axes) // 2, dtype=torch.float64),
+                grid_angles(image.grids[i], axes, theta),
+            )
+        ]
+        angles = torch.cat(angles)[:, None].to(device)
+        working = torch.promote_types(image.tokens.dtype, torch.float32)
+        return cls(
+            num_text=num_text,
+            text=Runs(text.owner, lens[0]),
+            image=Runs(image.owner, lens[1]),
+            stream=Runs(torch.cat([text.owner, image.owner + len(text)]), torch.cat(lens)),
+            order=order,
+            inverse=torch.argsort(order),
+            sequences=Sequences.of([total[i] for i in samples], device),
+            rotation=(angles.cos().to(working), angles.sin().to(working)),
+        )
+
+    def sort(self, x: Tensor) -> Tensor:
+        """The rows of x, from the stream's order to attention's."""
+        return Reorder.apply(x, self.order, self.inverse)
+
+    def unsort(self, x: Tensor) -> Tensor:
+        """And back."""
+        return Reorder.apply(x, self.inverse, self.order)
+
+
+@lru_cache(maxsize=256)
+def grid_angles(grid: tuple[int, int], axes: tuple[int, ...], theta: float) -> Tensor:
+    """RoPE angles (rows * columns, head_dim / 2) of a picture's patches at (frame 0, row, column); text has angle 0."""
+    rows, columns = grid
+    position = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).double()  # (n, 2)
+    position = torch.cat([torch.zeros(rows * columns, 1, dtype=torch.float64), position], dim=1)
+    parts = [
+        position[:, [i]] * theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim) for i, dim in enumerate(axes)
+    ]
+    return torch.cat(parts, dim=1)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Tokens that lie run by run, each run sharing the numbers of one row."""
+
+    owner: Tensor  # (n,) the row of a token, ascending
+    lens: Tensor  # (rows,)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """values (rows, width) -> (n, width), every token getting its row."""
+        return Spread.apply(values, self.owner, self.lens)
+
+    def addcmul(self, base: Tensor, x: Tensor, factor: Tensor) -> Tensor:
+        """base + x * spread(factor), with base and x (n, width) and factor (rows, width)."""
+        return Addcmul.apply(base, x, factor, self.owner, self.lens)
+
+
+def sum_runs(values: Tensor, lens: Tensor) -> Tensor:
+    """(n, width) -> (rows, width), the sum of every run, added up in no less than float32."""
+    working = torch.promote_types(values.dtype, torch.float32)
+    return torch.segment_reduce(values.to(working), "sum", lengths=lens, unsafe=True).to(values.dtype)
+
+
+# Neither function has a separate setup_context: torch would look up its signature at every call, slower than the work.
+
+
+class Spread(torch.autograd.Function):
+    """The rows `owner` of values, with a backward that sums run by run.
+
+    Indexing's own backward adds with atomics, in an order that varies from run to run and so does the last bit.
+    """
+
+    @staticmethod
+    def forward(ctx, values: Tensor, owner: Tensor, lens: Tensor) -> Tensor:
+        ctx.save_for_backward(lens)
+        return values.index_select(0, owner)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return sum_runs(grad, *ctx.saved_tensors), None, None
+
+
+class Addcmul(torch.autograd.Function):
+    """base + x * factor[owner], keeping the rows of factor for the backward and not one for every token."""
+
+    @staticmethod
+    def forward(ctx, base: Tensor, x: Tensor, factor: Tensor, owner: Tensor, lens: Tensor) -> Tensor:
+        ctx.save_for_backward(x, factor, owner, lens)
+        return torch.addcmul(base, x, factor.index_select(0, owner))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        x, factor, owner, lens = ctx.saved_tensors
+        return grad, grad * factor.index_select(0, owner), sum_runs(grad * x, lens), None, None
+
+
+class Reorder(torch.autograd.Function):
+    """The rows of x in a new order, whose backward is the inverse permutation rather than a sum over indices."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
