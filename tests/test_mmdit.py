@@ -101,7 +101,10 @@ def test_rope_is_relative():
     angles = grid_angles((4, 5), (4, 8, 12), 10000.0)
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 1, 24, generator=generator, dtype=torch.float64).expand(20, 1, 24) for _ in range(2))
-    q, k = (rotate(x, angles.cos()[:, None], angles.sin()[:, None])[:, 0] for x in (q, k))
+    rotation = torch.stack([angles.cos(), angles.sin()], dim=-1)[:, None]
+    compiled = torch.compile(rotate, backend="eager", fullgraph=True)  # another form, the same numbers
+    torch.testing.assert_close(compiled(q, rotation), rotate(q, rotation), rtol=0, atol=1e-14)
+    q, k = (rotate(x, rotation)[:, 0] for x in (q, k))
     scores = (q @ k.T).reshape(4, 5, 4, 5)
     torch.testing.assert_close(scores[1:, 1:, 1:, 1:], scores[:-1, :-1, :-1, :-1], rtol=0, atol=1e-12)
 

@@ -30,7 +30,7 @@ class Layout:
     order: Tensor  # (T,) stream positions in attention's order: [text | image] sample by sample, the shortest first
     inverse: Tensor  # (T,) the way back
     sequences: Sequences  # one for each sample, text and image together, in attention's order
-    rotation: tuple[Tensor, Tensor]  # cosines and sines (T, 1, head_dim / 2), in attention's order
+    rotation: Tensor  # (T, 1, head_dim / 2, 2) cosines and sines, in attention's order
 
     @classmethod
     def of(cls, image: Packed, text: Packed, axes: tuple[int, ...], theta: float) -> Layout:
@@ -60,7 +60,7 @@ class Layout:
             order=order,
             inverse=torch.argsort(order),
             sequences=Sequences.of([total[i] for i in samples], device),
-            rotation=(angles.cos().to(working), angles.sin().to(working)),
+            rotation=torch.stack([angles.cos(), angles.sin()], dim=-1).to(working),
         )
 
     def sort(self, x: Tensor) -> Tensor:

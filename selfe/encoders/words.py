@@ -35,15 +35,18 @@ class Words:
 
     def __call__(self, captions: Sequence[str]) -> TextCond:
         """Captions -> text (T, dim) and pooled (B, dim), float32."""
-        texts, pooled = [], []
-        for caption in captions:
-            words = caption.split()[: self.max_words] or [""]
-            word = torch.stack([vector("word", w, self.text_dim) for w in words])
-            place = torch.stack([vector("place", i, self.text_dim) for i in range(len(words))])
-            texts.append(word + place)
-            pooled.append((word * place).sum(dim=0) / len(words) ** 0.5)
+        texts, pooled = zip(*(described(caption, self.text_dim, self.max_words) for caption in captions), strict=True)
         grids = [(1, len(text)) for text in texts]
         return TextCond(packed(torch.cat(texts).to(self.device), grids), torch.stack(pooled).to(self.device))
+
+
+@lru_cache(maxsize=4096)
+def described(caption: str, dim: int, max_words: int) -> tuple[Tensor, Tensor]:
+    """A caption's tokens (n, dim) and pooled vector (dim,)."""
+    words = caption.split()[:max_words] or [""]
+    word = torch.stack([vector("word", w, dim) for w in words])
+    place = torch.stack([vector("place", i, dim) for i in range(len(words))])
+    return word + place, (word * place).sum(dim=0) / len(words) ** 0.5
 
 
 @lru_cache(maxsize=4096)
