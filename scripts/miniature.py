@@ -1,7 +1,7 @@
 """The paper's ablation in miniature: train every variant, draw from each, score the pictures, write docs/miniature.*.
 
     .venv/bin/python scripts/miniature.py            everything, three seeds
-    .venv/bin/python scripts/miniature.py --quick    one seed of the three main variants, fewer pictures
+    .venv/bin/python scripts/miniature.py --quick    one seed of the main variants, 1200 steps, fewer pictures
 
 Two runs at a time, one thread each. What is done is kept in runs/miniature, so the same command continues.
 """
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from miniature_cells import Cell, cells
 from miniature_report import report
 from miniature_score import COMBINATIONS, score, trained_scorer
 
@@ -35,21 +36,6 @@ from selfe.system import System
 
 ROOT = Path(__file__).parents[1]
 BATCH = 256
-ONE_STEP = 0.75  # s at N = 1 in the paper's form: at s = 0 the evaluator is the identity and never taught it anything
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One way to draw from a model."""
-
-    steps: int
-    guidance: float = 1.0
-    eta: float = 0.0
-    s_ratio: float = 0.0
-
-    @property
-    def name(self) -> str:
-        return f"n{self.steps}_w{self.guidance:g}_eta{self.eta:g}_s{self.s_ratio:g}"
 
 
 @dataclass(frozen=True)
@@ -65,30 +51,13 @@ class Run:
         return f"{self.config}_{self.seed}"
 
 
-def cells(name: str, full: bool) -> tuple[Cell, ...]:
-    """What is drawn from a model. Flow matching knows s = t alone; the paper's form has its own rule at N = 1."""
-    plain = 1.0 if "flow_matching" in name else 0.0
-    first = plain if plain or "floor" in name else ONE_STEP
-    found = [Cell(n, w, 0.0, first if n == 1 else plain) for n in (1, 2, 4, 8, 32) for w in (1.0, 2.0, 3.0)]
-    if full:
-        found += [Cell(n, w, 0.0, plain) for n in (2, 4, 8) for w in (0.75, 1.25, 1.5)]
-        found += [Cell(n, w, 1.0, plain) for n in (2, 4, 8) for w in (1.0, 2.0)]
-        if not plain:
-            found += [Cell(n, 1.0, 0.0, r) for n in (1, 2) for r in (0.0, 0.5, 0.6, 0.7, 0.75, 0.8, 1.0)]
-    return tuple(dict.fromkeys(found))
-
-
-QUICK = (  # the length of the ablations, see configs/mini/short.yaml
-    "system.objective.params.tau_steps=550",
-    "trainer.max_steps=1200",
-    "trainer.decay_start=720",
-)
-MAIN = ("flow_matching", "selfe", "selfe_floor")
+QUICK = 1200  # steps; as many as in the ablations
+MAIN = ("flow_matching", "selfe", "selfe_floor", "floor_late")
 SHORT = (
     "short_flow_matching", "short_selfe", "short_floor", "wrong_sign", "no_verdict", "lambda_1", "floor_aux",
-    "aux_late", "contrast_flow_matching", "contrast_floor", "no_normalisation", "aux_from_start", "selfe_late",
-    "contrast_selfe",
+    "aux_late", "no_normalisation", "aux_from_start", "selfe_late",
 )  # fmt: skip
+CONTRAST = ("contrast_flow_matching", "contrast_selfe", "contrast_floor")
 
 
 def plan(seeds: int, quick: bool) -> list[Run]:
@@ -96,8 +65,23 @@ def plan(seeds: int, quick: bool) -> list[Run]:
     runs = [Run(name, seed, cells(name, seed == 1 and not quick)) for seed in range(1, seeds + 1) for name in MAIN]
     if quick:
         return runs + [Run(name, 1, (Cell(2),)) for name in ("wrong_sign", "no_verdict")]
-    few = [Run(name, 1, tuple(c for c in cells(name, False) if c.guidance < 3 and c.steps < 32)) for name in SHORT]
+    few = [
+        Run(name, 1, tuple(c for c in cells(name, False) if c.guidance < 3 and c.steps < 32))
+        for name in CONTRAST + SHORT
+    ]
     return [*runs, Run("flow_matching_long", 1, cells("flow_matching_long", False)), *few]
+
+
+def shortened(name: str, steps: int) -> list[str]:
+    """Arguments that bring a run down to so many steps, its schedules in proportion."""
+    settings = config.load(ROOT / f"configs/mini/{name}.yaml")
+    trainer, objective = settings["trainer"], settings["system"]["objective"].get("params", {})
+    scale = steps / trainer["max_steps"]
+    lengths = {f"trainer.{key}": trainer[key] for key in ("max_steps", "decay_start")}
+    lengths |= {
+        f"system.objective.params.{key}": objective[key] for key in ("start_step", "tau_steps") if key in objective
+    }
+    return [f"{key}={round(scale * value)}" for key, value in lengths.items()]
 
 
 def contrast(name: str) -> tuple[float, float]:
@@ -108,13 +92,14 @@ def scorer_path(out: Path, name: str) -> Path:
     return out / ("scorer_contrast" if name.startswith("contrast") else "scorer") / "scorer.safetensors"
 
 
-def train(run: Run, out: Path, shorter: tuple[str, ...]) -> None:
+def train(run: Run, out: Path, steps: int | None) -> None:
     """`selfe.train` in a process of its own, resumed if it was interrupted; adds up its CPU-seconds."""
     folder = out / run.name
     if (folder / "cpu_seconds.json").exists() and json.loads((folder / "cpu_seconds.json").read_text())["done"]:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = [f"configs/mini/{run.config}.yaml", f"seed={run.seed}", f"trainer.output_dir={folder}", *shorter]
+    arguments = [f"configs/mini/{run.config}.yaml", f"seed={run.seed}", f"trainer.output_dir={folder}"]
+    arguments += shortened(run.config, steps) if steps else []
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with (folder / "train.log").open("a") as log:
         done = subprocess.run([sys.executable, "-m", "selfe.train", *arguments], cwd=ROOT, stdout=log, stderr=log)
@@ -202,11 +187,11 @@ def terms(system: System, net: torch.nn.Module, data: ShapesData, places: int = 
     return found
 
 
-def work(run: Run, out: Path, count: int, shorter: tuple[str, ...]) -> tuple[str, float]:
+def work(run: Run, out: Path, count: int, steps: int | None) -> tuple[str, float]:
     """Train and evaluate one model; the wall-clock seconds that it took."""
     began = time.monotonic()
     torch.set_num_threads(1)
-    train(run, out, shorter)
+    train(run, out, steps)
     evaluate(run, out, count)
     return run.name, time.monotonic() - began
 
@@ -228,7 +213,7 @@ def main() -> None:
             trained_scorer(ShapesData(contrast=contrast(name)), scorer_path(out, name))
         say(f"{len(runs)} models, two at a time")
         with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-            waiting = [pool.submit(work, run, out, count, QUICK if given.quick else ()) for run in runs]
+            waiting = [pool.submit(work, run, out, count, QUICK if given.quick else None) for run in runs]
             for number, future in enumerate(as_completed(waiting), 1):
                 try:
                     name, seconds = future.result()

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from miniature_cells import MILD, RATIOS, STEPS, SWEEP
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 LABELS = {"flow_matching": "flow matching", "selfe": "Self-E", "selfe_floor": "Self-E, floor"}
-COLOURS = {"flow_matching": "#777777", "selfe": "#1f77b4", "selfe_floor": "#d62728"}
-STEPS = (1, 2, 4, 8, 32)
-SWEEP = (0.75, 1.0, 1.25, 1.5, 2.0, 3.0)  # of guidance; the first is less than none
+LABELS |= {"floor_late": "Self-E late, floor"}
+COLOURS = {"flow_matching": "#777777", "selfe": "#1f77b4", "selfe_floor": "#d62728", "floor_late": "#2ca02c"}
 ABLATIONS = {
     "short_flow_matching": "flow matching",
     "short_selfe": "Self-E (the paper's form)",
@@ -26,9 +26,11 @@ ABLATIONS = {
     "aux_from_start": "Self-E, auxiliary term from the start",
     "no_normalisation": "Self-E without target normalisation",
     "lambda_1": "Self-E, lambda at most 1",
-    "contrast_flow_matching": "varied contrast: flow matching",
-    "contrast_selfe": "varied contrast: Self-E",
-    "contrast_floor": "varied contrast: Self-E with the floor",
+}
+CONTRAST = {
+    "contrast_flow_matching": "flow matching",
+    "contrast_selfe": "Self-E (the paper's form)",
+    "contrast_floor": "Self-E with the floor",
 }
 
 
@@ -81,9 +83,9 @@ def measure_table(study, guidance: float) -> str:
     return table([*head, "gamut"], lines)
 
 
-def ablation_table(study) -> str:
+def ablation_table(study, labels: dict[str, str]) -> str:
     lines = []
-    for config, label in ABLATIONS.items():
+    for config, label in labels.items():
         if not study.seeds(config):
             continue
         cells = [label]
@@ -104,7 +106,7 @@ def ablation_table(study) -> str:
 def equal_compute_table(study, everything: dict) -> str:
     """Flow matching with as many CPU-seconds as Self-E beside Self-E, seed 1 of each."""
     lines = []
-    for config in ("flow_matching", "flow_matching_long", "selfe", "selfe_floor"):
+    for config in ("flow_matching", "flow_matching_long", "selfe", "selfe_floor", "floor_late"):
         if not study.seeds(config):
             continue
         label = LABELS.get(config, "flow matching, longer")
@@ -118,14 +120,26 @@ def equal_compute_table(study, everything: dict) -> str:
 
 
 def s_table(study) -> str:
-    """ok at guidance 1 by the s ratio, at N = 1 and 2 (seed 1)."""
-    ratios = (0.0, 0.5, 0.6, 0.7, 0.75, 0.8, 1.0)
+    """ok / FD at guidance 1 by the s ratio, at few steps (seed 1)."""
     lines = []
-    for config in ("selfe", "selfe_floor"):
-        for steps in (1, 2):
-            found = [study.row(config, steps, 1.0, 0, r) for r in ratios]
-            lines.append([LABELS[config], str(steps), *(number(r and r["ok_seeds"][0]) for r in found)])
-    return table(["model", "N", *(f"r = {r:g}" for r in ratios)], lines)
+    for config, label in LABELS.items():
+        for steps in (1, 2, 4) if config != "flow_matching" else ():
+            found = [study.row(config, steps, 1.0, 0, r) for r in RATIOS]
+            cells = [f"{r['ok_seeds'][0]:.2f} / {r['fd_seeds'][0]:.0f}" if r else "-" for r in found]
+            lines.append([label, str(steps), *cells])
+    return table(["model", "N", *(f"r = {r:g}" for r in RATIOS)], lines)
+
+
+def mild_table(study) -> str:
+    """ok and FD at the milder s ratio, all seeds."""
+    lines = []
+    for steps in (2, 4):
+        for config, label in LABELS.items():
+            ratio = None if config == "flow_matching" else MILD
+            found = [study.row(config, steps, w, 0, ratio) for w in (1.0, 2.0, 3.0)]
+            cells = [number(r and r[name], digits) for r in found for name, digits in (("ok", 2), ("fd", 0))]
+            lines.append([str(steps), label, *cells])
+    return table(["N", "model", *(f"{name}, w={w}" for w in (1, 2, 3) for name in ("ok", "FD"))], lines)
 
 
 def eta_table(study) -> str:
@@ -164,8 +178,8 @@ def plots(study, everything: dict, target: Path) -> None:
     for config, label in LABELS.items():
         if study.seeds(config):
             curves(study, config, label, axes)
-    for config in ("selfe", "selfe_floor"):
-        rows = [(r, study.row(config, 1, 1.0, 0, r)) for r in (0.0, 0.5, 0.6, 0.7, 0.75, 0.8, 1.0)]
+    for config in ("selfe", "selfe_floor", "floor_late"):
+        rows = [(r, study.row(config, 1, 1.0, 0, r)) for r in RATIOS]
         rows = [(r, row["ok_seeds"][0]) for r, row in rows if row]
         if rows:
             axes[1, 0].plot(*zip(*rows, strict=True), "o-", color=COLOURS[config], label=LABELS[config])
@@ -220,7 +234,10 @@ def page(study, everything: dict) -> str:
     """docs/miniature.md."""
     seconds, real = everything["cpu_seconds"], everything["real"][""]
     passed = sum(v["pass"] for v in everything["verdicts"])
-    cost = ", ".join(f"{LABELS[c]} {seconds[c]:.0f}" for c in LABELS if seconds.get(c))
+    cost, contrast_cost = (
+        ", ".join(f"{label} {seconds[config]:.0f}" for config, label in labels.items() if seconds.get(config))
+        for labels in (LABELS, CONTRAST)
+    )
     return PAGE.format(
         **everything["setting"],
         machine=everything["machine"], command=everything["command"],
@@ -234,6 +251,10 @@ def page(study, everything: dict) -> str:
         verdicts=verdict_table(everything["verdicts"]),
         main=main_table(study), readme=readme_table(study),
         measures_1=measure_table(study, 1.0), measures_2=measure_table(study, 2.0),
-        ablations=ablation_table(study), compute=equal_compute_table(study, everything),
-        s=s_table(study), eta=eta_table(study), trade=trade_table(study),
+        ablations=ablation_table(study, ABLATIONS),
+        contrast=ablation_table(study, CONTRAST),
+        contrast_cost=f"CPU-seconds: {contrast_cost}." if contrast_cost else "(Not run for this page.)",
+        contrast_norm=number(everything["real"].get("contrast", {}).get("log_norm")),
+        compute=equal_compute_table(study, everything),
+        s=s_table(study), mild=mild_table(study), eta=eta_table(study), trade=trade_table(study),
     )  # fmt: skip
