@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from selfe.backbones.layout import grid_angles
+from selfe.backbones.layout import Runs, grid_angles
 from selfe.backbones.mmdit import MMDiT, rotate
 from selfe.types import Packed, TextCond, packed
 
@@ -107,6 +107,17 @@ def test_rope_is_relative():
     q, k = (rotate(x, rotation)[:, 0] for x in (q, k))
     scores = (q @ k.T).reshape(4, 5, 4, 5)
     torch.testing.assert_close(scores[1:, 1:, 1:, 1:], scores[:-1, :-1, :-1, :-1], rtol=0, atol=1e-12)
+
+
+def test_what_is_spread_over_runs_has_its_gradient():
+    """Both functions with a backward of their own, against finite differences."""
+    runs = Runs.of(torch.tensor([0, 0, 1, 2, 2, 2]), [2, 1, 3])
+    generator = torch.Generator().manual_seed(0)
+    base, x = (torch.randn(6, 4, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2))
+    factor = torch.randn(3, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    torch.testing.assert_close(runs.addcmul(base, x, factor), base + x * runs.spread(factor))
+    assert torch.autograd.gradcheck(runs.addcmul, (base, x, factor))
+    assert torch.autograd.gradcheck(runs.spread, (factor,))
 
 
 def test_bad_axes_are_refused():

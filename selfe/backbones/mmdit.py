@@ -153,7 +153,7 @@ class Half(nn.Module):
 
 
 class SingleBlock(nn.Module):
-    """Text and image as one stream; attention and MLP in parallel, their projections fused."""
+    """Text and image as one stream; attention and MLP in parallel, sharing the layers before and after."""
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float):
         super().__init__()
