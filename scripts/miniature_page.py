@@ -11,8 +11,13 @@ from miniature_cells import MILD, RATIOS, STEPS, SWEEP
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-LABELS = {"flow_matching": "flow matching", "selfe": "Self-E", "selfe_floor": "Self-E, floor"}
-LABELS |= {"floor_late": "Self-E late, floor"}
+LABELS = {
+    "flow_matching": "flow matching",
+    "selfe": "Self-E",
+    "selfe_floor": "Self-E, floor",
+    "floor_late": "Self-E late, floor",
+}
+FORMS = tuple(LABELS)[1:]  # of Self-E
 COLOURS = {"flow_matching": "#777777", "selfe": "#1f77b4", "selfe_floor": "#d62728", "floor_late": "#2ca02c"}
 ABLATIONS = {
     "short_flow_matching": "flow matching",
@@ -106,7 +111,7 @@ def ablation_table(study, labels: dict[str, str]) -> str:
 def equal_compute_table(study, everything: dict) -> str:
     """Flow matching with as many CPU-seconds as Self-E beside Self-E, seed 1 of each."""
     lines = []
-    for config in ("flow_matching", "flow_matching_long", "selfe", "selfe_floor", "floor_late"):
+    for config in ("flow_matching", "flow_matching_long", *FORMS):
         if not study.seeds(config):
             continue
         label = LABELS.get(config, "flow matching, longer")
@@ -122,11 +127,11 @@ def equal_compute_table(study, everything: dict) -> str:
 def s_table(study) -> str:
     """ok / FD at guidance 1 by the s ratio, at few steps (seed 1)."""
     lines = []
-    for config, label in LABELS.items():
-        for steps in (1, 2, 4) if config != "flow_matching" else ():
+    for config in FORMS:
+        for steps in (1, 2, 4):
             found = [study.row(config, steps, 1.0, 0, r) for r in RATIOS]
             cells = [f"{r['ok_seeds'][0]:.2f} / {r['fd_seeds'][0]:.0f}" if r else "-" for r in found]
-            lines.append([label, str(steps), *cells])
+            lines.append([LABELS[config], str(steps), *cells])
     return table(["model", "N", *(f"r = {r:g}" for r in RATIOS)], lines)
 
 
@@ -178,7 +183,7 @@ def plots(study, everything: dict, target: Path) -> None:
     for config, label in LABELS.items():
         if study.seeds(config):
             curves(study, config, label, axes)
-    for config in ("selfe", "selfe_floor", "floor_late"):
+    for config in FORMS:
         rows = [(r, study.row(config, 1, 1.0, 0, r)) for r in RATIOS]
         rows = [(r, row["ok_seeds"][0]) for r, row in rows if row]
         if rows:
