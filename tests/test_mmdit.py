@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from selfe.backbones.layout import Runs, grid_angles
-from selfe.backbones.mmdit import MMDiT, rotate
+from selfe.backbones.mmdit import GELU, MMDiT, rotate
 from selfe.types import Packed, TextCond, packed
 
 SMALL = {"patch_dim": 8, "text_dim": 12, "pooled_dim": 6, "width": 48, "num_heads": 2, "rope_axes": (4, 8, 12)}
@@ -107,6 +107,17 @@ def test_rope_is_relative():
     q, k = (rotate(x, rotation)[:, 0] for x in (q, k))
     scores = (q @ k.T).reshape(4, 5, 4, 5)
     torch.testing.assert_close(scores[1:, 1:, 1:, 1:], scores[:-1, :-1, :-1, :-1], rtol=0, atol=1e-12)
+
+
+def test_gelu_is_the_same_when_compiled():
+    """Another form, the same numbers and slopes: to the rounding in float64, to a step of bf16 in bf16."""
+    compiled = torch.compile(GELU(), backend="eager", fullgraph=True)
+    for dtype, tolerance in ((torch.float64, 1e-14), (torch.bfloat16, 2**-7)):
+        x = torch.linspace(-12, 12, 1001, dtype=torch.float64).to(dtype).requires_grad_()
+        values = [gelu(x) for gelu in (compiled, GELU())]
+        torch.testing.assert_close(*values, rtol=tolerance, atol=tolerance)
+        slopes = [torch.autograd.grad(value.sum(), x)[0] for value in values]
+        torch.testing.assert_close(*slopes, rtol=tolerance, atol=tolerance)
 
 
 def test_what_is_spread_over_runs_has_its_gradient():

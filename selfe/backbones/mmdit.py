@@ -136,7 +136,7 @@ class Half(nn.Module):
         self.qkv_in = nn.Linear(width, 3 * width)
         self.qk_norm = QKNorm(width // num_heads)
         self.attention_out = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), GELU(), nn.Linear(hidden, width))
 
     def qkv(self, x: Tensor, shift: Tensor, scale: Tensor, runs: Runs) -> tuple[Tensor, Tensor, Tensor]:
         """x (n, width) -> q, k, v (n, heads, head_dim)."""
@@ -161,6 +161,7 @@ class SingleBlock(nn.Module):
         self.modulation = nn.Linear(width, 3 * width)
         self.qkv_mlp_in = nn.Linear(width, 3 * width + self.hidden)
         self.qk_norm = QKNorm(width // num_heads)
+        self.gelu = GELU()
         self.attention_mlp_out = nn.Linear(width + self.hidden, width)
 
     def forward(self, x: Tensor, clock: Tensor, layout: Layout) -> Tensor:
@@ -172,7 +173,7 @@ class SingleBlock(nn.Module):
         sizes = [3 * x.shape[1], self.hidden]
         qkv_in, mlp_in = zip(self.qkv_mlp_in.weight.split(sizes), self.qkv_mlp_in.bias.split(sizes), strict=True)
         attended = self.attend(F.linear(h, *qkv_in), layout)
-        mlp = F.gelu(F.linear(h, *mlp_in), approximate="tanh")
+        mlp = self.gelu(F.linear(h, *mlp_in))
         return layout.stream.addcmul(x, self.attention_mlp_out(torch.cat([attended, mlp], dim=-1)), gate)
 
     def attend(self, qkv: Tensor, layout: Layout) -> Tensor:
@@ -191,6 +192,18 @@ class QKNorm(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return self.q_norm(q), self.k_norm(k)
+
+
+class GELU(nn.Module):
+    """x Phi(x), with the tanh approximation of Phi."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return F.gelu(x, approximate="tanh")
+        # (1 + tanh u) / 2 = sigmoid(2 u), and fused an exponential is cheaper than a tanh
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        u = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)
+        return (wide * torch.sigmoid(2 * u)).to(x.dtype)
 
 
 def embedder(width_in: int, width: int) -> nn.Sequential:
