@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor
 
 from selfe.types import Packed
@@ -20,8 +21,17 @@ from selfe.types import Packed
 
 def generator(*key: Hashable) -> np.random.Generator:
     """A fresh generator for this key; equal keys give equal streams on every machine."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+    return np.random.Generator(np.random.Philox(Digest(hashlib.blake2b(repr(key).encode(), digest_size=16).digest())))
+
+
+class Digest(ISeedSequence):
+    """16 bytes that are Philox's key as they stand. Given as `key`, numpy first gathers entropy only to drop it."""
+
+    def __init__(self, digest: bytes):
+        self.digest = digest
+
+    def generate_state(self, n_words: int, dtype: type = np.uint32) -> np.ndarray:
+        return np.frombuffer(self.digest, "<u8", n_words).astype(dtype)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The path, the clock, per-sample sums on packed tokens, and random numbers that depend on their key alone."""
 
+import hashlib
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfe import flow
-from selfe.draws import Draws
+from selfe.draws import Draws, generator
 from selfe.types import Packed, packed
 
 times = st.floats(0, 1)
@@ -144,6 +145,14 @@ def test_draws_do_not_depend_on_the_batch():
         assert torch.equal(draw("t", x.tokens)[rows], getattr(few, draw.__name__)("t", x.tokens))
     together = x.with_tokens(draws.normal_like("noise", x)).select(rows)
     assert torch.equal(together.tokens, few.normal_like("noise", x.select(rows)))
+
+
+def test_a_stream_is_philox_with_the_hash_of_its_key():
+    """What numpy gives for the key by itself: nothing else, such as the machine's entropy, has a say."""
+    key = (7, 3, 5, "noise")
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    philox = np.random.Philox(key=int.from_bytes(digest, "little"))
+    assert np.array_equal(generator(*key).random(100), np.random.Generator(philox).random(100))
 
 
 def test_every_key_and_name_has_its_own_numbers():
