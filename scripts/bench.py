@@ -28,6 +28,7 @@ import bench_method
 import bench_model
 import bench_save
 import torch
+from measuring import keep_memory
 
 from selfe import launch
 
@@ -43,6 +44,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="the only form there is; accepted to be named")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    keep_memory()
     with redirect_stdout(sys.stderr):  # what parts of selfe say on the way
         result = VERBS[options.verb](options.rounds)
     machine = {"machine": f"{platform.machine()}, {platform.system()}", "torch": torch.__version__}

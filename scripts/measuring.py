@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import resource
 import statistics
 from collections.abc import Callable
@@ -15,6 +17,18 @@ from torch.utils.flop_counter import (
 )
 
 aten = torch.ops.aten
+
+
+def keep_memory() -> None:
+    """Let the C library keep what is freed, as the allocator of a GPU does.
+
+    By default glibc returns large tensors to the system and gets them back page by page, or does not, by what happened
+    to be freed before: a process is fast or slow by chance, and most of all who makes the largest temporaries.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_max = -1, -4  # numbers of mallopt(3)
+        ctypes.CDLL(None).mallopt(mmap_max, 0)
+        ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)
 
 
 def cpu_seconds(work: Callable[[], None]) -> float:
