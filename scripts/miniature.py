@@ -1,7 +1,7 @@
 """The paper's ablation in miniature: train every variant, draw from each, score the pictures, write docs/miniature.*.
 
     .venv/bin/python scripts/miniature.py            everything, three seeds
-    .venv/bin/python scripts/miniature.py --quick    one seed of the main variants, 1200 steps, fewer pictures
+    .venv/bin/python scripts/miniature.py --quick    one seed of the main variants, shorter runs, fewer pictures
 
 Two runs at a time, one thread each. What is done is kept in runs/miniature, so the same command continues.
 """
@@ -51,7 +51,7 @@ class Run:
         return f"{self.config}_{self.seed}"
 
 
-QUICK = 1200  # steps; as many as in the ablations
+QUICK = (1200, 48)  # steps, batch; as in the ablations
 MAIN = ("flow_matching", "selfe", "selfe_floor", "floor_late")
 SHORT = (
     "short_flow_matching", "short_selfe", "short_floor", "wrong_sign", "no_verdict", "lambda_1", "floor_aux",
@@ -72,8 +72,8 @@ def plan(seeds: int, quick: bool) -> list[Run]:
     return [*runs, Run("flow_matching_long", 1, cells("flow_matching_long", False)), *few]
 
 
-def shortened(name: str, steps: int) -> list[str]:
-    """Arguments that bring a run down to so many steps, its schedules in proportion."""
+def shortened(name: str, steps: int, batch: int) -> list[str]:
+    """Arguments that bring a run down to so many steps of this batch, its schedules in proportion."""
     settings = config.load(ROOT / f"configs/mini/{name}.yaml")
     trainer, objective = settings["trainer"], settings["system"]["objective"].get("params", {})
     scale = steps / trainer["max_steps"]
@@ -81,7 +81,8 @@ def shortened(name: str, steps: int) -> list[str]:
     lengths |= {
         f"system.objective.params.{key}": objective[key] for key in ("start_step", "tau_steps") if key in objective
     }
-    return [f"{key}={round(scale * value)}" for key, value in lengths.items()]
+    sizes = [f"trainer.{key}={batch}" for key in ("total_batch_size", "micro_batch_size")]
+    return sizes + [f"{key}={round(scale * value)}" for key, value in lengths.items()]
 
 
 def contrast(name: str) -> tuple[float, float]:
@@ -92,14 +93,14 @@ def scorer_path(out: Path, name: str) -> Path:
     return out / ("scorer_contrast" if name.startswith("contrast") else "scorer") / "scorer.safetensors"
 
 
-def train(run: Run, out: Path, steps: int | None) -> None:
+def train(run: Run, out: Path, short: tuple[int, int] | None) -> None:
     """`selfe.train` in a process of its own, resumed if it was interrupted; adds up its CPU-seconds."""
     folder = out / run.name
     if (folder / "cpu_seconds.json").exists() and json.loads((folder / "cpu_seconds.json").read_text())["done"]:
         return
     folder.mkdir(parents=True, exist_ok=True)
     arguments = [f"configs/mini/{run.config}.yaml", f"seed={run.seed}", f"trainer.output_dir={folder}"]
-    arguments += shortened(run.config, steps) if steps else []
+    arguments += shortened(run.config, *short) if short else []
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with (folder / "train.log").open("a") as log:
         done = subprocess.run([sys.executable, "-m", "selfe.train", *arguments], cwd=ROOT, stdout=log, stderr=log)
@@ -187,18 +188,18 @@ def terms(system: System, net: torch.nn.Module, data: ShapesData, places: int = 
     return found
 
 
-def work(run: Run, out: Path, count: int, steps: int | None) -> tuple[str, float]:
+def work(run: Run, out: Path, count: int, short: tuple[int, int] | None) -> tuple[str, float]:
     """Train and evaluate one model; the wall-clock seconds that it took."""
     began = time.monotonic()
     torch.set_num_threads(1)
-    train(run, out, steps)
+    train(run, out, short)
     evaluate(run, out, count)
     return run.name, time.monotonic() - began
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a quarter of the steps, one seed, no ablations")
+    parser.add_argument("--quick", action="store_true", help="shorter runs, one seed, no ablations")
     parser.add_argument("--seeds", type=int, help="default 3, quick 1")
     parser.add_argument("--count", type=int, help="pictures per cell (default 1024, quick 512)")
     parser.add_argument("--docs", action="store_true", help="write docs/ even if quick")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 STEPS = (1, 2, 4, 8, 32)
 SWEEP = (0.75, 1.0, 1.25, 1.5, 2.0, 3.0)  # of guidance; the first is less than none
 ONE_STEP = 0.75  # s at N = 1 in the paper's form: at s = 0 the evaluator is the identity and never taught it anything
-MILD = 0.85  # of the way from s = t_{k+1} to s = t: less of what the verdict taught
-RATIOS = (0.0, 0.5, 0.6, 0.7, 0.75, 0.8, MILD, 1.0)
+MILD = {2: (0.85,), 4: (0.8, 0.85)}  # by steps, r most of the way to s = t: less of what the verdict taught
+RATIOS = (0.0, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 1.0)
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def cells(config: str, full: bool) -> tuple[Cell, ...]:
     own = {n: own_ratio(config, n) for n in STEPS}
     found = [Cell(n, w, 0.0, own[n]) for n in STEPS for w in (1.0, 2.0, 3.0)]
     if "flow_matching" not in config:
-        found += [Cell(n, w, 0.0, MILD) for n in (2, 4) for w in (1.0, 2.0, 3.0)]
+        found += [Cell(n, w, 0.0, r) for n, ratios in MILD.items() for r in ratios for w in (1.0, 2.0, 3.0)]
     if full:
         found += [Cell(n, w, 0.0, own[n]) for n in (2, 4, 8) for w in SWEEP]
         found += [Cell(n, w, 1.0, own[n]) for n in (2, 4, 8) for w in (1.0, 2.0)]

@@ -344,7 +344,7 @@ def test_groups_that_cannot_be_formed_are_told():
 
 
 def test_the_command(capsys):
-    plan.main(["configs/mini/selfe.yaml", "--gpus", "4", "trainer.micro_batch_size=16", "--json"])
+    plan.main(["configs/mini/selfe.yaml", "--gpus", "4", "trainer.micro_batch_size=24", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found["phases"][0]["micro_batches"] == 1
     assert plan_page.text(found).startswith("configs/mini/selfe.yaml on 4 x H100")
