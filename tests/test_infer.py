@@ -138,16 +138,14 @@ def test_killed_three_times_and_gone_on_with(trained, reference, tmp_path):
     seen: dict[str, tuple] = {}
     for size in (1, 2, 1):
         processes = forked.start(size, job)
-        goal, deadline = len(seen) + chance.randint(3, 12), time.monotonic() + 60
+        goal, deadline = len(seen) + chance.randint(3, 8), time.monotonic() + 60
         while len(list(output.glob("*.png"))) < goal and time.monotonic() < deadline:
             time.sleep(0.002)
         time.sleep(chance.random() / 20)
         for process in processes:
             process.kill()
             process.join()
-        codes = {process.exitcode for process in processes}
-        assert -signal.SIGKILL in codes
-        assert codes <= {-signal.SIGKILL, 0}  # one of two may have had nothing left to do
+            assert process.exitcode == -signal.SIGKILL
         there = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in output.glob("*.png")}
         assert goal <= len(there) < 72
         assert there.items() >= seen.items()  # nothing is drawn twice: a file that is there stays what it is
