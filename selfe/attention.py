@@ -57,10 +57,10 @@ def by_length(q: Tensor, k: Tensor, v: Tensor, lens: Tensor) -> tuple[Tensor, Te
     Returns the attended values (T, heads, head_dim) and the log-sum-exp of the scores (T, heads) for the backward.
     """
     attended, lse = torch.empty_like(v), q.new_empty(q.shape[:2])
-    for place, count, n in runs(lens):
-        batch = (x[place].unflatten(0, (count, n)).transpose(1, 2) for x in (q, k, v))
-        out, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*batch)
-        attended[place], lse[place] = out.transpose(1, 2).flatten(0, 1), weight.transpose(1, 2).flatten(0, 1)
+    for *qkv, out, weight in by_run(lens, q, k, v, attended, lse):
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*qkv)
+        out.copy_(found[0])
+        weight.copy_(found[1])
     return attended, lse
 
 
@@ -69,21 +69,19 @@ def by_length_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, attended: Tensor, lse: Tensor, lens: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = tuple(torch.empty_like(x) for x in (q, k, v))
-    for place, count, n in runs(lens):
-        batch = [x[place].unflatten(0, (count, n)).transpose(1, 2) for x in (grad, q, k, v, attended, lse)]
-        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*batch, 0.0, False)
-        for whole, part in zip(grads, parts, strict=True):
-            whole[place] = part.transpose(1, 2).flatten(0, 1)
+    for run in by_run(lens, grad, q, k, v, attended, lse, *grads):
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*run[:6], 0.0, False)
+        for out, part in zip(run[6:], found, strict=True):
+            out.copy_(part)
     return grads
 
 
-def runs(lens: Tensor) -> Iterator[tuple[slice, int, int]]:
-    """(place in T, how many sequences, their length) of every run of equal lengths."""
-    start = 0
-    for n, group in groupby(lens.tolist()):
-        count = len(list(group))
-        yield slice(start, start + count * n), count, n
-        start += count * n
+def by_run(lens: Tensor, *tensors: Tensor) -> Iterator[list[Tensor]]:
+    """For each run of `count` sequences of equal length n, views (count, heads, n, ...) of tensors (T, heads, ...)."""
+    runs = [(len(list(group)), n) for n, group in groupby(lens.tolist())]
+    parts = zip(*(x.split([count * n for count, n in runs]) for x in tensors), strict=True)
+    for shape, run in zip(runs, parts, strict=True):
+        yield [x.view(*shape, *x.shape[1:]).transpose(1, 2) for x in run]
 
 
 @by_length.register_fake

@@ -64,11 +64,8 @@ class Packed:
 
     def select(self, rows: Sequence[int]) -> Packed:
         """The sequences of these samples, in this order; a row may be named more than once."""
-        starts = [0]
-        for n in self.lens:
-            starts.append(starts[-1] + n)
-        index = torch.cat([torch.arange(starts[r], starts[r + 1]) for r in rows])
-        return packed(self.tokens[index.to(self.tokens.device)], [self.grids[r] for r in rows])
+        parts = self.split()
+        return packed(torch.cat([parts[r] for r in rows]), [self.grids[r] for r in rows])
 
 
 def packed(tokens: Tensor, grids: Sequence[tuple[int, int]]) -> Packed:

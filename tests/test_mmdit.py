@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from selfe.backbones.layout import Runs, grid_angles
+from selfe.backbones.layout import Runs, grid_rotation
 from selfe.backbones.mmdit import GELU, MMDiT, rotate
 from selfe.types import Packed, TextCond, packed
 
@@ -98,10 +98,9 @@ def test_initial_values_give_zero_velocity_and_depend_on_name_and_seed_alone():
 
 def test_rope_is_relative():
     """Scores of rotated queries and keys depend on the difference of positions only."""
-    angles = grid_angles((4, 5), (4, 8, 12), 10000.0)
+    rotation = grid_rotation((4, 5), (4, 8, 12), 10000.0, torch.float64)
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 1, 24, generator=generator, dtype=torch.float64).expand(20, 1, 24) for _ in range(2))
-    rotation = torch.stack([angles.cos(), angles.sin()], dim=-1)[:, None]
     compiled = torch.compile(rotate, backend="eager", fullgraph=True)  # another form, the same numbers
     torch.testing.assert_close(compiled(q, rotation), rotate(q, rotation), rtol=0, atol=1e-14)
     q, k = (rotate(x, rotation)[:, 0] for x in (q, k))

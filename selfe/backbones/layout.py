@@ -42,16 +42,13 @@ class Layout:
         place = place.to(device)
         # stable: text stays before image within a sample
         order = torch.argsort(torch.cat([place[text.owner], place[image.owner]]), stable=True)
-        angles = [
+        working = torch.promote_types(image.tokens.dtype, torch.float32)
+        still = torch.tensor([1.0, 0.0], dtype=working).expand(max(text.lens), 1, sum(axes) // 2, 2)  # text: angle 0
+        rotation = [
             part
             for i in samples
-            for part in (
-                torch.zeros(text.lens[i], sum(axes) // 2, dtype=torch.float64),
-                grid_angles(image.grids[i], axes, theta),
-            )
+            for part in (still[: text.lens[i]], grid_rotation(image.grids[i], axes, theta, working))
         ]
-        angles = torch.cat(angles)[:, None].to(device)
-        working = torch.promote_types(image.tokens.dtype, torch.float32)
         return cls(
             num_text=num_text,
             text=Runs.of(text.owner, text.lens),
@@ -60,7 +57,7 @@ class Layout:
             order=order,
             inverse=torch.argsort(order),
             sequences=Sequences.of([total[i] for i in samples], device),
-            rotation=torch.stack([angles.cos(), angles.sin()], dim=-1).to(working),
+            rotation=torch.cat(rotation).to(device),
         )
 
     def sort(self, x: Tensor) -> Tensor:
@@ -73,15 +70,16 @@ class Layout:
 
 
 @lru_cache(maxsize=256)
-def grid_angles(grid: tuple[int, int], axes: tuple[int, ...], theta: float) -> Tensor:
-    """RoPE angles (rows * columns, head_dim / 2) of a picture's patches at (frame 0, row, column); text has angle 0."""
+def grid_rotation(grid: tuple[int, int], axes: tuple[int, ...], theta: float, dtype: torch.dtype) -> Tensor:
+    """RoPE of a picture's patches at (frame 0, row, column): (rows * columns, 1, head_dim / 2, 2) cosines and sines."""
     rows, columns = grid
     position = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).double()  # (n, 2)
     position = torch.cat([torch.zeros(rows * columns, 1, dtype=torch.float64), position], dim=1)
     parts = [
         position[:, [i]] * theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim) for i, dim in enumerate(axes)
     ]
-    return torch.cat(parts, dim=1)
+    angles = torch.cat(parts, dim=1)[:, None]
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).to(dtype)
 
 
 @dataclass(frozen=True)
