@@ -218,6 +218,8 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"{options.manifest}: no such manifest; the first argument is a TSV file")
     limits = Limits(options.base_dir, options.min_side, options.max_pixels)
     report, aside = Report(options.tokenizer), options.write_clean and options.write_clean.with_suffix(".partial")
+    if aside:
+        aside.parent.mkdir(parents=True, exist_ok=True)
     with aside.open("w", encoding="utf-8", newline="\n") if aside else nullcontext() as out:
         for finding in findings(options.manifest, limits, options.workers):
             if report.add(finding) and out:

@@ -253,7 +253,7 @@ def page(study, everything: dict) -> str:
         real_ok=real["ok"], real_fd=real["fd"], real_place=real["place"], real_spread=real["spread"],
         passed=passed, total=len(everything["verdicts"]),
         verdicts=verdict_table(everything["verdicts"]),
-        main=main_table(study), readme=readme_table(study),
+        main=main_table(study),
         measures_1=measure_table(study, 1.0), measures_2=measure_table(study, 2.0),
         ablations=ablation_table(study, ABLATIONS),
         contrast=ablation_table(study, CONTRAST),

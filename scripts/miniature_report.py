@@ -72,7 +72,8 @@ class Study:
         right = np.stack([s["right"].all(axis=1) for s in found])
         low, high = interval(right)
         distances = self.distance(config, cell)
-        extent_of_real = np.cov(self.reference(config)["features"], rowvar=False).trace()
+        features = self.reference(config)["features"]
+        extent_of_real = np.cov(features, rowvar=False).trace()
         return {
             "model": config, "steps": steps, "guidance": guidance, "eta": eta, "cell": cell, "seeds": len(found),
             "ok": right.mean(), "ok_low": low, "ok_high": high, "ok_seeds": right.mean(axis=1).tolist(),
@@ -81,6 +82,7 @@ class Study:
             "background": np.mean([s["right"][:, 2].mean() for s in found]),
             "held_out": right[:, self.unseen].mean(), "trained": right[:, ~self.unseen].mean(),
             "fd": np.mean(distances), "fd_seeds": distances,
+            "fd_of_means": np.mean([np.square(s["features"].mean(0) - features.mean(0)).sum() for s in found]),
             "extent": np.mean([np.cov(s["features"], rowvar=False).trace() for s in found]) / extent_of_real,
             "place": np.mean([s["place"].std(axis=0).mean() for s in found]),
             "spread": np.mean([s["background"].std(axis=0).mean() for s in found]),
@@ -245,7 +247,7 @@ def report(out: Path, runs: list, count: int, command: str, docs: Path | None) -
         "command": command,
         "setting": study.setting,
         "pictures_per_cell": count,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared with other work",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "cpu_seconds": {c: study.cpu_seconds(c) for c in dict.fromkeys(run.config for run in study.runs)},
         "real": {
             name: {"ok": float(s["right"].all(axis=1).mean()), "place": float(s["place"].std(axis=0).mean()),

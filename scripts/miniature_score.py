@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from selfe.data.shapes import COLOURS, COMBINATIONS, JITTER, SHAPES, Combination, ShapesData
+from selfe.data.shapes import COLOURS, COMBINATIONS, SHAPES, Combination, ShapesData
 from selfe.draws import generator
 from selfe.log import Progress
 
@@ -143,6 +143,3 @@ def held_out(data: ShapesData) -> np.ndarray:
     """Numbers of the combinations that training never saw."""
     unseen: tuple[Combination, ...] = data.combinations["val"]
     return np.array([COMBINATIONS.index(c) for c in unseen])
-
-
-SPREAD = JITTER / 3**0.5  # of a real background's channel: uniform within +- JITTER

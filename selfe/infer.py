@@ -173,7 +173,8 @@ class Inferencer:
         if self.gallery and len(todo) <= gallery.MOST:
             gallery.build([folder], folder / "gallery.html")
         elif self.gallery:
-            log.say(f"no gallery of {len(todo)} pictures; python -m selfe.gallery {folder} makes one all the same")
+            command = f".venv/bin/python -m selfe.gallery {folder}"
+            log.say(f"no gallery of {len(todo)} pictures; {command} makes one all the same")
 
 
 def record(picture: Picture, facts: dict) -> dict:
