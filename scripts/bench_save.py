@@ -66,7 +66,7 @@ def measure(fit: Fit, rounds: int) -> tuple[list[Spent], list[Spent], list[list[
     calls, alone, beside = [], [], []
     for step in steps:
         writing = fit.saver.pending is not None and not fit.saver.pending.done()
-        seconds = spent(lambda step=step: fit.step(step, micro_batches, 0))
+        seconds = spent(lambda step=step: fit.step(step, micro_batches, lambda: 0))
         if step >= STEPS:
             (beside[-1] if writing else alone).append(seconds)
         if (step + 1) % STEPS == 0 and step + 1 < len(steps):

@@ -2,7 +2,8 @@
 
 Trains a few steps twice from the same start, saving every second step: once left alone; once with all of its processes
 killed by SIGKILL at a random moment and started again. Then every byte of the two last checkpoints and every logged
-number must be the same. Exit code 0: they are. Needs room for four checkpoints beside the config's output_dir.
+number must be the same, for which trainer.deterministic is set. Exit code 0: they are. Needs room for four checkpoints
+beside the config's output_dir.
 
   VERIFY_STEPS   how many steps (default 8)
   VERIFY_SEED    of the random moment (default: another one each time; it is printed)
@@ -38,7 +39,12 @@ def main(arguments: list[str]) -> None:
     work = folder.with_name(folder.name + "_verify_resume")
     shutil.rmtree(work, ignore_errors=True)
     short = [f"trainer.stop_step={steps}", "trainer.checkpoint_every=2", "trainer.log_every=1"]
-    quiet = ["trainer.samples.prompts=[]", "trainer.wandb.mode=disabled", "trainer.checkpoints.keep_last=1"]
+    quiet = [
+        "trainer.deterministic=true",
+        "trainer.samples.prompts=[]",
+        "trainer.wandb.mode=disabled",
+        "trainer.checkpoints.keep_last=1",
+    ]
     command = [sys.executable, "-m", "selfe.launch", "train", path, str(processes), *overrides, *short, *quiet]
     say(f"{steps} steps on {processes} processes, left alone")
     seconds = train(command, work / "whole")

@@ -33,8 +33,8 @@ class Sequences:
 def attend(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
     """Softmax attention within each sequence; q, k, v (T, heads, head_dim) -> (T, heads, head_dim).
 
-    On a CPU half precision has a slow backward and is lifted to float32. Elsewhere it has a fused kernel, which full
-    precision has not: that goes sequence by sequence. The meta device has no numbers, but counts what they would cost.
+    On a CPU half precision has a slow backward and is lifted to float32. Elsewhere it has a fused kernel for sequences
+    laid end to end; full precision goes one by one. The meta device has no numbers, but counts what they would cost.
     """
     if q.is_meta:
         return by_length(q, k, v, sequences.lens)[0]
@@ -43,8 +43,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
         return by_length(*(x.to(working) for x in (q, k, v)), sequences.lens)[0].to(q.dtype)
     if q.dtype in HALF:
         return varlen_attn(q, k, v, sequences.ends, sequences.ends, sequences.longest, sequences.longest)
-    each = zip(*(x.transpose(0, 1).split(sequences.lens.tolist(), dim=1) for x in (q, k, v)), strict=True)
-    return torch.cat([F.scaled_dot_product_attention(*qkv) for qkv in each], dim=1).transpose(0, 1)
+    # with a batch of one, without which no fused kernel takes them
+    each = zip(*(x.transpose(0, 1)[None].split(sequences.lens.tolist(), dim=2) for x in (q, k, v)), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*qkv) for qkv in each], dim=2)[0].transpose(0, 1)
 
 
 # ---- one operator with its own backward, so that a compiler need not look inside ----

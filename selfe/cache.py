@@ -27,7 +27,7 @@ from selfe.types import BadSample, UserError
 FIELDS = "high:<u8 low:<u8 offset:<u8 shard:<u4 width:<u4 rows:<u2 columns:<u2"  # the first two are the key
 RECORD = np.dtype([tuple(field.split(":")) for field in FIELDS.split()])
 PLAIN = (str, int, float, bool, tuple, type(None), torch.dtype)
-ELSEWHERE = {"cache_dir"}  # where weights lie is not what they are
+ELSEWHERE = {"cache_dir", "decode_pixels"}  # where weights lie, or how much is decoded at a time, changes no entry
 AGAIN = "run scripts/precompute.py again"
 
 

@@ -67,10 +67,13 @@ def load(path: Path, net: nn.Module, ema: nn.Module, optimizer: Optimizer | None
     state = {names[part]: get_model_state_dict(modules[part]) for part in modules if part in parts}
     check_fits(path, state)
     if "optimizer" in parts:
+        asked = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         state["optimizer"] = get_optimizer_state_dict(net, optimizer)
     dcp.load(state, checkpoint_id=path)
     if "optimizer" in parts:
         set_optimizer_state_dict(net, optimizer, state["optimizer"])
+        for group, settings in zip(optimizer.param_groups, asked, strict=True):
+            group.update(settings)  # moments go on; weight decay and the like are the config's
     for there, missing in (("model", "ema"), ("ema", "model")):
         if missing not in parts:
             set_model_state_dict(modules[missing], state[names[there]])

@@ -183,7 +183,7 @@ def visit_union(value: Any, arms: tuple, path: str, build: bool) -> Any:
     if len(arms) == 1:
         return visit(value, arms[0], path, build)
     problems = []
-    for arm in arms:
+    for arm in sorted(arms, key=lambda arm: type(value) is not arm):  # what it is, before what it can be taken for
         try:
             return visit(value, arm, path, build)
         except Problem as problem:
@@ -261,8 +261,8 @@ def named(dotted: str, path: str) -> Callable:
         raise Problem(path, f"{dotted!r} is not the dotted path of a class: {error}") from error
 
 
-def suggest(key: str, valid: list[str]) -> str:
-    close = get_close_matches(key, valid, n=1)
+def suggest(key: Any, valid: list[str]) -> str:
+    close = get_close_matches(str(key), valid, n=1)
     return f"; did you mean {close[0]}?" if close else f"; valid keys: {', '.join(valid)}"
 
 

@@ -23,6 +23,11 @@ def choose_device(local_rank: int) -> torch.device:
     return torch.device(torch.accelerator.current_accelerator().type, local_rank)
 
 
+def set_deterministic(wanted: bool) -> None:
+    """Whether to give the same bits every time, where kernels have such a form."""
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
+
+
 def synchronize() -> None:
     """Wait until the accelerator has done what it was asked for; a CPU always has."""
     if accelerator_count():

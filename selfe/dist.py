@@ -21,7 +21,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from selfe import blocks
 from selfe.blocks import Recompute
 from selfe.device import choose_device
-from selfe.types import DTYPES, Precision, Read, UserError
+from selfe.types import DTYPES, Precision, Read, UserError, at_least
 
 Group = dist.ProcessGroup
 _notes: dist.Store  # beside the process group, as global as it is
@@ -49,10 +49,14 @@ def world(timeout_minutes: float = 10) -> Iterator[World]:
     store = _store(size)
     _notes = dist.PrefixStore("notes", store)
     dist.init_process_group(store=store, rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes))
+    failed = True
     try:
         yield World(rank, size, device)
+        failed = False
     finally:
-        dist.destroy_process_group()
+        # after a failure peers wait in another call; to wait for them here would keep it from being told
+        if size == 1 or not failed:
+            dist.destroy_process_group()
 
 
 def _store(size: int) -> dist.Store:
@@ -98,8 +102,7 @@ class Gathering:
     prefetch: int = 1  # blocks whose gathering is begun ahead; 0: when they are needed
 
     def __post_init__(self):
-        if self.prefetch < 0:
-            raise ValueError(f"prefetch must be at least 0, got {self.prefetch}")
+        at_least(0, self, "prefetch")
 
 
 def shard(

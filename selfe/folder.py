@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from selfe import config, log
+from selfe.types import UserError
 
 CODE = Path(__file__).parents[1]
 
@@ -22,7 +23,11 @@ def describe(folder: Path, settings: dict, command: list[str], processes: int) -
 
     Files that are there are those of the start before; `starts.jsonl` remembers all of them.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "starts.jsonl").open("a").close()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to ({error.strerror}); set trainer.output_dir") from error
     path = folder / "config.yaml"
     changed = []
     if path.is_file() and any(folder.glob("checkpoints/step_*")):

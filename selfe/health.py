@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from selfe.types import UserError
+
 
 @dataclass(frozen=True)
 class Health:
@@ -63,9 +65,13 @@ class Guard:
         self.skipped += not good
         return good
 
-    @property
-    def exhausted(self) -> bool:
-        return self.in_a_row >= self.health.max_skips
+    def check(self, step: int, norm: float) -> None:
+        """Raise UserError when enough steps have been skipped."""
+        if self.in_a_row >= self.health.max_skips:
+            raise UserError(
+                f"step {step}: {self.in_a_row} steps in a row were skipped, gradient norm {norm:.4g}: training has "
+                "diverged; lower trainer.lr and start again from an earlier checkpoint"
+            )
 
 
 def record(folder: Path, step: int, norm: float, limit: float, micro_batches: list[list[dict]]) -> Path:

@@ -27,7 +27,7 @@ from selfe.jobs import Layout, Picture, Weights
 from selfe.pictures import Format
 from selfe.prompts import Defaults, Request
 from selfe.system import System
-from selfe.types import DTYPES, Precision, UserError
+from selfe.types import DTYPES, Precision, UserError, at_least
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,7 @@ class Inferencer:
     gallery: bool = True
 
     def __post_init__(self):
-        for name in ("batch_size", "batch_pixels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least(1, self, "batch_size", "batch_pixels")
         if self.layout == "geneval" and self.format != "png":
             raise ValueError(f"format {self.format}: layout geneval needs png, its evaluator reads nothing else")
 
@@ -60,14 +58,15 @@ class Inferencer:
         todo = jobs.plan(requests, self.kinds, self.layout, pictures.SUFFIXES[self.format])
         if self.layout == "npz":
             check_one_size(todo)
-        path, folder = checkpoint.find(Path(self.ckpt_dir)), Path(self.output_dir)
+        # a run may save while its weights are drawn from: one process looks, for all
+        path = dist.broadcast(checkpoint.find(Path(self.ckpt_dir)) if world.is_main else None, world)
+        folder = Path(self.output_dir)
         nets, facts = self.load(path, system.backbone, world.device)
         shared = facts | {"precision": self.precision, "format": self.format, "layout": self.layout}
         keep = jobs.opened(folder, shared | of_system(settings), todo, self.layout)
         with keep if world.is_main else nullcontext():
-            dist.barrier()
-            there = set(jobs.drawn(folder)) & {picture.file for picture in todo}
-            dist.barrier()  # nobody may draw before everybody has seen what is missing
+            there = dist.broadcast(set(jobs.drawn(folder)) if world.is_main else None, world)
+            there &= {picture.file for picture in todo}
             if len(there) < len(todo):
                 system.text_encoder = Remembered(system.text_encoder)
                 system.load_encoders(world.device)

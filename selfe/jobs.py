@@ -184,8 +184,12 @@ def opened(folder: Path, facts: dict, todo: Sequence[Picture], layout: Layout) -
     Args:
         facts: what all pictures share, weights' fingerprints and the like; `job.json` keeps them.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:  # let go of when the process ends, however it ends
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to ({error.strerror}); set inferencer.output_dir") from error
+    with lock:  # let go of when the process ends, however it ends
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

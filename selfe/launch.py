@@ -80,6 +80,7 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         return fail(str(error))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes)))
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # 32 MiB, for trainer.deterministic
     logging.disable()  # torchrun reports failures at length; what matters is said below
     with tempfile.TemporaryDirectory() as folder:
         config = LaunchConfig(

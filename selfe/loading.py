@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from selfe import signals
 from selfe.buckets import deal
 from selfe.dist import World
 from selfe.types import Batch, Data, Split, UserError
@@ -20,6 +21,7 @@ def ahead(part: MicroBatches, order: Iterable[tuple[int, int]], num_workers: int
         sampler=order,
         batch_size=None,
         num_workers=num_workers,
+        worker_init_fn=signals.ignore,
         generator=torch.Generator(),  # the loader would otherwise draw from the global one
     )
     return iter(loader)

@@ -97,10 +97,7 @@ def write_cells(folder: Path, step: int, means: dict[str, Tensor]) -> Path:
     }
     with (folder / "cells.jsonl").open("a") as file:
         file.write(json.dumps({"step": step} | tables) + "\n")
-    path = folder / "cells" / f"step_{step + 1:08d}.png"
-    path.parent.mkdir(exist_ok=True)
-    pictures.heat_maps(means).save(path)
-    return path
+    return pictures.save_sheet(pictures.heat_maps(means), folder / "cells", step + 1)
 
 
 @torch.no_grad()

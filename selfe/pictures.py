@@ -47,6 +47,14 @@ def grid(rows: Sequence[Sequence[Image.Image]], gap: int = 2) -> Image.Image:
     return sheet
 
 
+def save_sheet(sheet: Image.Image, folder: Path, done: int) -> Path:
+    """Of a run after so many steps."""
+    path = folder / f"step_{done:08d}.png"
+    path.parent.mkdir(exist_ok=True)
+    sheet.save(path)
+    return path
+
+
 def save(image: Image.Image, path: Path, kind: Format, record: dict) -> None:
     """Write a picture aside and rename it; `record`, with at least a prompt, goes into the file's own metadata.
 

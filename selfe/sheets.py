@@ -29,6 +29,16 @@ class Samples:
     s_ratio: float = 0.0
     sampler: Sampler = Renoise()  # noqa: RUF009 - it has no state
 
+    def __post_init__(self):
+        if min(self.every, *self.size, *self.num_steps, len(self.num_steps)) < 1:
+            raise ValueError("every, size and num_steps must be at least 1; prompts: [] draws nothing")
+
+    def check(self, system: System) -> None:
+        """Raise UserError for what could not be drawn; by every rank, before the first step."""
+        if self.prompts:
+            system.autoencoder.noise([self.size], Draws.of_pictures([(0, "", 0)]))
+            system.encode({"cond": list(self.prompts), "null": [""]})
+
     @torch.no_grad()
     def draw(self, system: System, nets: dict[str, nn.Module], seed: int, world: World) -> dict[str, Image.Image]:
         """A sheet by each denoiser, on rank 0. All ranks draw equally many: sharded calls are collective."""

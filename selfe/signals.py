@@ -9,6 +9,12 @@ import time
 STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
+def ignore(worker: int) -> None:
+    """For a loader's worker, which a signal to all of a rank's processes reaches too: the step is to be finished."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Stopped(Exception):
     """The run was asked to end and has saved its work. Ends the program with exit code 128 + signal."""
 

@@ -67,9 +67,13 @@ class WandbRun:
             known.write_text(f"{folder.name}-{secrets.token_hex(4)}\n")
         name = known.read_text().strip()
         self.wandb = wandb
-        self.run = wandb.init(
-            project=settings.project, name=folder.name, id=name, dir=folder, mode=settings.mode, resume="allow"
-        )
+        where = {"project": settings.project, "name": folder.name, "id": name, "dir": folder, "mode": settings.mode}
+        try:
+            self.run = wandb.init(**where, resume="allow")
+        except wandb.Error as error:
+            raise UserError(
+                f"trainer.wandb: {str(error).splitlines()[0]}; run .venv/bin/wandb login, or set mode=offline"
+            ) from error
 
     def numbers(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)

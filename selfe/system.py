@@ -18,6 +18,7 @@ from selfe.types import (
     Autoencoder,
     Backbone,
     Batch,
+    Data,
     Denoiser,
     Loss,
     Objective,
@@ -48,6 +49,14 @@ class System:
         """
         self.text_encoder.load(device, shard)
         self.autoencoder.load(device)
+
+    def check_data(self, data: Data) -> None:
+        """Raise UserError if pictures of this data cannot be encoded."""
+        if data.multiple % self.autoencoder.multiple:
+            raise UserError(
+                f"data: sides of pictures are multiples of {data.multiple}, but system.autoencoder takes multiples of "
+                f"{self.autoencoder.multiple}; make the one a multiple of the other"
+            )
 
     def loss(self, net: Denoiser, ema: Denoiser, batch: Batch, draws: Draws, step: int) -> Loss:
         """The objective on one micro-batch: captions and pictures in, one loss per sample out."""

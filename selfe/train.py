@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, pairwise, product
@@ -12,20 +12,22 @@ from pathlib import Path
 
 import torch
 
-from selfe import checkpoint, config, dist, ema, flux_format, folder, health, launch, loading, log, observe
+from selfe import checkpoint, config, dist, ema, flux_format, folder, health, launch, loading, log
 from selfe.blocks import Recompute
 from selfe.clock import Clock
+from selfe.device import set_deterministic
 from selfe.dist import Gathering, World
 from selfe.draws import Draws
 from selfe.health import Guard, Health
 from selfe.loading import MicroBatches, expect
-from selfe.observe import Cells, Measured, ema_distance
+from selfe.observe import Cells, Measured, ema_distance, write_cells
+from selfe.pictures import save_sheet
 from selfe.saving import Keep, Saver
 from selfe.sheets import Samples
 from selfe.signals import Ear, Stopped
 from selfe.sinks import Sinks, Wandb
 from selfe.system import System
-from selfe.types import Batch, Data, Precision, Split, UserError
+from selfe.types import Batch, Data, Precision, Split, UserError, at_least
 from selfe.watch import Watch
 
 
@@ -64,6 +66,7 @@ class Trainer:
     gathering: Gathering = Gathering()  # noqa: RUF009 - frozen
     activation_checkpointing: Recompute = True  # k: of every k-th block; selective: of all, but only what is cheap
     compile: bool = False  # every block, once for all shapes; takes a minute or more at the start
+    deterministic: bool = False  # the same bits every time on accelerators too, where it is slower
     timeout_minutes: float = 10  # without progress on any process; then all end
     num_workers: int = 4
     health: Health = Health()  # noqa: RUF009 - frozen
@@ -79,10 +82,11 @@ class Trainer:
     tensorboard: bool = False
 
     def __post_init__(self):
-        names = "max_steps", "total_batch_size", "micro_batch_size", "log_every", "checkpoint_every", "val_every"
-        for name in (*names, "cells_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least(1, self, "max_steps", "total_batch_size", "micro_batch_size", "log_every", "checkpoint_every")
+        at_least(1, self, "cells_every", "val_every", "val_batches")
+        at_least(0, self, "lr", "min_lr", "warmup_steps", "decay_start", "weight_decay", "clip_norm", "num_workers")
+        if not all(0 <= beta < 1 for beta in self.betas) or not 0 <= self.ema_decay <= 1:
+            raise ValueError(f"betas lie in [0, 1), ema_decay in [0, 1], got {self.betas} and {self.ema_decay}")
         steps = [phase.step for phase in self.phases]
         if steps != sorted(set(steps)):
             raise ValueError(f"phases must be in the order of their steps, got {steps}")
@@ -131,12 +135,14 @@ class Fit:
         self.trainer, self.system, self.data, self.seed, self.world = trainer, system, data, seed, world
         for step in (0, *(phase.step for phase in trainer.phases)):  # every batch size is checked before the first step
             self.num_micro(step)
+        system.check_data(data)
         self.folder = Path(trainer.output_dir)
         names = "shard_size", "activation_checkpointing", "compile", "gathering"
         how = {name: getattr(trainer, name) for name in names}
         self.net, self.ema = dist.twins(system.backbone, world, trainer.precision, seed, **how)
         cut = partial(dist.place_sharded, mesh=dist.make_mesh(world, trainer.shard_size))
         system.load_encoders(world.device, cut if trainer.shard_text_encoder else None)
+        trainer.samples.check(system)
         self.optimizer = torch.optim.AdamW(
             self.net.parameters(), lr=trainer.lr, betas=trainer.betas, weight_decay=trainer.weight_decay, fused=True
         )
@@ -165,15 +171,14 @@ class Fit:
         origin = checkpoint.InitFrom(origin) if isinstance(origin, str) else origin
         if main:
             log.say(f"starting from {', '.join(origin.parts)} of {origin.path}")
-        return checkpoint.load(checkpoint.find(Path(origin.path)), self.net, self.ema, self.optimizer, origin.parts)
+        path = dist.broadcast(checkpoint.find(Path(origin.path)) if main else None, self.world)
+        return checkpoint.load(path, self.net, self.ema, self.optimizer, origin.parts)
 
     def run(self) -> None:
         trainer, main = self.trainer, self.world.is_main
         end = min(trainer.max_steps, trainer.stop_step or trainer.max_steps)
         if self.start >= end:
-            if main:
-                log.say(f"nothing to do: {self.start} steps are done, and this run ends at {end}")
-            return
+            return self.part_with(f"nothing to do: {self.start} steps are done, and this run ends at {end}", stop=0)
         sinks = Sinks(self.folder, self.start, trainer.wandb, trainer.tensorboard, main)
         progress = log.Progress("training", end, self.start, quiet=not main)
         ear, watch = Ear(), Watch(self.world, trainer.timeout_minutes, partial(launch.end, 1))
@@ -184,17 +189,24 @@ class Fit:
             watch.beat(step, "training")
             if trainer.health.compare_every and step % trainer.health.compare_every == 0:
                 dist.compare_replicas(self.net, self.world, trainer.shard_size, f"step {step}")
-            grad_norm, stop = self.step(step, micro_batches, ear.heard)
+            grad_norm, stop = self.step(step, micro_batches, lambda: ear.heard)
             done, last = step + 1, step + 1 == end or stop > 0
             values = self.summary(step, grad_norm) if done % trainer.log_every == 0 or last else {}
-            watch.beat(step, "validating and drawing", limited=False)
-            values |= self.look(step, sinks)
+            if done % trainer.cells_every == 0:
+                self.write_cells(step, sinks)
+            if done % trainer.val_every == 0 and self.data.has_val:
+                watch.beat(step, "validating", limited=False)
+                values |= self.validate(step)
+            dist.reshard(self.net)
             if values:
                 sinks.numbers(step, values)
             progress.advance(1, f"loss {values['loss']:.4f}" if "loss" in values else "")
             if done % trainer.checkpoint_every == 0 or last:
                 watch.beat(step, "saving", limited=False)
-                self.save(done, values.get("val_ema_loss"))
+                self.save(done, values.get("val_plain_loss"))
+            if done % trainer.samples.every == 0 and trainer.samples.prompts:
+                watch.beat(step, "drawing", limited=False)
+                self.draw_samples(done, sinks)
             if last:
                 break
         watch.beat(step, "saving", limited=False)
@@ -202,17 +214,6 @@ class Fit:
         for part in (progress, watch, ear, sinks):
             part.close()
         self.part_with(f"{done} steps done; checkpoint: {path}", stop)
-
-    def look(self, step: int, sinks: Sinks) -> dict[str, float]:
-        """What is due after a step, besides the summary: heat-maps, validation, samples."""
-        trainer, done = self.trainer, step + 1
-        if done % trainer.cells_every == 0:
-            self.write_cells(step, sinks)
-        values = self.validate(step) if done % trainer.val_every == 0 and self.data.has_val else {}
-        if done % trainer.samples.every == 0 and trainer.samples.prompts:
-            self.draw_samples(done, sinks)
-        dist.reshard(self.net)
-        return values
 
     def part_with(self, message: str, stop: int) -> None:
         """The last word of a run, and how its processes end if a signal asked for it."""
@@ -229,7 +230,7 @@ class Fit:
         self.saver.begin(done, state, {"score": score, "guard": self.guard.memory})
         self.clock.mark("other")
 
-    def step(self, step: int, micro_batches: Iterator[Batch], heard: int) -> tuple[float, int]:
+    def step(self, step: int, micro_batches: Iterator[Batch], heard: Callable[[], int]) -> tuple[float, int]:
         """One optimizer step over this rank's micro-batches, unless its gradient is sick.
 
         Returns the gradient norm, and the signal that any process has heard.
@@ -254,7 +255,7 @@ class Fit:
         clock.mark("optimizer")
         limit = self.guard.limit()
         grad_norm = dist.clip_grad_norm(self.net, trainer.clip_norm)
-        grad_norm, stop = dist.agree(grad_norm, heard, self.world.device)
+        grad_norm, stop = dist.agree(grad_norm, heard(), self.world.device)
         if self.guard.accepts(grad_norm):
             self.optimizer.step()
             ema.update(self.ema, self.net, ema.decay_at(step, trainer.ema_decay, trainer.ema_warmup))
@@ -271,11 +272,7 @@ class Fit:
         if self.world.is_main:
             path = health.record(self.folder / "skipped", step, grad_norm, limit, list(chain(*parts)))
             log.say(f"step {step} skipped: gradient norm {grad_norm:.4g}, limit {limit:.4g}; its samples: {path}")
-        if self.guard.exhausted:
-            raise UserError(
-                f"step {step}: {self.guard.in_a_row} steps in a row were skipped, gradient norm {grad_norm:.4g}: "
-                "training has diverged; lower trainer.lr and start again from an earlier checkpoint"
-            )
+        self.guard.check(step, grad_norm)
 
     def summary(self, step: int, grad_norm: float) -> dict[str, float]:
         """Means over all ranks since the last summary, and where the time went."""
@@ -295,15 +292,17 @@ class Fit:
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
-        """The objective on fixed pictures with fixed times and noise, so that only the weights change its value."""
+        """The objective on fixed pictures, times and noise, by the live and the EMA weights; and, because its schedule
+        changes it too, as it is at step 0 (of Self-E: flow matching), which compares over a whole run."""
         self.clock.mark("validation")
         part, values = self.part("val"), {}
-        for prefix, net in {"val_": self.net, "val_ema_": self.ema}.items():
+        now_and_plain = {"val_": (self.net, step), "val_ema_": (self.ema, step), "val_plain_": (self.ema, 0)}
+        for prefix, (net, at) in now_and_plain.items():
             measured = Measured()
             for number, place in product(range(self.trainer.val_batches), range(self.num_micro(0))):
                 batch = expect(part[number, place]).to(self.world.device)
                 draws = Draws(tuple((self.seed, "val", number, p) for p in batch.positions))
-                measured.add(self.system.loss(net, self.ema, batch, draws, step), batch)
+                measured.add(self.system.loss(net, self.ema, batch, draws, at), batch)
             values |= measured.means(self.world.device, prefix)
         self.clock.mark("other")
         return values
@@ -311,16 +310,15 @@ class Fit:
     def write_cells(self, step: int, sinks: Sinks) -> None:
         means = self.cells.take()
         if self.world.is_main and means:
-            sinks.picture(step, "cells", observe.write_cells(self.folder, step, means))
+            sinks.picture(step, "cells", write_cells(self.folder, step, means))
 
     def draw_samples(self, done: int, sinks: Sinks) -> None:
+        self.saver.wait()  # so that what fails in drawing costs no step
         self.clock.mark("samples")
         nets = {"samples": self.ema, "samples_live": self.net}
         for name, sheet in self.trainer.samples.draw(self.system, nets, self.seed, self.world).items():
-            path = self.folder / name / f"step_{done:08d}.png"
-            path.parent.mkdir(exist_ok=True)
-            sheet.save(path)
-            sinks.picture(done - 1, name, path)
+            sinks.picture(done - 1, name, save_sheet(sheet, self.folder / name, done))
+        dist.reshard(self.net)
         self.clock.mark("other")
 
 
@@ -329,6 +327,7 @@ def main(arguments: list[str]) -> None:
     with torch.device("meta"):
         system = config.build(settings, "system")
     data, trainer = config.build(settings, "data"), config.build(settings, "trainer")
+    set_deterministic(trainer.deterministic)
     # the watch speaks of ranks and steps, the process group only of operations: let the watch be first
     with dist.world(timeout_minutes=2 * trainer.timeout_minutes + 1) as world:
         if world.is_main:

@@ -36,6 +36,13 @@ class BadSample(UserError):
         return BadSample, (self.kind, str(self))
 
 
+def at_least(least: float, part: object, *names: str) -> None:
+    """Raise ValueError if one of these numbers of a part is smaller."""
+    for name in names:
+        if getattr(part, name) < least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(part, name)}")
+
+
 @dataclass(frozen=True)
 class Packed:
     """B sequences of any lengths laid end to end, without padding.
@@ -208,6 +215,7 @@ class Data(Protocol):
     """
 
     has_val: bool
+    multiple: int  # height and width of every picture are multiples of this many pixels
 
     def costs(self, seed: int, step: int, samples: range, split: Split) -> tuple[int, ...]:
         """The work of each position of the step's global batch, in tokens, known before anything is decoded."""

@@ -58,6 +58,15 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+def test_moments_go_on_with_the_settings_of_the_config(folder, alone):
+    net, twin, _ = training_parts(alone)
+    asked = {"lr": 1e-2, "betas": (0.8, 0.99), "weight_decay": 0.5}
+    optimizer = torch.optim.AdamW(net.parameters(), fused=True, **asked)
+    checkpoint.load(folder / "step_00000007", net, twin, optimizer)
+    assert {name: optimizer.param_groups[0][name] for name in asked} == asked
+    assert all(dist.local(state["exp_avg"]).any() for state in optimizer.state.values())
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_resume_on_another_number_of_ranks(folder, size):
     found = on_ranks(size, load, str(folder))

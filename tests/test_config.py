@@ -65,6 +65,13 @@ def error(path: Path, *overrides: str) -> str:
 # --- what is right
 
 
+@pytest.mark.parametrize("value", [True, False, 1, 0, 8])
+def test_of_two_types_it_is_the_one_that_it_has(value):
+    settings = config.load(SMOKE, [f"trainer.gathering={{reshard_after_forward: {value}}}"])
+    found = settings["trainer"]["gathering"]["reshard_after_forward"]
+    assert (found, type(found)) == (value, type(value))
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_build_without_weights_or_cache(path, monkeypatch):
     monkeypatch.delenv("SELFE_CACHE_DIR", raising=False)

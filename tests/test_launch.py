@@ -4,17 +4,18 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from selfe import device, launch
+from selfe import checkpoint, device, launch
 from selfe.types import UserError
 
 ROOT = Path(__file__).parents[1]
-SMOKE = str(ROOT / "configs/debug/selfe_smoke.yaml")
+SMOKE, TINY = str(ROOT / "configs/debug/selfe_smoke.yaml"), str(ROOT / "tests/tiny.yaml")
 ENV = os.environ | {"SELFE_SKIP_PRETRAINED": "1"}
 
 
@@ -128,6 +129,25 @@ def started(folder: Path, **env: str) -> tuple[subprocess.Popen, list[int]]:
     below = children(run.pid)
     assert len(below) >= 2
     return run, below
+
+
+def test_a_scheduler_stops_a_run_that_loads_ahead(tmp_path):
+    """SIGTERM reaches the loader's processes too, and they must not die of it before the step is done."""
+    command = [sys.executable, "-m", "selfe.launch", "train", TINY, "1", f"trainer.output_dir={tmp_path}"]
+    long = ["trainer.max_steps=100000", "trainer.checkpoint_every=100000", "trainer.num_workers=2"]
+    run = subprocess.Popen(
+        [*command, *long], env=ENV, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert "training 1/" in run.stdout.readline()
+    below = children(run.pid)
+    assert len(below) >= 3
+    run.send_signal(signal.SIGTERM)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 143, err
+    assert "stopped by SIGTERM: " in out
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    assert checkpoint.is_whole(saved)
+    assert gone(below)
 
 
 def gone(pids: list[int]) -> bool:

@@ -53,6 +53,15 @@ def test_samplers_equal_the_reference(eta, num_steps, s_ratio, cfg_scale):
         np.testing.assert_allclose(found[i], expected, rtol=1e-10, atol=1e-10)
 
 
+def test_times_that_round_to_one_make_no_nan():
+    """The first of many steps of a very large picture is smaller than the rounding of 1."""
+    noise = packed(torch.zeros(256 * 256, 1), [(256, 256)])
+    t, _ = flow.sampling_times(200, 0, noise)
+    assert t[1] == 1
+    for now, then in pairwise(t):
+        assert Renoise().fresh_share(now, then).isfinite()
+
+
 def test_without_fresh_noise_it_is_euler():
     net, noise = GaussianNet(0), latents()
     cond = encode(["a cat"] * len(noise))

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 import torch.distributed.checkpoint as dcp
 from ranks import on_ranks
@@ -137,6 +138,14 @@ def with_a_limit_on_rank_1(world: World, folder: str) -> list[str]:
     saver.begin(3, parts)
     saver.finish()
     return failed
+
+
+def test_what_fails_in_drawing_costs_no_step(tmp_path):
+    samples = "trainer.samples={every: 2, prompts: [a cat], size: [32, 32], sampler: {module: obstacles.Broken}}"
+    run = runs.Run(tmp_path, 1, samples)
+    assert run.wait() == [1]
+    assert "no room for pictures" in run.failures[0]["message"]
+    assert checkpoint.latest(tmp_path / "checkpoints").name == "step_00000002"
 
 
 def test_read_only_folder(alone):

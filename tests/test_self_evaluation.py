@@ -303,7 +303,8 @@ def test_micro_batches_equal_one_batch(size):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"p_drop": 2}, {"p_equal": -1}, {"eval_floor": 2}, {"tau_steps": 0}, {"lam_max": -1}]
+    "wrong",
+    [{"p_drop": 2}, {"p_equal": -1}, {"p_equal": 0.995}, {"eval_floor": 2}, {"tau_steps": 0}, {"lam_max": -1}],
 )
 def test_values_out_of_range_are_named(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 
 import pytest
+import runs
 import torch
 
-from selfe import config, ema
+from selfe import checkpoint, config, ema, folder, jobs
 from selfe.dist import World
 from selfe.loading import MicroBatches
+from selfe.sheets import Samples
 from selfe.train import Phase, Trainer
 from selfe.types import Batch, UserError
 
@@ -56,6 +58,54 @@ def test_micro_batches_per_step():
 def test_values_out_of_range_are_named(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         trainer(**{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lr": -1.0}, "lr must be at least 0, got -1.0"),
+        ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
+        ({"betas": (0.9, 1.0)}, "betas lie in"),
+        ({"ema_decay": 1.5}, "ema_decay in"),
+    ],
+)
+def test_values_that_would_fail_later_fail_at_once(changes, said):
+    with pytest.raises(ValueError, match=said):
+        trainer(**changes)
+
+
+@pytest.mark.parametrize("changes", [{"every": 0}, {"num_steps": ()}, {"num_steps": (0,)}, {"size": (0, 64)}])
+def test_samples_that_could_not_be_drawn(changes):
+    with pytest.raises(ValueError, match="must be at least 1"):
+        Samples(**changes)
+
+
+def test_pictures_that_cannot_be_cut_to_patches():
+    settings = config.load("configs/mini/flow_matching.yaml", ["data.params.size=9"])
+    system, data = config.build(settings, "system"), config.build(settings, "data")
+    with pytest.raises(UserError, match=r"sides of pictures are multiples of 9, but system.autoencoder takes .* of 2;"):
+        system.check_data(data)
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/run: cannot be written to .*; set trainer.output_dir"):
+        folder.describe(tmp_path / "file" / "run", {}, [], 1)
+    said = r"file/run: cannot be written to .*; set inferencer.output_dir"
+    with pytest.raises(UserError, match=said), jobs.opened(tmp_path / "file" / "run", {}, [], "flat"):
+        pass
+
+
+def test_the_score_of_a_checkpoint_depends_on_its_weights_alone(tmp_path):
+    """With nothing learned, the objective changes its value over its phases; the score does not."""
+    still = "trainer.lr=0", "trainer.min_lr=0", "trainer.weight_decay=0", "trainer.val_every=4"
+    runs.finish(tmp_path, 1, *still)
+    found = [line for line in runs.lines(tmp_path) if "val_loss" in line]
+    assert len(found) == 3
+    assert len({line["val_ema_loss"] for line in found}) > 1
+    assert len({line["val_plain_loss"] for line in found}) == 1
+    scores = {checkpoint.read_marker(path)["score"] for path in checkpoint.candidates(tmp_path / "checkpoints")}
+    assert scores == {found[0]["val_plain_loss"], None}
 
 
 class Positions:

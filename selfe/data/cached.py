@@ -18,7 +18,8 @@ class CachedData:
     def __init__(self, cache_dir: str, source: Feed):
         folder = Path(cache_dir)
         cache.check(folder, source.facts())
-        self.source, self.latents, self.has_val = source, cache.Store(folder / "latents"), source.has_val
+        self.source, self.latents = source, cache.Store(folder / "latents")
+        self.has_val, self.multiple = source.has_val, source.multiple
 
     def costs(self, seed: int, step: int, samples: range, split: Split) -> tuple[int, ...]:
         return self.source.costs(seed, step, samples, split)

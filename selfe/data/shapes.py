@@ -77,7 +77,8 @@ class ShapesData:
                 raise ValueError(f"{name} is a range of positive numbers, got {low} to {high}")
         if radius[1] > 0.5:
             raise ValueError(f"radius: the largest shape must fit, so at most 0.5 of the size, got {radius[1]}")
-        self.size, self.radius, self.contrast = size, radius, contrast
+        self.size = self.multiple = size
+        self.radius, self.contrast = radius, contrast
         shuffled = [COMBINATIONS[i] for i in generator("held out").permutation(len(COMBINATIONS))]
         self.combinations = {"val": tuple(shuffled[:held_out]), "train": tuple(shuffled[held_out:])}
         if not held_out:

@@ -59,6 +59,8 @@ class SelfEvaluation:
             )
         self.p_drop, self.t_std = p_drop, t_std
         self.share = Fraction(1 - p_equal).limit_denominator(64)
+        if abs(self.share - (1 - p_equal)) > 1e-3 or (self.share == 0) != (p_equal == 1):
+            raise ValueError(f"p_equal is a fraction with a denominator of 64 at most, such as 0.5, got {p_equal}")
         self.batch_multiple = self.share.denominator
         self.start_step, self.tau_steps = start_step, tau_steps
         self.cond_weights, self.null_weights = cond_weights, null_weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from selfe import flow
@@ -34,5 +35,6 @@ class Renoise:
 
     def fresh_share(self, t: Tensor, t_next: Tensor) -> Tensor:
         """Standard deviation (B,) of the fresh noise: eta (sigma'/sigma) sqrt(sigma^2 - (alpha/alpha')^2 sigma'^2)."""
-        inside = t.square() - ((1 - t) / (1 - t_next)).square() * t_next.square()
+        rest = (1 - t_next).clamp_min(torch.finfo(t.dtype).tiny)  # t_next may round to 1, and t is 1 then
+        inside = t.square() - ((1 - t) / rest).square() * t_next.square()
         return self.eta * t_next / t * inside.clamp_min(0).sqrt()
