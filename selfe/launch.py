@@ -79,6 +79,8 @@ def main(arguments: list[str]) -> int:
         nodes, max_restarts, grace = multi_node(), number("MAX_RESTARTS", 0), number("GRACE_SECONDS", 600)
     except UserError as error:
         return fail(str(error))
+    if not device.accelerator_count():
+        print("no GPU found: all processes run on the CPU", flush=True)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes)))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # 32 MiB, for trainer.deterministic
     logging.disable()  # torchrun reports failures at length; what matters is said below

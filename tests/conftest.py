@@ -15,9 +15,8 @@ from selfe.dist import World
 settings.register_profile("selfe", deadline=None)  # no test depends on how fast the machine is
 settings.load_profile("selfe")
 # one process imports everything once, alone and without threads; ranks of the tests are forks of it
-multiprocessing.set_forkserver_preload(
-    ["selfe.train", "selfe.encoders.t5_clip", "selfe.encoders.flux_vae", "selfe.objectives.self_evaluation"]
-)
+PARTS = "encoders.t5_clip", "encoders.flux_vae", "backbones.mmdit", "objectives.self_evaluation"  # which configs name
+multiprocessing.set_forkserver_preload(["selfe.train", "selfe.infer", *(f"selfe.{part}" for part in PARTS)])
 
 
 def pytest_addoption(parser):

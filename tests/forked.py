@@ -8,8 +8,6 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 CONTEXT = get_context("forkserver")
-PARTS = ("encoders.t5_clip", "encoders.flux_vae", "backbones.mmdit", "objectives.self_evaluation")
-CONTEXT.set_forkserver_preload(["selfe.infer", *(f"selfe.{part}" for part in PARTS)])  # parts that configs name
 
 
 def start(size: int, arguments: Sequence[str]) -> list[BaseProcess]:
@@ -30,6 +28,4 @@ def work(rank: int, size: int, store: str, arguments: list[str]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"SELFE_STORE": store, "TORCHELASTIC_RESTART_COUNT": "0", "GLOO_SOCKET_IFNAME": "lo"}
     infer.main(arguments)
-    os._exit(
-        0
-    )  # gloo's threads may still let go of tensors, which an interpreter that shuts down answers with an abort
+    os._exit(0)  # not by the interpreter: gloo's threads may still let go of tensors, and it would abort

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import cache_pretrained
 import pytest
 import torch
 from hub import COMMIT, Hub
@@ -17,9 +18,6 @@ from safetensors.torch import load_file, save_file
 from test_pretrained import assert_equals_reference, loaded
 
 from selfe.types import UserError
-
-sys.path.append(str(ROOT / "scripts"))
-import cache_pretrained
 
 T5, CLIP, FLUX = "google/t5-v1_1-xxl", "openai/clip-vit-large-patch14", "black-forest-labs/FLUX.1-dev"
 CAPTIONS = ["a cup of coffee", "", "a red cat on a chair by the sea", "a cat", "an astronaut"]

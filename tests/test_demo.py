@@ -1,10 +1,10 @@
 """The demo: the picture that infer.sh draws, a page that works in a real browser, and a door that stays shut."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import browser
+import demo
 import numpy as np
 import pytest
 from browser import all_of, until
@@ -14,10 +14,6 @@ from test_infer import SMOKE, STAND_INS, draw, trained  # noqa: F401 - a fixture
 
 from selfe import config
 from selfe.types import UserError
-
-spec = importlib.util.spec_from_file_location("demo", Path(__file__).parents[1] / "scripts/demo.py")
-demo = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(demo)
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,11 @@
 """From real files to a picture and out again: the commands read SELFE_CACHE_DIR, diffusers draws the same pictures."""
 
-import importlib
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
+import export
 import numpy as np
 import pytest
 import torch
@@ -19,8 +18,6 @@ from selfe import checkpoint, config, flux_format
 from selfe.flux_format import Import
 from selfe.types import UserError
 
-sys.path.append(str(ROOT / "scripts"))
-export = importlib.import_module("export")
 SMOKE = "configs/debug/selfe_smoke.yaml"
 
 

@@ -114,6 +114,12 @@ def alive(pid: int) -> bool:
         return False
 
 
+def begun(run: subprocess.Popen) -> None:
+    """Wait for the end of the first step."""
+    while "training 1/" not in (line := run.stdout.readline()):
+        assert line
+
+
 def started(folder: Path, **env: str) -> tuple[subprocess.Popen, list[int]]:
     """A run of two processes that has come to its first step, and everything below its shell."""
     run = subprocess.Popen(
@@ -125,7 +131,7 @@ def started(folder: Path, **env: str) -> tuple[subprocess.Popen, list[int]]:
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert "training 1/" in run.stdout.readline()
+    begun(run)
     below = children(run.pid)
     assert len(below) >= 2
     return run, below
@@ -138,7 +144,7 @@ def test_a_scheduler_stops_a_run_that_loads_ahead(tmp_path):
     run = subprocess.Popen(
         [*command, *long], env=ENV, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert "training 1/" in run.stdout.readline()
+    begun(run)
     below = children(run.pid)
     assert len(below) >= 3
     run.send_signal(signal.SIGTERM)

@@ -194,14 +194,14 @@ def planned_kept_and_peak(every: str, step: int) -> tuple[plan_step.Step, int, i
 )
 def test_activations_are_what_autograd_keeps(every, step):
     planned, kept, peak = planned_kept_and_peak(every, step)
-    assert planned.saved == pytest.approx(kept, rel=0.01)
-    assert planned.peak == pytest.approx(peak, rel=0.01)
+    assert planned.saved == pytest.approx(kept, rel=0.02)
+    assert planned.peak == pytest.approx(peak, rel=0.02)
 
 
 def test_the_peak_of_selective_checkpointing_is_the_allocators():
     """What it keeps goes past autograd, so only the peak, which holds it, can be measured."""
     planned, _, peak = planned_kept_and_peak("selective", 5)
-    assert planned.peak == pytest.approx(peak, rel=0.01)
+    assert planned.peak == pytest.approx(peak, rel=0.02)
 
 
 # ---- the whole plan ----
