@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.flop_counter import register_flop_formula, sdpa_flop_count
 
+from selfe.device import to_device
+
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -27,7 +29,7 @@ class Sequences:
     def of(cls, lens: list[int], device: torch.device) -> Sequences:
         host = torch.tensor(lens)
         ends = torch.cat([torch.zeros(1, dtype=torch.int64), host.cumsum(0)])
-        return cls(host, ends.to(device, torch.int32), max(lens))
+        return cls(host, to_device(ends.int(), device), max(lens))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:

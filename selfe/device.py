@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 
 import torch
+from torch import Tensor
 
 # dense bf16 TFLOP/s by a part of the device's name, from the vendors' data sheets; the first that fits
 PEAKS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362}
@@ -21,6 +22,13 @@ def choose_device(local_rank: int) -> torch.device:
         return torch.device("cpu")
     torch.accelerator.set_device_index(local_rank)
     return torch.device(torch.accelerator.current_accelerator().type, local_rank)
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device, without waiting for what the device is doing."""
+    if device.type in ("cpu", "meta"):
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 def set_deterministic(wanted: bool) -> None:

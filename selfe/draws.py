@@ -16,6 +16,7 @@ import torch
 from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor
 
+from selfe.device import to_device
 from selfe.types import Packed
 
 
@@ -54,13 +55,14 @@ class Draws:
 
     def uniform(self, name: str, like: Tensor) -> Tensor:
         """(B,) in [0, 1), on the device and in the dtype of `like`."""
-        return torch.tensor([generator(*key, name).random() for key in self.keys], dtype=torch.float64).to(like)
+        return self.one_each(like, [generator(*key, name).random() for key in self.keys])
 
     def normal(self, name: str, like: Tensor) -> Tensor:
         """(B,) standard normal, on the device and in the dtype of `like`."""
-        return torch.tensor([generator(*key, name).standard_normal() for key in self.keys], dtype=torch.float64).to(
-            like
-        )
+        return self.one_each(like, [generator(*key, name).standard_normal() for key in self.keys])
+
+    def one_each(self, like: Tensor, numbers: list[float]) -> Tensor:
+        return to_device(torch.tensor(numbers, dtype=torch.float64).to(like.dtype), like.device)
 
     def normal_like(self, name: str, x: Packed) -> Tensor:
         """(T, d) standard normal, drawn sample by sample so that a sample's noise knows nothing of its batch."""
@@ -69,4 +71,4 @@ class Draws:
         parts = [
             generator(*key, name).standard_normal((n, width), dtype) for key, n in zip(self.keys, x.lens, strict=True)
         ]
-        return torch.from_numpy(np.concatenate(parts)).to(x.tokens)
+        return to_device(torch.from_numpy(np.concatenate(parts)).to(x.tokens.dtype), x.tokens.device)

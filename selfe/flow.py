@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from selfe.device import to_device
 from selfe.draws import Draws
 from selfe.types import Packed
 
@@ -23,13 +24,13 @@ def per_token(values: Tensor, like: Packed) -> Tensor:
 
 def sum_per_sample(tokens: Tensor, like: Packed) -> Tensor:
     """(T, d) -> (B,). A sample's sum does not depend on its neighbours."""
-    lens = torch.tensor(like.lens, device=tokens.device)
+    lens = to_device(torch.tensor(like.lens), tokens.device)
     return torch.segment_reduce(tokens.sum(dim=-1), "sum", lengths=lens, unsafe=True)
 
 
 def mean_per_sample(tokens: Tensor, like: Packed) -> Tensor:
     """(T, d) -> (B,)."""
-    counts = torch.tensor(like.lens, device=tokens.device, dtype=tokens.dtype) * tokens.shape[1]
+    counts = to_device(torch.tensor(like.lens, dtype=tokens.dtype), tokens.device) * tokens.shape[1]
     return sum_per_sample(tokens, like) / counts
 
 
@@ -70,7 +71,7 @@ def predict_noise(x_t: Tensor, v: Tensor, t: Tensor, like: Packed) -> Tensor:
 def shift(lens: Sequence[int], like: Tensor) -> Tensor:
     """mu(L) (B,), linear in the number of image tokens: 0.5 at 512, 1.15 at 4096, the same line beyond (S.2)."""
     slope = (1.15 - 0.5) / (4096 - 512)
-    return torch.tensor([0.5 + slope * (n - 512) for n in lens], dtype=like.dtype, device=like.device)
+    return to_device(torch.tensor([0.5 + slope * (n - 512) for n in lens], dtype=like.dtype), like.device)
 
 
 def warp(t: Tensor, mu: Tensor) -> Tensor:

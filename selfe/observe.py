@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from selfe import dist, pictures
+from selfe.device import to_device
 from selfe.types import Batch, Loss
 
 BINS = 8  # cells per axis: t from left to right, s from bottom to top
@@ -29,7 +30,7 @@ class Measured:
 
     def add(self, loss: Loss, batch: Batch) -> None:
         times = torch.stack([loss.t, loss.s])
-        judged = times[:, list(loss.judged)]
+        judged = times.index_select(1, to_device(torch.tensor(loss.judged, dtype=torch.int64), times.device))
         per_sample = loss.per_sample.detach()
         for name, rows in ({"loss": per_sample} | loss.metrics).items():
             self.values[name].append(rows)

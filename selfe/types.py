@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from selfe.device import to_device
+
 if TYPE_CHECKING:
     from selfe.draws import Draws
 
@@ -78,7 +80,7 @@ class Packed:
 def packed(tokens: Tensor, grids: Sequence[tuple[int, int]]) -> Packed:
     """Tokens (T, d) that already lie end to end, as `Packed`."""
     lens = torch.tensor([rows * columns for rows, columns in grids])
-    owner = torch.repeat_interleave(lens).to(tokens.device)
+    owner = to_device(torch.repeat_interleave(lens), tokens.device)
     assert owner.shape[0] == tokens.shape[0], f"grids hold {owner.shape[0]} tokens, got {tokens.shape[0]}"
     return Packed(tokens, owner, tuple(grids))
 
@@ -91,8 +93,8 @@ class TextCond:
     pooled: Tensor  # (B, d_pooled)
 
     def select(self, rows: Sequence[int]) -> TextCond:
-        index = torch.tensor(rows, device=self.pooled.device)
-        return TextCond(self.text.select(rows), self.pooled[index])
+        index = to_device(torch.tensor(rows), self.pooled.device)
+        return TextCond(self.text.select(rows), self.pooled.index_select(0, index))
 
 
 @dataclass(frozen=True)

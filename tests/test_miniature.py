@@ -29,7 +29,7 @@ NOISE, NEAR = 0.05, 0.25  # a real pixel is never further than NEAR from its col
 class Pixels:
     """A caption stands for two of 27 colours, so a step that is too long ends between them."""
 
-    has_val = False
+    has_val, multiple = False, 1
 
     def costs(self, seed: int, step: int, samples: range, split: str) -> tuple[int, ...]:
         return (1,) * len(samples)

@@ -13,13 +13,14 @@ PACKAGE = ROOT / "selfe"
 LAYERS = {
     room: layer
     for layer, rooms in {
-        0: "types attention",
-        0.1: "draws weights images buckets index cache",
-        0.2: "flow order",
-        0.3: "feed",
+        0: "device",
+        0.1: "types attention",
+        0.2: "draws weights images buckets index cache",
+        0.3: "flow order",
+        0.4: "feed",
         1: "backbones encoders objectives samplers data",
         2: "system",
-        3: "config device blocks dist ema checkpoint draft saving loading flux_format log sinks folder pictures sheets "
+        3: "config blocks dist ema checkpoint draft saving loading flux_format log sinks folder pictures sheets "
         "prompts jobs gallery signals watch health clock observe",
         4: "launch",
         5: "train infer",

@@ -111,7 +111,7 @@ def test_the_score_of_a_checkpoint_depends_on_its_weights_alone(tmp_path):
 class Positions:
     """A data set that tells what it was asked for."""
 
-    has_val = False
+    has_val, multiple = False, 1
 
     def costs(self, seed: int, step: int, samples: range, split: str) -> tuple[int, ...]:
         return tuple(1 + position // 5 for position in range(len(samples)))

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from selfe.attention import Sequences
+from selfe.device import to_device
 from selfe.types import Packed
 
 
@@ -39,7 +40,7 @@ class Layout:
         samples = sorted(range(len(total)), key=total.__getitem__)
         place = torch.empty(len(total), dtype=torch.int64)
         place[samples] = torch.arange(len(total))
-        place = place.to(device)
+        place = to_device(place, device)
         # stable: text stays before image within a sample
         order = torch.argsort(torch.cat([place[text.owner], place[image.owner]]), stable=True)
         working = torch.promote_types(image.tokens.dtype, torch.float32)
@@ -57,7 +58,7 @@ class Layout:
             order=order,
             inverse=torch.argsort(order),
             sequences=Sequences.of([total[i] for i in samples], device),
-            rotation=torch.cat(rotation).to(device),
+            rotation=to_device(torch.cat(rotation), device),
         )
 
     def sort(self, x: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ class Runs:
 
     @classmethod
     def of(cls, owner: Tensor, lens: Sequence[int]) -> Runs:
-        return cls(owner, torch.tensor([0, *accumulate(lens)][:-1], device=owner.device))
+        return cls(owner, to_device(torch.tensor([0, *accumulate(lens)][:-1]), owner.device))
 
     def spread(self, values: Tensor) -> Tensor:
         """values (rows, width) -> (n, width), every token getting its row."""

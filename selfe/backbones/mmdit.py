@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from selfe.attention import attend
 from selfe.backbones.layout import Layout, Runs
+from selfe.device import to_device
 from selfe.draws import generator
 from selfe.types import Packed, TextCond, UserError
 
@@ -72,7 +73,7 @@ class MMDiT(nn.Module):
 
         image = self.image_in(x_t.tokens.to(dtype))
         if self.position is not None:
-            image = image + self.position(places(x_t.grids, self.learned_grid).to(image.device))
+            image = image + self.position(to_device(places(x_t.grids, self.learned_grid), image.device))
         x = torch.cat([self.text_in(cond.text.tokens.to(dtype)), image])
         for block in self.double_blocks:
             x = block(x, clock, layout)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from selfe import flow
+from selfe.device import to_device
 from selfe.draws import Draws
 from selfe.types import Denoiser, Loss, Packed, TextCond
 
@@ -96,7 +97,8 @@ class SelfEvaluation:
         noise = draws.normal_like("noise", x0)
         t = flow.draw_t(draws, x0, self.t_std)
         s = t.clone()
-        s[rows] = t[rows] * (1 - self.tau(step) * draws.uniform("s", like=t)[rows])
+        index = to_device(torch.tensor(rows, dtype=torch.int64), t.device)
+        s[index] = (t * (1 - self.tau(step) * draws.uniform("s", like=t)))[index]
         x_t = x0.with_tokens(flow.interpolate(x0.tokens, noise, t, x0))
         v = net(x_t, t, s, conds["cond"])
 
@@ -109,19 +111,18 @@ class SelfEvaluation:
             return x0.with_tokens(tokens).select(rows)
 
         x0_hat = judged(flow.predict_x0(x_t.tokens, v.detach(), t, x0))
-        t_judged, s_judged = t[rows], torch.maximum(s, self.eval_floor * t)[rows]
+        t_judged, s_judged = t[index], torch.maximum(s, self.eval_floor * t)[index]
         delta, aux_loss = self.judge(
             net, ema, x0_hat, s_judged, conds | {"cond": conds["cond"].select(rows)}, draws.select(rows), step
         )
         # Without a prompt the scores differ only by EMA lag: such a row keeps the data as its target.
-        kept = torch.tensor([not drop for drop in flow.dropped(draws.select(rows), self.p_drop)], device=t.device)
-        weight = flow.self_weight(t_judged, s_judged, self.lam_max) * kept
+        kept = torch.tensor([not drop for drop in flow.dropped(draws.select(rows), self.p_drop)])
+        weight = flow.self_weight(t_judged, s_judged, self.lam_max) * to_device(kept, t.device)
         clean = judged(x0.tokens)
         target, norm_ratio = self.target(clean, x0_hat.tokens - delta, weight)
         # || x0_hat - target ||^2 / t^2, with the division done where it cannot be 0 / 0
         pull = (clean.tokens - target) / flow.per_token(t_judged.clamp_min(torch.finfo(t.dtype).tiny), clean)
         self_loss = flow.mean_per_sample((judged(v).tokens - (judged(noise - x0.tokens).tokens + pull)).square(), clean)
-        index = torch.tensor(rows, device=t.device)
         aux_share = self.aux_loss_weight * len(x0) / len(rows)  # a mean over the judged rows, not over the batch
         loss = data_loss.index_copy(0, index, self_loss).index_add(0, index, aux_share * aux_loss)
         metrics |= {"self_loss": self_loss.detach(), "aux_loss": aux_loss.detach(), "self_weight": weight}
