@@ -123,7 +123,7 @@ def begun(run: subprocess.Popen) -> None:
 def started(folder: Path, **env: str) -> tuple[subprocess.Popen, list[int]]:
     """A run of two processes that has come to its first step, and everything below its shell."""
     run = subprocess.Popen(
-        [ROOT / "run.sh", SMOKE, "2", f"trainer.output_dir={folder}", "trainer.max_steps=100000"],
+        [ROOT / "run.sh", TINY, "2", f"trainer.output_dir={folder}", "trainer.max_steps=100000"],
         env=ENV | env,
         cwd=ROOT,
         start_new_session=True,

@@ -153,7 +153,9 @@ def test_a_bad_picture_on_one_rank_is_one_line(tmp_path):
 
 
 def test_mistakes_before_the_first_step_are_one_line(tmp_path):
-    assert "groups of 3" in only_line(run("run.sh", 2, f"trainer.output_dir={tmp_path}/run", "trainer.shard_size=3"))
+    training = runs.Run(tmp_path / "run", 2, "trainer.shard_size=3")
+    assert training.wait() == [2, 2]
+    assert {"groups of 3" in failure["message"] for failure in training.failures.values()} == {True}
     (tmp_path / "step_00000003").mkdir()
     folders = f"inferencer.output_dir={tmp_path}/pictures", f"inferencer.ckpt_dir={tmp_path}/step_00000003"
     assert "incomplete" in only_line(run("infer.sh", 1, *folders))
