@@ -21,7 +21,7 @@ from selfe import launch, pictures
 from selfe.types import UserError
 
 COLOURS = ("#1f6fb4", "#d9541e", "#2f9e44", "#9c36b5", "#c2255c", "#5f6b7a", "#b08900", "#0b7285")
-FIRST = ("loss", "val_loss", "val_ema_loss", "grad_norm", "lr")  # shown first, the others by name
+FIRST = ("loss", "val_plain_loss", "val_loss", "val_ema_loss", "grad_norm", "lr")  # shown first, the others by name
 WIDTH, HEIGHT, LEFT, BELOW = 420, 240, 62, 26
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Self-E runs</title>
 <style>

@@ -48,7 +48,7 @@ def grid(rows: Sequence[Sequence[Image.Image]], gap: int = 2) -> Image.Image:
 
 
 def save_sheet(sheet: Image.Image, folder: Path, done: int) -> Path:
-    """Of a run after so many steps."""
+    """Write a sheet of a run after `done` steps as `step_N.png`; its path."""
     path = folder / f"step_{done:08d}.png"
     path.parent.mkdir(exist_ok=True)
     sheet.save(path)
