@@ -2,5 +2,5 @@
 # Train: ./run.sh CONFIG [NGPUS] [key=value ...]. Installs what is missing into this folder first. --help says the rest.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-"$here/scripts/setup.sh" --no-dev --inexact
-exec "$here/.venv/bin/python" -m selfe.launch train "$@"
+"$here/scripts/setup.sh"
+exec "$here/.venv/bin/python" -m selfe train "$@"

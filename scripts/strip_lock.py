@@ -1,7 +1,10 @@
-"""A uv.lock from stdin to stdout with names and versions only: no address or hash of any file, no registry.
+"""Reduce a uv.lock, from stdin to stdout, to names and versions: no file addresses, no hashes, no registry.
 
-uv finds such a lock stale, resolves again and keeps its versions. As a git clean filter (see `setup.sh`) it works on
-every `git add`.
+Run by hand after `uv lock`, before the lock is committed:
+
+    python3 scripts/strip_lock.py < uv.lock > stripped && mv stripped uv.lock
+
+`scripts/setup.py` installs from such a lock with `uv export --frozen`.
 """
 
 import re
@@ -12,6 +15,7 @@ METADATA = re.compile(r"^\[package\.metadata.*?(?=^\[\[|\Z)", re.MULTILINE | re.
 
 
 def strip(lock: str) -> str:
+    """The text of a lock file without anything that depends on a registry."""
     lock = METADATA.sub("", ARTIFACTS.sub("", lock))
     lock = re.sub(r'registry = "[^"]*"', 'registry = "default"', lock)
     return re.sub(r"\n{3,}", "\n\n", lock).rstrip("\n") + "\n"

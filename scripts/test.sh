@@ -11,5 +11,5 @@ if [ "${CI:-}" = true ] && ! command -v chromedriver >/dev/null && command -v ap
     echo "selfe: warning: no browser: could not install chromium and chromium-driver; tests that drive one are skipped" >&2
   fi
 fi
-scripts/setup.sh
+scripts/setup.sh --dev
 exec .venv/bin/python -m pytest "$@"

@@ -1,8 +1,8 @@
-"""YAML files to objects. The signatures of constructors are the schema, checked whole before anything is built.
+"""YAML files to objects. Constructor signatures are the schema, checked completely before anything is built.
 
-A swappable part is `{module: dotted.path.Class, params: {...}}`; a singular one (`trainer:`, or any parameter annotated
-with a dataclass) is a plain section. `base:` names files merged first, the later over the earlier; naming another
-`module` drops the params of the one it replaces. `key=value` arguments come last.
+A swappable part is `{module: dotted.path.Class, params: {...}}`; a fixed one (`trainer:`, or any parameter annotated
+with a dataclass) is a plain section. `base:` names files to merge first, later ones over earlier ones; naming another
+`module` drops the params of the module it replaces. `key=value` arguments are merged last.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from selfe.types import UserError
 
 SECTIONS = {
     "system": "selfe.system.System",
-    "trainer": "selfe.train.Trainer",
+    "trainer": "selfe.train.TrainerConfig",
     "inferencer": "selfe.infer.Inferencer",
 }
 ROOT = {"seed": int, "data": object} | SECTIONS
@@ -34,7 +34,7 @@ PLAIN = (int, float, str, bool, Path, types.NoneType)
 
 
 class Problem(Exception):
-    """What is wrong at a key path; becomes a `UserError` once the file that set the key is known."""
+    """An error at a key path; raised again as `UserError` with the file that set the key."""
 
     def __init__(self, path: str, message: str):
         super().__init__(f"{path}: {message}")
@@ -42,12 +42,18 @@ class Problem(Exception):
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> dict:
-    """The merged, resolved and checked settings of a file; values have the types that the constructors ask for."""
+    """The merged, resolved and checked settings of a file, with values of the types in the constructors' signatures.
+
+    Raises UserError that names the file, the key path and the nearest valid key.
+    """
+    # merge base files, the file and the command line
     layers = read(Path(path), ())
     layers += [("command line", parse_override(override)) for override in overrides]
     merged: dict = {}
     for _, tree in layers:
         merged = merge(merged, tree)
+
+    # resolve ${...}, then check against the schema
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
     except OmegaConfBaseException as error:
@@ -60,7 +66,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> dict:
 
 
 def build(settings: dict, section: str) -> Any:
-    """The object that a section of loaded settings describes."""
+    """Build the object of a section of loaded settings. Raises UserError."""
     if section not in settings:
         raise UserError(f"{section}: this section is missing; add it, or name a base file that has it")
     try:
@@ -70,11 +76,12 @@ def build(settings: dict, section: str) -> Any:
 
 
 def save(settings: dict, path: Path) -> None:
-    """Write settings as a YAML file that loads back to the same."""
+    """Write settings as a YAML file that loads to equal settings."""
     path.write_text(yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def plain(value: Any) -> Any:
+    """Settings as YAML types: tuples become lists, paths become strings."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -86,12 +93,13 @@ def plain(value: Any) -> Any:
 
 
 def read(path: Path, above: tuple[Path, ...]) -> list[tuple[str, dict]]:
-    """(file name, tree) of a file and its bases, the bases first."""
+    """(file name, tree) of a file and its bases, bases first. `above`: the files that lead here by `base:`."""
     named_by = f"{above[-1]}: base: " if above else ""
     if path.resolve() in [other.resolve() for other in above]:
         raise UserError(f"base: {' -> '.join(map(str, (*above, path)))} is a cycle; remove one of these base entries")
     if not path.is_file():
-        raise UserError(f"{named_by}{path}: no such config file; paths of base files start at the file that names them")
+        raise UserError(f"{named_by}{path}: no such config file; base paths are relative to the file that names them")
+
     try:
         tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except yaml.MarkedYAMLError as error:
@@ -100,8 +108,10 @@ def read(path: Path, above: tuple[Path, ...]) -> list[tuple[str, dict]]:
         raise UserError(f"{path}{line}: not valid YAML: {problem}") from error
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: not a YAML file in UTF-8: {str(error).splitlines()[0]}") from error
+
     if not isinstance(tree, dict):
         raise UserError(f"{path}: the file must be a mapping of sections, got a {type(tree).__name__}")
+
     bases = tree.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
@@ -111,6 +121,7 @@ def read(path: Path, above: tuple[Path, ...]) -> list[tuple[str, dict]]:
 
 
 def parse_override(override: str) -> dict:
+    """`a.b=value` -> {"a": {"b": value}}, the value parsed as YAML."""
     key, equals, _ = override.partition("=")
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
         raise UserError(f"command line: {override!r} is not key=value, such as trainer.lr=2e-4")
@@ -121,7 +132,7 @@ def parse_override(override: str) -> dict:
 
 
 def merge(below: Any, above: Any) -> Any:
-    """`above` over `below`; mappings merge key by key unless they name another module."""
+    """`above` over `below`; mappings merge by key unless they name another module."""
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
     if "module" in above and above["module"] != below.get("module"):
@@ -130,7 +141,7 @@ def merge(below: Any, above: Any) -> Any:
 
 
 def source(layers: list[tuple[str, dict]], path: str) -> str:
-    """The file that set a key path, or as much of it as any file set."""
+    """The file that set a key path, or its longest prefix that any file set; the last file wins a tie."""
     keys = re.findall(r"\w+", path)
     depths = []
     for _, tree in layers:
@@ -142,10 +153,11 @@ def source(layers: list[tuple[str, dict]], path: str) -> str:
     return layers[deepest][0]
 
 
-# ---- schema: one walk that checks, and builds when asked to ----
+# ---- schema: one traversal that checks values and, if `build`, constructs objects ----
 
 
 def visit_root(key: str, value: Any, build: bool) -> Any:
+    """A top-level section. Raises Problem, as do the functions below."""
     if key not in ROOT:
         raise Problem(key, f"unknown section{suggest(key, list(ROOT))}")
     wanted = ROOT[key]
@@ -155,7 +167,7 @@ def visit_root(key: str, value: Any, build: bool) -> Any:
 
 
 def visit(value: Any, wanted: Any, path: str, build: bool) -> Any:
-    """`value` as the annotation `wanted` asks: plain values coerced, parts checked and, if `build`, constructed."""
+    """`value` as annotated by `wanted`: plain values are coerced, parts checked and, if `build`, constructed."""
     origin, arguments = get_origin(wanted), get_args(wanted)
     if origin in (Union, types.UnionType):
         return visit_union(value, arguments, path, build)
@@ -163,12 +175,15 @@ def visit(value: Any, wanted: Any, path: str, build: bool) -> Any:
         if value not in arguments:
             raise Problem(path, f"expected one of {', '.join(map(repr, arguments))}, got {value!r}")
         return value
+
     if origin in (tuple, list):
         return visit_sequence(value, wanted, path, build)
     if origin is dict:
         if not isinstance(value, dict):
             raise mismatch(value, wanted, path)
         return {key: visit(item, arguments[1], f"{path}.{key}", build) for key, item in value.items()}
+
+    # plain value, section, swappable part
     if wanted in PLAIN:
         return coerce(value, wanted, path)
     if is_dataclass(wanted):
@@ -177,18 +192,23 @@ def visit(value: Any, wanted: Any, path: str, build: bool) -> Any:
 
 
 def visit_union(value: Any, arms: tuple, path: str, build: bool) -> Any:
+    """The first alternative of a union that `value` fits; otherwise the error of the closest one."""
     if value is None and types.NoneType in arms:
         return None
     arms = tuple(arm for arm in arms if arm is not types.NoneType)
     if len(arms) == 1:
         return visit(value, arms[0], path, build)
+
+    # exact type first, before types it can be coerced to
     problems = []
-    for arm in sorted(arms, key=lambda arm: type(value) is not arm):  # what it is, before what it can be taken for
+    for arm in sorted(arms, key=lambda arm: type(value) is not arm):
         try:
             return visit(value, arm, path, build)
         except Problem as problem:
             problems.append(problem)
-    deepest = max(problems, key=lambda problem: len(problem.path))  # of the arm that fits best
+
+    # the closest alternative is the one whose error is at the deepest key path
+    deepest = max(problems, key=lambda problem: len(problem.path))
     raise deepest if deepest.path != path else mismatch(value, arms, path)
 
 
@@ -204,7 +224,7 @@ def visit_sequence(value: Any, wanted: Any, path: str, build: bool) -> Any:
 
 
 def coerce(value: Any, wanted: type, path: str) -> Any:
-    """A plain value; whole numbers pass as floats, and 0 and 1, as environment variables have them, as booleans."""
+    """A plain value. Integers are accepted as floats, and 0 and 1 (common in environment variables) as booleans."""
     if wanted is float and type(value) is int:
         return float(value)
     if wanted is bool and type(value) is int and value in (0, 1):
@@ -228,9 +248,11 @@ def swap(value: Any, path: str, build: bool) -> Any:
 
 
 def call(target: Callable, values: Any, path: str, build: bool) -> Any:
-    """Arguments of a constructor, checked against its signature; or, if `build`, the object."""
+    """Arguments of a constructor, checked against its signature; if `build`, the object."""
     if not isinstance(values, Mapping):
         raise Problem(path, f"expected a mapping of keys, got {values!r}")
+
+    # unknown keys, then missing ones; ??? marks a value that another file has to set
     hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
     parameters = {name: p for name, p in inspect.signature(target).parameters.items() if name != "self"}
     for key in values:
@@ -240,6 +262,7 @@ def call(target: Callable, values: Any, path: str, build: bool) -> Any:
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in given:
             raise Problem(f"{path}.{name}", "missing; this key has no default, give it a value")
+
     arguments = {key: visit(value, hints[key], f"{path}.{key}", build) for key, value in given.items()}
     if not build:
         return arguments
@@ -252,6 +275,7 @@ def call(target: Callable, values: Any, path: str, build: bool) -> Any:
 
 
 def named(dotted: str, path: str) -> Callable:
+    """Import `package.module.Name`."""
     module, _, name = dotted.rpartition(".")
     try:
         return getattr(import_module(module), name)
@@ -262,6 +286,7 @@ def named(dotted: str, path: str) -> Callable:
 
 
 def suggest(key: Any, valid: list[str]) -> str:
+    """The nearest valid key, or all of them, to append to an error message."""
     close = get_close_matches(str(key), valid, n=1)
     return f"; did you mean {close[0]}?" if close else f"; valid keys: {', '.join(valid)}"
 

@@ -1,7 +1,7 @@
-"""The path between data and noise, the clock, and the traffic between per-sample numbers and packed tokens.
+"""The path between data and noise, time sampling, and broadcasts and reductions between samples and packed tokens.
 
 Times are in [0, 1]: 0 is data, 1 is pure noise (arXiv 2512.22374, Eq. 1-2: alpha_t = 1 - t, sigma_t = t). The network's
-output v is a velocity `noise - x0`. Per-sample tensors are (B,); token tensors are (T, d) and lie as `like` says.
+output v is the velocity `noise - x0`. Per-sample tensors are (B,); token tensors are (T, d) in the layout of `like`.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ import torch
 from torch import Tensor
 
 from selfe.device import to_device
-from selfe.draws import Draws
+from selfe.rng import SampleRNG
 from selfe.types import Packed
 
 
 def per_token(values: Tensor, like: Packed) -> Tensor:
-    """(B,) -> (T, 1), every token getting its sample's number."""
+    """(B,) -> (T, 1), the value of each token's sample."""
     return values[like.owner][:, None]
 
 
 def sum_per_sample(tokens: Tensor, like: Packed) -> Tensor:
-    """(T, d) -> (B,). A sample's sum does not depend on its neighbours."""
+    """(T, d) -> (B,), the sum over each sample. Does not depend on the other samples of the batch."""
     lens = to_device(torch.tensor(like.lens), tokens.device)
     return torch.segment_reduce(tokens.sum(dim=-1), "sum", lengths=lens, unsafe=True)
 
 
 def mean_per_sample(tokens: Tensor, like: Packed) -> Tensor:
-    """(T, d) -> (B,)."""
+    """(T, d) -> (B,), the mean over each sample's tokens and channels."""
     counts = to_device(torch.tensor(like.lens, dtype=tokens.dtype), tokens.device) * tokens.shape[1]
     return sum_per_sample(tokens, like) / counts
 
@@ -40,13 +40,13 @@ def norm_per_sample(tokens: Tensor, like: Packed) -> Tensor:
 
 
 def cosine(a: Tensor, b: Tensor, like: Packed) -> Tensor:
-    """(T, d) twice -> (B,), the cosine of the angle between each sample's two directions; 0 where one has no length."""
+    """Cosine similarity of `a` and `b`, both (T, d), per sample -> (B,); 0 where a norm is 0."""
     lengths = norm_per_sample(a, like) * norm_per_sample(b, like)
     return sum_per_sample(a * b, like) / lengths.clamp_min(1e-20)
 
 
 def rescale(tokens: Tensor, target: Tensor, like: Packed) -> Tensor:
-    """`tokens` (T, d) brought, sample by sample, to the L2 norm of `target` (T, d) (Eq. 19)."""
+    """`tokens` (T, d) rescaled per sample to the L2 norm of `target` (T, d) (Eq. 19)."""
     norm = norm_per_sample(tokens, like)
     ratio = norm_per_sample(target, like) / norm.clamp_min(1e-20)
     return tokens * per_token(ratio, like)
@@ -64,25 +64,25 @@ def predict_x0(x_t: Tensor, v: Tensor, t: Tensor, like: Packed) -> Tensor:
 
 
 def predict_noise(x_t: Tensor, v: Tensor, t: Tensor, like: Packed) -> Tensor:
-    """The noise that, with `predict_x0`, makes up x_t: x_t + (1 - t) v."""
+    """The noise x_t + (1 - t) v, so that x_t interpolates between `predict_x0` and it."""
     return x_t + (1 - per_token(t, like)) * v
 
 
 def shift(lens: Sequence[int], like: Tensor) -> Tensor:
-    """mu(L) (B,), linear in the number of image tokens: 0.5 at 512, 1.15 at 4096, the same line beyond (S.2)."""
+    """mu(L) (B,), linear in the number of image tokens: 0.5 at 512, 1.15 at 4096, extrapolated outside (S.2)."""
     slope = (1.15 - 0.5) / (4096 - 512)
     return to_device(torch.tensor([0.5 + slope * (n - 512) for n in lens], dtype=like.dtype), like.device)
 
 
 def warp(t: Tensor, mu: Tensor) -> Tensor:
-    """e^mu / (e^mu + 1/t - 1) (S.2), written so that t = 0 and t = 1 are fixed points; shapes broadcast."""
+    """e^mu / (e^mu + 1/t - 1) (S.2), in a form that is exact at t = 0 and t = 1; shapes broadcast."""
     pushed = mu.exp() * t
     return pushed / (pushed + (1 - t))
 
 
-def draw_t(draws: Draws, x0: Packed, std: float = 1.0) -> Tensor:
-    """Training times (B,): logit-normal of this standard deviation, then warped by each sample's size (S.2)."""
-    t = torch.sigmoid(std * draws.normal("t", like=x0.tokens))
+def draw_t(rng: SampleRNG, x0: Packed, std: float = 1.0) -> Tensor:
+    """Training times (B,): logit-normal with standard deviation `std`, warped by each sample's token count (S.2)."""
+    t = torch.sigmoid(std * rng.normal("t", like=x0.tokens))
     return warp(t, shift(x0.lens, like=t))
 
 
@@ -94,20 +94,21 @@ def self_weight(t: Tensor, s: Tensor, lam_max: float = math.inf) -> Tensor:
 
 
 def sampling_times(num_steps: int, s_ratio: float, noise: Packed) -> tuple[Tensor, Tensor]:
-    """Times t (N + 1, B) from 1 to 0, uniform then warped by size, and s_k = t_{k+1} + r (t_k - t_{k+1}) (N, B) (S.2).
+    """Times t (N + 1, B) from 1 to 0 and secondary times s_k = t_{k+1} + r (t_k - t_{k+1}) (N, B) (S.2).
 
-    r = 0 jumps to the next time (few steps), r = 1 is plain flow matching, r = 0.5 suits one step (Fig. S.4).
+    t is uniform, then warped by each sample's token count. r = `s_ratio`: 0 jumps to the next time (few steps), 1 is
+    flow matching, 0.5 suits one step (Fig. S.4).
     """
     uniform = torch.linspace(1, 0, num_steps + 1, dtype=noise.tokens.dtype, device=noise.tokens.device)
     t = warp(uniform[:, None], shift(noise.lens, like=uniform)[None])
     return t, t[1:] + s_ratio * (t[:-1] - t[1:])
 
 
-def dropped(draws: Draws, p_drop: float) -> list[bool]:
-    """Which of the B rows lose their prompt; decided on the host."""
-    return (draws.uniform("drop", like=torch.empty(0, dtype=torch.float64)) < p_drop).tolist()
+def dropped(rng: SampleRNG, p_drop: float) -> list[bool]:
+    """Which of the B prompts are dropped; drawn on the host."""
+    return (rng.uniform("drop", like=torch.empty(0, dtype=torch.float64)) < p_drop).tolist()
 
 
-def drop_prompts(prompts: Sequence[str], draws: Draws, p_drop: float) -> list[str]:
-    """Classifier-free guidance's training half: each prompt becomes the null prompt with probability `p_drop`."""
-    return ["" if drop else prompt for prompt, drop in zip(prompts, dropped(draws, p_drop), strict=True)]
+def drop_prompts(prompts: Sequence[str], rng: SampleRNG, p_drop: float) -> list[str]:
+    """Prompt dropout for classifier-free guidance: each prompt is replaced by "" with probability `p_drop`."""
+    return ["" if drop else prompt for prompt, drop in zip(prompts, dropped(rng, p_drop), strict=True)]

@@ -1,4 +1,4 @@
-"""What a run says: a progress bar on a terminal, plain lines in a log file."""
+"""Console output: a progress bar on a terminal, plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 
-def say(message: str) -> None:
+def print_line(message: str) -> None:
     """One line on stdout, above a progress bar if there is one."""
     tqdm.write(message, file=sys.stdout)
     sys.stdout.flush()
@@ -25,15 +25,16 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def quarantine(folder: Path, problems: Sequence[str]) -> None:
-    """Add to the list of bad pictures that others stood in for; every process writes whole lines."""
+def record_replaced(folder: Path, problems: Sequence[str]) -> None:
+    """Append bad samples that were replaced to `quarantine.txt`, a line each. Safe from several processes."""
     if problems:
+        # one write in append mode, so that lines of different processes do not interleave
         with (folder / "quarantine.txt").open("a", encoding="utf-8") as file:
             file.write("".join(f"{problem}\n" for problem in problems))
 
 
 class Progress:
-    """A bar on a terminal; otherwise a plain line every `seconds`, the first and last always."""
+    """A bar on a terminal; otherwise a plain line at most every `seconds`, always including the first and the last."""
 
     def __init__(self, name: str, total: int, start: int = 0, seconds: float = 10, quiet: bool = False):
         self.name, self.total, self.done, self.quiet = name, total, start, quiet
@@ -42,6 +43,7 @@ class Progress:
         self.bar = tqdm(total=total, initial=start, desc=name, dynamic_ncols=True, disable=not bar)
 
     def advance(self, n: int = 1, note: str = "") -> None:
+        """Count `n` more as done; `note` is shown after the count."""
         self.done += n
         if self.terminal:
             self.bar.set_postfix_str(note, refresh=False)

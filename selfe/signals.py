@@ -1,4 +1,4 @@
-"""Signals that end a run in good order: SIGTERM and SIGUSR1 (a scheduler's warning) and Ctrl-C."""
+"""Signals that shut a run down cleanly: SIGTERM and SIGUSR1 (sent by schedulers before a kill) and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -10,38 +10,41 @@ STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def ignore(worker: int) -> None:
-    """For a loader's worker, which a signal to all of a rank's processes reaches too: the step is to be finished."""
+    """`worker_init_fn` of data loaders: workers ignore stop signals sent to the process group, to finish the step."""
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
 
 
 class Stopped(Exception):
-    """The run was asked to end and has saved its work. Ends the program with exit code 128 + signal."""
+    """The run received a stop signal and has saved a checkpoint. Exit code 128 + signal."""
 
     def __init__(self, number: int, message: str):
         super().__init__(message)
         self.exit_code = 128 + number
 
 
-class Ear:
-    """Notes that this process was asked to stop; the step in progress is finished first.
+class StopSignal:
+    """Records a stop signal, so that the trainer can finish the step in progress first.
 
-    Ctrl-C twice ends the process at once, as does any of the signals after a Ctrl-C (which is how a launcher passes the
-    second one on).
+    A second Ctrl-C exits immediately, as does any stop signal after a Ctrl-C (a launcher may forward the second Ctrl-C
+    as another signal).
     """
 
     def __init__(self):
-        self.heard = 0  # a signal number
-        self.at = 0.0
-        self.before = {number: signal.signal(number, self.hear) for number in STOPS}
+        self.received = 0  # signal number, 0: none
+        self.at = 0.0  # when it was received, monotonic seconds
+        self.before = {number: signal.signal(number, self.receive) for number in STOPS}
 
-    def hear(self, number: int, frame: object) -> None:
-        again = self.heard and signal.SIGINT in (self.heard, number)
-        if again and time.monotonic() - self.at > 0.2:  # not the same key pressed once, sent by shell and launcher both
+    def receive(self, number: int, frame: object) -> None:
+        """The signal handler."""
+        again = self.received and signal.SIGINT in (self.received, number)
+        # within 0.2 s it is the same Ctrl-C, delivered by both the terminal and the launcher
+        if again and time.monotonic() - self.at > 0.2:
             os._exit(128 + number)
-        if not self.heard:
-            self.heard, self.at = number, time.monotonic()
+        if not self.received:
+            self.received, self.at = number, time.monotonic()
 
     def close(self) -> None:
+        """Restore the previous signal handlers."""
         for number, handler in self.before.items():
             signal.signal(number, handler)

@@ -1,6 +1,6 @@
-"""What a YAML file describes: denoiser, frozen encoders and objective behind two doors, `loss` and `generate`.
+"""Denoiser, frozen encoders and objective behind two methods: `loss` for training, `generate` for sampling.
 
-Both doors take the denoiser to use as an argument, because the trainer owns two of them (live and EMA).
+Both take the denoiser as an argument, because the trainer has two (live and EMA).
 """
 
 from __future__ import annotations
@@ -12,25 +12,15 @@ import torch
 from torch import Tensor
 
 from selfe import flow
-from selfe.draws import Draws
+from selfe.protocols import Autoencoder, Backbone, Data, Denoiser, Objective, Sampler, ShardLoader, TextEncoder
+from selfe.rng import SampleRNG
 from selfe.samplers.guidance import guided
-from selfe.types import (
-    Autoencoder,
-    Backbone,
-    Batch,
-    Data,
-    Denoiser,
-    Loss,
-    Objective,
-    Place,
-    Sampler,
-    TextCond,
-    TextEncoder,
-    UserError,
-)
+from selfe.types import Batch, Loss, TextCond, UserError
 
 
 class System:
+    """The parts of `system:` in a config. Raises ValueError if their dimensions differ."""
+
     def __init__(self, backbone: Backbone, text_encoder: TextEncoder, autoencoder: Autoencoder, objective: Objective):
         for name, given, wanted in (
             ("text_dim", text_encoder.text_dim, backbone.text_dim),
@@ -38,32 +28,36 @@ class System:
             ("patch_dim", autoencoder.token_dim, backbone.patch_dim),
         ):
             if given != wanted:
-                raise ValueError(f"backbone has {name} {wanted}, but its encoder gives {given}; make them equal")
+                raise ValueError(f"backbone has {name} {wanted}, but its encoder returns {given}; make them equal")
         self.backbone, self.text_encoder, self.autoencoder = backbone, text_encoder, autoencoder
         self.objective = objective
 
-    def load_encoders(self, device: torch.device, shard: Place | None = None) -> None:
-        """Bring the weights of the frozen parts to the device. The denoiser's come from training or a checkpoint.
+    def load_encoders(self, device: torch.device, shard: ShardLoader | None = None) -> None:
+        """Load the weights of the frozen parts. The denoiser's come from training or a checkpoint.
 
-        With `shard`, the text encoder is cut over ranks; every rank must then call `loss` and `generate` alike.
+        With `shard`, the text encoder is sharded over ranks; every rank must then make the same calls to `loss` and
+        `generate`.
         """
         self.text_encoder.load(device, shard)
         self.autoencoder.load(device)
 
     def check_data(self, data: Data) -> None:
-        """Raise UserError if pictures of this data cannot be encoded."""
+        """Raise UserError if the autoencoder cannot encode images of this data."""
         if data.multiple % self.autoencoder.multiple:
             raise UserError(
-                f"data: sides of pictures are multiples of {data.multiple}, but system.autoencoder takes multiples of "
-                f"{self.autoencoder.multiple}; make the one a multiple of the other"
+                f"data: image sides are multiples of {data.multiple}, but system.autoencoder needs multiples of "
+                f"{self.autoencoder.multiple}; make the first a multiple of the second"
             )
 
-    def loss(self, net: Denoiser, ema: Denoiser, batch: Batch, draws: Draws, step: int) -> Loss:
-        """The objective on one micro-batch: captions and pictures in, one loss per sample out."""
-        conds = self.encode(self.objective.captions(batch.prompts, draws, step))
-        x0 = self.autoencoder.encode(batch.images, draws)
+    def loss(self, net: Denoiser, ema: Denoiser, batch: Batch, rng: SampleRNG, step: int) -> Loss:
+        """The objective on one micro-batch of images and captions: one loss per sample.
+
+        Raises UserError if an encoder returns non-finite values.
+        """
+        conds = self.encode(self.objective.captions(batch.prompts, rng, step))
+        x0 = self.autoencoder.encode(batch.images, rng)
         expect_finite(flow.sum_per_sample(x0.tokens, x0), batch.names, "system.autoencoder", HALF)
-        return self.objective(net, ema, x0, conds, draws, step)
+        return self.objective(net, ema, x0, conds, rng, step)
 
     @torch.no_grad()
     def generate(
@@ -71,7 +65,7 @@ class System:
         net: Denoiser,
         prompts: Sequence[str],
         sizes: Sequence[tuple[int, int]],
-        draws: Draws,
+        rng: SampleRNG,
         *,
         sampler: Sampler,
         num_steps: int,
@@ -79,33 +73,42 @@ class System:
         s_ratio: float,
         negative_prompts: Sequence[str] | None = None,
     ) -> list[Tensor]:
-        """Pictures B x (3, height, width) in [-1, 1] for B prompts and B sizes in pixels; `num_steps` network calls.
+        """Generate images B x (3, height, width) in [-1, 1] for B prompts in `num_steps` sampler steps.
 
-        Negative prompts take the place of the null prompt in guidance.
+        `sizes` are B x (height, width) in pixels. Negative prompts replace the null prompt of guidance.
+        Raises UserError if latents or images are non-finite.
         """
         conds = self.encode({"cond": list(prompts), "null": list(negative_prompts or [""] * len(prompts))})
-        noise = self.autoencoder.noise(sizes, draws)
+
+        # sample latents
+        noise = self.autoencoder.noise(sizes, rng)
         t, s = flow.sampling_times(num_steps, s_ratio, noise)
-        x0 = sampler(guided(net, conds["cond"], conds["null"], cfg_scale), noise, t, s, draws)
+        x0 = sampler(guided(net, conds["cond"], conds["null"], cfg_scale), noise, t, s, rng)
         expect_finite(flow.sum_per_sample(x0, noise), prompts, "the denoiser", "use an earlier checkpoint")
+
         images = self.autoencoder.decode(noise.with_tokens(x0))
         expect_finite(torch.stack([image.sum() for image in images]), prompts, "system.autoencoder", HALF)
         return images
 
     def encode(self, captions: dict[str, list[str]]) -> dict[str, TextCond]:
-        """Each distinct caption through the text encoder once, then dealt to where it is wanted."""
+        """Conditioning for lists of captions, by name. Each distinct caption is encoded once."""
         number = {caption: i for i, caption in enumerate(dict.fromkeys(chain(*captions.values())))}
         cond = self.text_encoder(list(number))
         sums = flow.sum_per_sample(cond.text.tokens, cond.text) + cond.pooled.sum(dim=1)
         expect_finite(sums, list(number), "system.text_encoder", HALF)
+
         return {name: cond.select([number[caption] for caption in wanted]) for name, wanted in captions.items()}
 
 
-HALF = "set its params.dtype=fp32, and if that does not help, fetch its weights again"
+# how to fix an encoder that overflows in half precision
+HALF = "set its params.dtype=fp32, and if that does not help, download its weights again"
 
 
 def expect_finite(sums: Tensor, names: Sequence[str], part: str, remedy: str) -> None:
-    """Numbers that overflow are silent and make black pictures: say whose. `sums` (B,) of what came out of a part."""
+    """Raise UserError naming the first sample with non-finite output, which would otherwise become a black image.
+
+    `sums` (B,): the output of a part, summed per sample.
+    """
     if not sums.is_meta and not sums.isfinite().all():
         name = names[sums.isfinite().tolist().index(False)]
-        raise UserError(f"{name}: {part} gives infinite or undefined numbers; {remedy}")
+        raise UserError(f"{name}: {part} returns infinite or NaN values; {remedy}")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-from selfe import dist
 from selfe.backbones import mmdit
-from selfe.blocks import MOST_VARIANTS
-from selfe.dist import World
+from selfe.distributed import collectives
+from selfe.distributed.activation_checkpoint import MOST_VARIANTS
+from selfe.distributed.collectives import World
 
 settings.register_profile("selfe", deadline=None)  # no test depends on how fast the machine is
 settings.load_profile("selfe")
@@ -47,5 +47,5 @@ def alone(monkeypatch) -> Iterator[World]:
     """A process group of this process alone."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    with dist.world() as world:
+    with collectives.process_group() as world:
         yield world

@@ -4,30 +4,45 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "selfe"
-LAYERS = {
-    room: layer
-    for layer, rooms in {
-        0: "device",
-        0.1: "types attention",
-        0.2: "draws weights images buckets index cache",
-        0.3: "flow order",
-        0.4: "feed",
-        1: "backbones encoders objectives samplers data",
-        2: "system",
-        3: "config blocks dist ema checkpoint draft saving loading flux_format log sinks folder pictures sheets "
-        "prompts jobs gallery signals watch health clock observe",
-        4: "launch",
-        5: "train infer",
-    }.items()
-    for room in rooms.split()
+# which folders and files of selfe/ a folder may import from, besides itself
+BASE = {"types", "protocols", "flow", "rng", "device", "log", "signals"}
+PARTS = BASE | {"io"}
+EDGES = {
+    "device": set(),
+    "log": set(),
+    "signals": set(),
+    "types": {"device"},
+    "rng": {"device", "types"},
+    "protocols": {"rng", "types"},
+    "flow": {"device", "rng", "types"},
+    "io": BASE,
+    "config": {"types"},
+    "backbones": PARTS,
+    "encoders": PARTS,
+    "objectives": PARTS,
+    "samplers": PARTS,
+    "system": PARTS | {"samplers"},  # guidance
+    "distributed": BASE | {"backbones"},  # the attention kernels that selective checkpointing keeps
+    "data": PARTS | {"distributed"},  # a loader reads what its rank trains on
+    "checkpoint": PARTS | {"distributed", "encoders"},  # FLUX files hold a denoiser and a VAE
+    "training": PARTS | {"config", "distributed", "samplers", "system"},
+    "inference": PARTS | {"config", "samplers"},
+    "gallery": {"io", "types"},
+    "launch": BASE,
+    "cli": set(),
+    "__main__": {"cli"},
+    "__init__": set(),
 }
-FOLDERS = {room.name for room in PACKAGE.iterdir() if room.is_dir() and room.name != "__pycache__"}
+EDGES["train"] = set(EDGES) - {"cli", "inference", "gallery"}
+EDGES["infer"] = set(EDGES) - {"cli", "train", "training"}
+EDGES["tools"] = set(EDGES) - {"cli"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -66,44 +81,42 @@ def imports(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_down(path):
-    """A room imports lower layers; within a folder only what the same part needs."""
-    if path.name == "__init__.py":
-        return
+def test_imports_follow_the_table(path):
     mine = room(path)
-    for name in imports(path):
-        if not name.startswith("selfe."):
-            continue
-        other = name.split(".")[1]
-        assert other in LAYERS, f"{other} has no layer yet"
-        if other == mine:
-            continue
-        below = LAYERS[other] < LAYERS[mine] or (LAYERS[other] == LAYERS[mine] == 3)
-        assert below, f"{mine} (layer {LAYERS[mine]}) imports {other} (layer {LAYERS[other]})"
+    others = {name.split(".")[1] for name in imports(path) if name.startswith("selfe.")} - {mine}
+    assert others <= EDGES[mine], f"{mine} may not import {sorted(others - EDGES[mine])}; see EDGES"
 
 
-def test_rooms_of_layer_one_are_one_level_deep():
-    for folder in FOLDERS:
-        assert not [inner for inner in (PACKAGE / folder).iterdir() if inner.is_dir() and inner.name != "__pycache__"]
+def test_the_table_and_the_modules_have_no_circle():
+    """Of single modules, so that files of one folder have no circle either."""
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+    edges = {}
+    for name, path in modules.items():
+        found = imports(path) | {imported.rpartition(".")[0] for imported in imports(path)}
+        edges[name] = found & set(modules) - {name, "selfe"}
+    tuple(TopologicalSorter(edges).static_order())  # raises CycleError
+    tuple(TopologicalSorter(EDGES).static_order())
+
+
+def test_folders_are_one_level_deep():
+    """Except for a verb of `tools/`, which may be a folder."""
+    for folder in PACKAGE.iterdir():
+        if folder.is_dir() and folder.name not in ("tools", "__pycache__"):
+            assert not [inner for inner in folder.iterdir() if inner.is_dir() and inner.name != "__pycache__"]
 
 
 def test_one_home_for_each_thing_that_differs():
     """Device and backend choice, the process group and the environment have one place each."""
     homes = {
-        r"torch\.distributed": {"dist", "checkpoint", "draft", "launch"},
-        r"os\.environ": {"dist", "launch"},
-        r"\bcuda\b": set(),
+        r"torch\.distributed": {"distributed", "checkpoint", "launch", "tools"},
+        r"os\.environ": {"distributed", "launch", "tools", "cli"},
+        r"\bcuda\b": {"tools"},
         r"\bnccl\b": set(),
         r"torch\.accelerator": {"device"},
     }
     for pattern, allowed in homes.items():
         found = {room(path) for path in FILES if re.search(pattern, path.read_text())}
         assert found <= allowed, f"{pattern} stands in {found - allowed}"
-
-
-def test_rooms_fit_on_a_few_screens():
-    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in FILES}
-    assert {name: n for name, n in lengths.items() if n > 340} == {}
 
 
 def test_no_address_of_a_package_registry():

@@ -1,4 +1,4 @@
-"""Dual-time MMDiT: FLUX's denoiser on packed tokens, with a second clock (arXiv 2512.22374, S.2)."""
+"""Dual-time MMDiT: the FLUX architecture on packed tokens, with an embedding of t - s (arXiv 2512.22374, S.2)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from selfe.attention import attend
-from selfe.backbones.layout import Layout, Runs
+from selfe.backbones.attention import attend
+from selfe.backbones.packing import PackedLayout, Segments
 from selfe.device import to_device
-from selfe.draws import generator
+from selfe.rng import philox
 from selfe.types import Packed, TextCond, UserError
 
-SINUSOID = 256  # width of the clock's encoding
+SINUSOID = 256  # width of the sinusoidal time embedding
 
 
 class MMDiT(nn.Module):
-    """V(x_t, t, s, c). The defaults are the paper's 2B model; `s_branch=False` leaves a plain FLUX-style denoiser."""
+    """V(x_t, t, s, c). The defaults are the paper's 2B model; `s_branch=False` gives a plain FLUX-style denoiser."""
 
     def __init__(
         self,
@@ -39,17 +39,17 @@ class MMDiT(nn.Module):
     ):
         """
         Args:
-            s_branch: the second clock.
-            learned_grid: rows and columns of the largest picture, in patches, to give every place in it a vector of its
-                own beside RoPE. Not in the paper; helps small networks on pictures of few patches.
+            s_branch: add an embedding of t - s to the time embedding (s.9-s.10).
+            learned_grid: (rows, columns) of the largest image, in patches. Adds a learned position embedding per patch
+                on top of RoPE. Not in the paper; helps small networks on images of few patches.
         """
         super().__init__()
         if width != num_heads * sum(rope_axes) or any(axis % 2 for axis in rope_axes):
-            raise ValueError(
-                f"rope_axes {rope_axes} must be even and add up to width / num_heads = {width} / {num_heads}"
-            )
+            raise ValueError(f"rope_axes {rope_axes} must be even and sum to width / num_heads = {width} / {num_heads}")
         self.patch_dim, self.text_dim, self.pooled_dim = patch_dim, text_dim, pooled_dim
         self.rope_axes, self.rope_theta = rope_axes, rope_theta
+
+        # Input projections, time embeddings and pooled text embedding.
         self.image_in = nn.Linear(patch_dim, width)
         self.learned_grid = learned_grid
         self.position = nn.Embedding(math.prod(learned_grid), width) if learned_grid else None
@@ -57,6 +57,8 @@ class MMDiT(nn.Module):
         self.t_in = embedder(SINUSOID, width)
         self.s_in = embedder(SINUSOID, width) if s_branch else None
         self.pooled_in = embedder(pooled_dim, width)
+
+        # Transformer blocks and output head.
         self.double_blocks = nn.ModuleList(DoubleBlock(width, num_heads, mlp_ratio) for _ in range(num_double_blocks))
         self.single_blocks = nn.ModuleList(SingleBlock(width, num_heads, mlp_ratio) for _ in range(num_single_blocks))
         self.out_modulation = nn.Linear(width, 2 * width)
@@ -65,58 +67,71 @@ class MMDiT(nn.Module):
     def forward(self, x_t: Packed, t: Tensor, s: Tensor, cond: TextCond) -> Tensor:
         """x_t (T, patch_dim), times t and s (B,) -> v (T, patch_dim), in the dtype of x_t."""
         dtype = self.image_in.weight.dtype
-        layout = Layout.of(x_t, cond.text, self.rope_axes, self.rope_theta)
-        clock = self.t_in(sinusoid(t).to(dtype))
-        if self.s_in is not None:
-            clock = clock + self.s_in(sinusoid(t - s).to(dtype))  # s.9-s.10
-        clock = F.silu(clock + self.pooled_in(cond.pooled.to(dtype)))
+        layout = PackedLayout.of(x_t, cond.text, self.rope_axes, self.rope_theta)
 
+        # Conditioning vector: time, time difference and pooled text.
+        emb = self.t_in(sinusoid(t).to(dtype))
+        if self.s_in is not None:
+            emb = emb + self.s_in(sinusoid(t - s).to(dtype))  # s.9-s.10
+        emb = F.silu(emb + self.pooled_in(cond.pooled.to(dtype)))
+
+        # Token stream [all text | all image].
         image = self.image_in(x_t.tokens.to(dtype))
         if self.position is not None:
             image = image + self.position(to_device(places(x_t.grids, self.learned_grid), image.device))
         x = torch.cat([self.text_in(cond.text.tokens.to(dtype)), image])
+
         for block in self.double_blocks:
-            x = block(x, clock, layout)
+            x = block(x, emb, layout)
         for block in self.single_blocks:
-            x = block(x, clock, layout)
-        shift, scale = self.out_modulation(clock).chunk(2, dim=-1)
+            x = block(x, emb, layout)
+
+        # Output head on the image tokens.
+        shift, scale = self.out_modulation(emb).chunk(2, dim=-1)
         x = modulate(x[layout.num_text :], shift, scale, layout.image)
         return self.out(x).to(x_t.tokens.dtype)
 
     def initial(self, name: str, shape: torch.Size, seed: int) -> Tensor:
-        """The starting value of a parameter, float32 on the host: a function of (seed, name) alone.
+        """Initial value of a parameter, float32 on the CPU; depends on (seed, name) only.
 
-        As in DiT: modulations and output start at zero, so every block starts as the identity and v as 0.
+        As in DiT, modulation and output layers are zero-initialised, so that every block starts as the identity and v
+        starts at 0.
         """
         if "norm" in name:
             return torch.ones(shape)
         if name.endswith("bias") or "modulation" in name or name.startswith(("out.", "position.")):
             return torch.zeros(shape)
+
+        # Linear weights: Xavier uniform; embedding MLPs with standard deviation 0.02.
         fan_out, fan_in = shape
         if name.startswith(("t_in", "s_in", "pooled_in")):
-            bound = 0.02 * math.sqrt(3)  # a uniform of standard deviation 0.02
+            bound = 0.02 * math.sqrt(3)
         else:
             bound = math.sqrt(6 / (fan_in + fan_out))
-        uniform = torch.from_numpy(generator(seed, "initial", name).random(tuple(shape), dtype="float32"))
+        uniform = torch.from_numpy(philox(seed, "initial", name).random(tuple(shape), dtype="float32"))
         return uniform.mul_(2 * bound).sub_(bound)
 
 
 class DoubleBlock(nn.Module):
-    """Text and image with weights of their own, meeting in one attention."""
+    """Separate text and image streams that share one joint attention."""
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float):
         super().__init__()
-        self.text = Half(width, num_heads, mlp_ratio)
-        self.image = Half(width, num_heads, mlp_ratio)
+        self.text = ModalityStream(width, num_heads, mlp_ratio)
+        self.image = ModalityStream(width, num_heads, mlp_ratio)
 
-    def forward(self, x: Tensor, clock: Tensor, layout: Layout) -> Tensor:
-        """Stream x (T, width), clock (B, width) -> (T, width)."""
+    def forward(self, x: Tensor, emb: Tensor, layout: PackedLayout) -> Tensor:
+        """Stream x (T, width), conditioning emb (B, width) -> (T, width)."""
+        # The streams have separate weights and modulation.
         n = layout.num_text
         halves = (self.text, x[:n], layout.text), (self.image, x[n:], layout.image)
-        mods = [half.modulation(clock).chunk(6, dim=-1) for half, _, _ in halves]
-        # a generator: what the halves make is not held longer than it takes to join it
+        mods = [half.modulation(emb).chunk(6, dim=-1) for half, _, _ in halves]
+
+        # Joint attention. `qkv` is a generator, so that per-stream tensors are freed as soon as they are concatenated.
         qkv = (half.qkv(x, *mod[:2], runs) for (half, x, runs), mod in zip(halves, mods, strict=True))
         attended = attention(*(layout.sort(torch.cat(parts)) for parts in zip(*qkv, strict=True)), layout)
+
+        # Output projection and MLP per stream.
         parts = (attended[:n], attended[n:])
         return torch.cat(
             [
@@ -126,8 +141,8 @@ class DoubleBlock(nn.Module):
         )
 
 
-class Half(nn.Module):
-    """One modality's share of a double block."""
+class ModalityStream(nn.Module):
+    """The layers of one modality (text or image) in a double block."""
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float):
         super().__init__()
@@ -139,22 +154,22 @@ class Half(nn.Module):
         self.attention_out = nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), GELU(), nn.Linear(hidden, width))
 
-    def qkv(self, x: Tensor, shift: Tensor, scale: Tensor, runs: Runs) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x: Tensor, shift: Tensor, scale: Tensor, runs: Segments) -> tuple[Tensor, Tensor, Tensor]:
         """x (n, width) -> q, k, v (n, heads, head_dim)."""
         qkv = self.qkv_in(modulate(x, shift, scale, runs))
         q, k, v = rearrange(qkv, "n (three heads d) -> three n heads d", three=3, heads=self.num_heads)
         return *self.qk_norm(q, k), v
 
     def finish(
-        self, x: Tensor, attended: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, mlp_gate: Tensor, runs: Runs
+        self, x: Tensor, attended: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, mlp_gate: Tensor, runs: Segments
     ) -> Tensor:
-        """Residual of the attention (n, width), then of the MLP."""
+        """Residual branches: output projection of `attended` (n, width), then the MLP. Returns x (n, width)."""
         x = runs.addcmul(x, self.attention_out(attended), gate)
         return runs.addcmul(x, self.mlp(modulate(x, shift, scale, runs)), mlp_gate)
 
 
 class SingleBlock(nn.Module):
-    """Text and image as one stream; attention and MLP in parallel, sharing the layers before and after."""
+    """Text and image in one stream; attention and MLP in parallel, with fused input and output projections."""
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float):
         super().__init__()
@@ -165,26 +180,28 @@ class SingleBlock(nn.Module):
         self.gelu = GELU()
         self.attention_mlp_out = nn.Linear(width + self.hidden, width)
 
-    def forward(self, x: Tensor, clock: Tensor, layout: Layout) -> Tensor:
-        """Stream x (T, width), clock (B, width) -> (T, width)."""
-        # text, then image: every sample's numbers are needed twice
-        shift, scale, gate = self.modulation(clock).repeat(2, 1).chunk(3, dim=-1)
+    def forward(self, x: Tensor, emb: Tensor, layout: PackedLayout) -> Tensor:
+        """Stream x (T, width), conditioning emb (B, width) -> (T, width)."""
+        # Modulation per sample, repeated because `layout.stream` has two segments per sample: text, then image.
+        shift, scale, gate = self.modulation(emb).repeat(2, 1).chunk(3, dim=-1)
         h = modulate(x, shift, scale, layout.stream)
-        # one layer in two products: what the MLP makes is not held during attention, nor q, k and v during the MLP
+
+        # Apply the fused projection as two matmuls to lower peak memory: the MLP activations are not alive during
+        # attention, nor q, k and v during the MLP.
         sizes = [3 * x.shape[1], self.hidden]
         qkv_in, mlp_in = zip(self.qkv_mlp_in.weight.split(sizes), self.qkv_mlp_in.bias.split(sizes), strict=True)
         attended = self.attend(F.linear(h, *qkv_in), layout)
         mlp = self.gelu(F.linear(h, *mlp_in))
         return layout.stream.addcmul(x, self.attention_mlp_out(torch.cat([attended, mlp], dim=-1)), gate)
 
-    def attend(self, qkv: Tensor, layout: Layout) -> Tensor:
-        """qkv (T, 3 width), both in the stream's order -> (T, width)."""
+    def attend(self, qkv: Tensor, layout: PackedLayout) -> Tensor:
+        """qkv (T, 3 width) -> (T, width), both in stream order."""
         q, k, v = rearrange(layout.sort(qkv), "n (three heads d) -> three n heads d", three=3, heads=self.num_heads)
         return attention(*self.qk_norm(q, k), v, layout)
 
 
 class QKNorm(nn.Module):
-    """RMS norm of queries and keys per head."""
+    """RMS norm of queries and keys, per head."""
 
     def __init__(self, head_dim: int):
         super().__init__()
@@ -196,59 +213,68 @@ class QKNorm(nn.Module):
 
 
 class GELU(nn.Module):
-    """x Phi(x), with the tanh approximation of Phi."""
+    """GELU with the tanh approximation."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             return F.gelu(x, approximate="tanh")
-        # (1 + tanh u) / 2 = sigmoid(2 u), and fused an exponential is cheaper than a tanh
+
+        # (1 + tanh u) / 2 = sigmoid(2 u): in a fused kernel an exponential is cheaper than tanh.
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         u = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)
         return (wide * torch.sigmoid(2 * u)).to(x.dtype)
 
 
 def embedder(width_in: int, width: int) -> nn.Sequential:
-    """The two-layer MLP of clocks and pooled text."""
+    """Two-layer MLP for time embeddings and pooled text."""
     return nn.Sequential(nn.Linear(width_in, width), nn.SiLU(), nn.Linear(width, width))
 
 
 def sinusoid(t: Tensor) -> Tensor:
-    """Times (B,) -> (B, 256): cosines, then sines, of 1000 t at geometric frequencies. Full precision throughout."""
+    """Sinusoidal embedding of times (B,) -> (B, 256): cosines, then sines, of 1000 t; in the dtype of t."""
     half = SINUSOID // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=t.dtype, device=t.device) / half)
     angles = 1000 * t[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, runs: Runs) -> Tensor:
-    """Layer norm of x (n, width) without weights, then its sample's scale and shift (B, width)."""
-    return runs.addcmul(runs.spread(shift), F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, runs: Segments) -> Tensor:
+    """adaLN: layer norm of x (n, width) without affine weights, then per-sample scale and shift (B, width)."""
+    return runs.addcmul(runs.broadcast(shift), F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
 @lru_cache(maxsize=16)
 def places(grids: tuple[tuple[int, int], ...], largest: tuple[int, int]) -> Tensor:
-    """(T,) the number of every patch's place in the largest grid, row by row."""
+    """Position indices (T,) of all patches in the largest grid, row-major.
+
+    Raises:
+        UserError: a grid is larger than `largest`.
+    """
     for grid in set(grids):
         if grid[0] > largest[0] or grid[1] > largest[1]:
             raise UserError(
-                f"system.backbone.params.learned_grid: {largest} has no place for a picture of {grid} patches"
+                f"system.backbone.params.learned_grid: {largest} is too small for an image of {grid} patches"
             )
+
     table = torch.arange(math.prod(largest)).view(largest)
     return torch.cat([table[:rows, :columns].flatten() for rows, columns in grids])
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """RoPE on neighbouring pairs of x (T, heads, head_dim), in full precision."""
+    """RoPE on adjacent pairs of x (T, heads, head_dim), computed in the dtype of `rotation`."""
     pairs = x.to(rotation.dtype).unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():  # it fuses real numbers only
+    if torch.compiler.is_compiling():  # inductor does not fuse complex arithmetic
         (even, odd), (cos, sin) = pairs.unbind(-1), rotation.unbind(-1)
         pairs = torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=-1)
-    else:  # one pass instead of seven
+    else:  # eager: one complex multiplication instead of several real kernels
         pairs = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotation))
     return pairs.flatten(-2).to(x.dtype)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """Of each sample's text and image together; sorted q, k, v (T, heads, head_dim) -> (T, width) of the stream."""
+def attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
+    """Joint attention over the text and image tokens of each sample.
+
+    q, k, v (T, heads, head_dim) in attention order -> (T, width) in stream order.
+    """
     q, k = rotate(q, layout.rotation), rotate(k, layout.rotation)
     return layout.unsort(attend(q, k, v, layout.sequences).flatten(1))

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from selfe import images, index
-from selfe.feed import Feed
+from selfe.data import index
+from selfe.data.dataset import BucketedDataset
+from selfe.io import image_decode
 from selfe.types import BadSample, UserError
 
 RECORD = np.dtype([("offset", "<u8"), ("height", "<u2"), ("width", "<u2")])  # 12 bytes per line; sizes as in `index`
@@ -22,7 +23,7 @@ CHUNK = 1 << 24  # bytes of a manifest that are looked at together
 BOM = b"\xef\xbb\xbf"
 
 
-class ManifestData(Feed):
+class ManifestData(BucketedDataset):
     """Manifests in UTF-8, with or without byte order mark, with line ends of any system; blank lines are left out."""
 
     def open(self, path: Path, base_dir: Path) -> Manifest:
@@ -78,13 +79,13 @@ class Manifest:
     def image(self, index: int, enough: int | None) -> Image.Image:
         with self.telling_line(index):
             name = self.name(index)
-            return images.read(Path(name), name, self.max_pixels, enough)
+            return image_decode.read(Path(name), name, self.max_pixels, enough)
 
     def size(self, index: int) -> tuple[int, int]:
         """(height, width) from the header of the picture file."""
         with self.telling_line(index):
             name = self.name(index)
-            return images.size(Path(name), name, self.max_pixels)
+            return image_decode.size(Path(name), name, self.max_pixels)
 
     def digest(self) -> str:
         """Of up to 1024 lines, evenly spread, their sizes and the length of the file."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfe.draws import generator
+from selfe.rng import philox
 from selfe.types import Batch, Split
 
 SHAPES = {"square": [(0.8, 0.8)], "cross": [(1.0, 0.33), (0.33, 1.0)], "plank": [(1.0, 0.4)], "pole": [(0.4, 1.0)]}
@@ -79,10 +79,14 @@ class ShapesData:
             raise ValueError(f"radius: the largest shape must fit, so at most 0.5 of the size, got {radius[1]}")
         self.size = self.multiple = size
         self.radius, self.contrast = radius, contrast
-        shuffled = [COMBINATIONS[i] for i in generator("held out").permutation(len(COMBINATIONS))]
+        shuffled = [COMBINATIONS[i] for i in philox("held out").permutation(len(COMBINATIONS))]
         self.combinations = {"val": tuple(shuffled[:held_out]), "train": tuple(shuffled[held_out:])}
         if not held_out:
             self.combinations["val"] = self.combinations["train"]
+
+    def resolution(self, step: int) -> tuple[int, ...]:
+        """Pixels of an image."""
+        return (self.size**2,)
 
     def costs(self, seed: int, step: int, samples: range, split: Split) -> tuple[int, ...]:
         """All pictures are alike."""
@@ -91,7 +95,7 @@ class ShapesData:
     def batch(self, seed: int, step: int, samples: range, positions: Sequence[int], split: Split) -> Batch:
         """These positions of the step's global batch."""
         numbers = [samples[position] for position in positions]
-        uniform = np.stack([generator(seed, split, number).random(12) for number in numbers])
+        uniform = np.stack([philox(seed, split, number).random(12) for number in numbers])
         combinations = self.combinations[split]
         chosen = [combinations[int(u * len(combinations))] for u in uniform[:, 0]]
         return Batch(

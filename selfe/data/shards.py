@@ -18,8 +18,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from selfe import images, index
-from selfe.feed import Feed
+from selfe.data import index
+from selfe.data.dataset import BucketedDataset
+from selfe.io import image_decode
 from selfe.types import BadSample, UserError
 
 FIELDS = "shard:<u4 image:<u8 image_bytes:<u4 prompt:<u8 prompt_bytes:<u4 height:<u2 width:<u2"  # sizes as in `index`
@@ -28,7 +29,7 @@ PICTURES = {"avif", "bmp", "gif", "img", "jp2", "jpeg", "jpg", "png", "ppm", "qo
 PROMPT = "txt"
 
 
-class ShardData(Feed):
+class ShardData(BucketedDataset):
     """As `ManifestData`, but `train_manifest` and `val_manifest` are patterns such as `shards/train-*.tar`."""
 
     def open(self, path: Path, base_dir: Path) -> Shards:
@@ -77,11 +78,11 @@ class Shards:
         return f"{self.tars[record['shard']]}, picture at byte {record['image']}"
 
     def image(self, index: int, enough: int | None) -> Image.Image:
-        return images.read(BytesIO(self.bytes_of(index, "image")), self.name(index), self.max_pixels, enough)
+        return image_decode.read(BytesIO(self.bytes_of(index, "image")), self.name(index), self.max_pixels, enough)
 
     def size(self, index: int) -> tuple[int, int]:
         """(height, width) from the header of the picture."""
-        return images.size(BytesIO(self.bytes_of(index, "image")), self.name(index), self.max_pixels)
+        return image_decode.size(BytesIO(self.bytes_of(index, "image")), self.name(index), self.max_pixels)
 
     def digest(self) -> str:
         """Of the names and sizes of the tar files and of up to 1024 samples, evenly spread."""

@@ -1,4 +1,4 @@
-"""Pictures that were encoded before: latents from what a cache holds, in place of an autoencoder that is not loaded."""
+"""Precomputed latents: reads encoded images from a cache instead of running the autoencoder."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from selfe import cache
-from selfe.draws import Draws
-from selfe.types import Autoencoder, Packed, UserError, packed
+from selfe.io import feature_cache
+from selfe.protocols import Autoencoder
+from selfe.rng import SampleRNG
+from selfe.types import Packed, UserError, packed
 
 
 class CachedLatents:
-    """What `autoencoder` would give, its moments rounded to bf16. Goes with `CachedData`."""
+    """Latents of `autoencoder` from cached moments in bf16. For use with `CachedData`."""
 
     def __init__(self, cache_dir: str, autoencoder: Autoencoder, decode: bool = False):
         """
         Args:
-            decode: load the autoencoder all the same, to draw pictures during training.
+            cache_dir: feature cache, written with the settings of `autoencoder`.
+            autoencoder: the autoencoder whose latents are cached; not loaded unless `decode` is set.
+            decode: load the autoencoder anyway, to decode sample images during training.
         """
-        cache.check(Path(cache_dir), cache.describe("autoencoder", autoencoder))
+        feature_cache.check(Path(cache_dir), feature_cache.describe("autoencoder", autoencoder))
         self.autoencoder, self.draws_pictures = autoencoder, decode
         self.token_dim, self.multiple = autoencoder.token_dim, autoencoder.multiple
 
@@ -30,21 +33,31 @@ class CachedLatents:
         if self.draws_pictures:
             self.autoencoder.load(device)
 
-    def encode(self, images: Sequence[Tensor], draws: Draws) -> Packed:
-        """B x (rows, columns, token_dim or twice that: latents, or means and standard deviations) -> float32 tokens."""
+    def encode(self, images: Sequence[Tensor], rng: SampleRNG) -> Packed:
+        """Cache entries -> tokens (T, token_dim), float32.
+
+        An entry is (rows, columns, token_dim) for latents, or (rows, columns, 2 token_dim) for means and standard
+        deviations, from which latents are sampled.
+        """
         entries = torch.cat([image.flatten(0, 1) for image in images]).to(self.device).float()
         mean = packed(entries[:, : self.token_dim], [tuple(image.shape[:2]) for image in images])
         if entries.shape[1] == self.token_dim:
             return mean
-        return mean.with_tokens(mean.tokens + entries[:, self.token_dim :] * draws.normal_like("latent", mean))
+        return mean.with_tokens(mean.tokens + entries[:, self.token_dim :] * rng.normal_like("latent", mean))
 
     def decode(self, latents: Packed) -> list[Tensor]:
+        """Tokens (T, token_dim) -> B x (3, H, W), float32."""
         return self.autoencoder.decode(latents)
 
-    def noise(self, sizes: Sequence[tuple[int, int]], draws: Draws) -> Packed:
+    def noise(self, sizes: Sequence[tuple[int, int]], rng: SampleRNG) -> Packed:
+        """Standard normal tokens (T, token_dim) for images of B x (height, width) pixels.
+
+        Raises:
+            UserError: the autoencoder is not loaded, so samples could not be decoded.
+        """
         if not self.draws_pictures:
             raise UserError(
-                "training from a cache does not load the autoencoder: set system.autoencoder.params.decode=1 to draw "
-                "pictures, or trainer.samples.prompts=[]"
+                "the autoencoder is not loaded when training from a cache: set system.autoencoder.params.decode=1 to "
+                "generate sample images, or trainer.samples.prompts=[] to disable them"
             )
-        return self.autoencoder.noise(sizes, draws)
+        return self.autoencoder.noise(sizes, rng)

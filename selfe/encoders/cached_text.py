@@ -1,4 +1,4 @@
-"""Captions that were encoded before: their codes from a cache, in place of a text encoder that is never loaded."""
+"""Precomputed text embeddings: reads encoded captions from a cache instead of running the text encoder."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from pathlib import Path
 
 import torch
 
-from selfe import cache
-from selfe.types import Place, TextCond, TextEncoder, packed
+from selfe.io import feature_cache
+from selfe.protocols import ShardLoader, TextEncoder
+from selfe.types import TextCond, packed
 
 
 class CachedText:
-    """What `encoder` would give, rounded to bf16."""
+    """Embeddings of `encoder` from a cache in bf16. The encoder itself is never loaded."""
 
     def __init__(self, cache_dir: str, encoder: TextEncoder):
         self.folder = Path(cache_dir)
-        cache.check(self.folder, cache.describe("text_encoder", encoder))
+        feature_cache.check(self.folder, feature_cache.describe("text_encoder", encoder))
         self.text_dim, self.pooled_dim = encoder.text_dim, encoder.pooled_dim
 
-    def load(self, device: torch.device, shard: Place | None = None) -> None:
+    def load(self, device: torch.device, shard: ShardLoader | None = None) -> None:
         self.device = device
-        self.text, self.pooled = cache.Store(self.folder / "text"), cache.Store(self.folder / "pooled")
+        self.text, self.pooled = feature_cache.Store(self.folder / "text"), feature_cache.Store(self.folder / "pooled")
 
     def __call__(self, captions: Sequence[str]) -> TextCond:
         """Captions -> text (T, text_dim) and pooled (B, pooled_dim), float32.
@@ -29,7 +30,7 @@ class CachedText:
         Raises:
             UserError: a caption is not in the cache.
         """
-        keys = [(cache.digest(caption), f"the caption {caption[:60]!r}") for caption in captions]
+        keys = [(feature_cache.digest(caption), f"the caption {caption[:60]!r}") for caption in captions]
         texts = [self.text.read(key, name)[0] for key, name in keys]
         pooled = [self.pooled.read(key, name)[0, 0] for key, name in keys]
         tokens = torch.cat(texts).to(self.device).float()

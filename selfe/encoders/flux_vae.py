@@ -1,6 +1,6 @@
-"""The frozen FLUX.1 autoencoder: pictures to packed 2 x 2 patches of a 16-channel latent at 1/8 resolution, and back.
+"""The frozen FLUX.1 autoencoder: images <-> packed 2 x 2 patches of a 16-channel latent at 1/8 resolution.
 
-Parameter names are those of FLUX.1's `ae.safetensors`, so that the file loads as it is.
+Parameter names match FLUX.1's `ae.safetensors`, which loads without conversion.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from selfe.draws import Draws
+from selfe.io.safetensors_files import AGAIN, SafetensorsFiles, cached
+from selfe.rng import SampleRNG
 from selfe.types import DTYPES, Packed, Precision, UserError, packed
-from selfe.weights import AGAIN, Weights, cached
 
-SCALE, SHIFT = 0.3611, 0.1159  # of FLUX.1's latents: (z - shift) * scale has mean about 0 and width about 1
+SCALE, SHIFT = 0.3611, 0.1159  # FLUX.1 latents: (z - shift) * scale has mean about 0 and standard deviation about 1
 CHANNELS, PATCH = 16, 2
-STAGES = (1, 2, 4, 4)  # width of each resolution, in units of the first
-PIXELS = 2 ** (len(STAGES) - 1)  # a latent stands for so many pixels a side
-TILE_OVERLAP = 8  # latents that neighbouring tiles share
+STAGES = (1, 2, 4, 4)  # channel multiplier of each resolution
+PIXELS = 2 ** (len(STAGES) - 1)  # pixels per latent, per side
+TILE_OVERLAP = 8  # overlap of adjacent tiles, in latents
 
 
 class FluxVAE:
-    """Pictures of equal size share a pass; tokens are float32 whatever the precision of the convolutions."""
+    """Encodes and decodes images, batched by size. Tokens are float32, whatever the `dtype` of the network."""
 
     token_dim = CHANNELS * PATCH**2
     multiple = PIXELS * PATCH
@@ -44,30 +44,31 @@ class FluxVAE:
     ):
         """
         Args:
-            cache_dir: holds `ae.safetensors`.
-            skip_pretrained: random weights instead; nothing is read.
-            latent: draw from the encoder's normal distribution, or take its mean.
+            cache_dir: folder with `ae.safetensors`.
+            skip_pretrained: use random weights and read no files.
+            latent: sample from the encoder's normal distribution, or take its mean.
             width: channels at full resolution, 128 in FLUX.1.
-            decode_pixels: at most so many are decoded at once; a picture with more is decoded in tiles.
+            dtype: precision of the network.
+            decode_pixels: maximum number of pixels decoded at once; larger images are decoded in tiles.
         """
         if width % 32:
-            raise ValueError(f"width must be a multiple of 32, the number of groups that are normalised, got {width}")
+            raise ValueError(f"width must be a multiple of 32, the number of groups in GroupNorm, got {width}")
         self.cache_dir, self.skip_pretrained = cache_dir, skip_pretrained
         if decode_pixels < (4 * TILE_OVERLAP * PIXELS) ** 2:
             raise ValueError(
-                f"decode_pixels must be at least {(4 * TILE_OVERLAP * PIXELS) ** 2}, a tile, got {decode_pixels}"
+                f"decode_pixels must be at least {(4 * TILE_OVERLAP * PIXELS) ** 2} (one tile), got {decode_pixels}"
             )
         self.latent, self.dtype, self.decode_pixels = latent, DTYPES[dtype], decode_pixels
         self.net = nn.ModuleDict({"encoder": Encoder(width), "decoder": Decoder(width)})
 
     def load(self, device: torch.device) -> None:
-        """Bring the weights to the device; to the meta device, where there are none, only their shapes.
+        """Load the weights onto the device. On the meta device only shapes exist and no file is read.
 
         Raises:
-            UserError: the file is missing, cannot be read, or holds another network.
+            UserError: the file is missing, unreadable, or has other tensors or shapes.
         """
         if device.type == "meta":
-            pass  # as it was built
+            pass  # keep the shapes as constructed
         elif self.skip_pretrained:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
@@ -77,25 +78,25 @@ class FluxVAE:
         self.net.to(device, self.dtype).eval().requires_grad_(False)
 
     def pretrained(self) -> dict[str, Tensor]:
-        """The tensors of `ae.safetensors`, every one present with its shape and none left over."""
-        weights = Weights.open(cached(self.cache_dir, "ae.safetensors"))
+        """The state dict in `ae.safetensors`; names and shapes must match exactly."""
+        weights = SafetensorsFiles.open(cached(self.cache_dir, "ae.safetensors"))
         wanted = {name: tensor.shape for name, tensor in self.net.state_dict().items()}
         weights.expect(wanted, "FLUX.1's autoencoder")
         if foreign := sorted(weights.shapes.keys() - wanted.keys()):
-            raise UserError(f"{weights.path}: {foreign[0]} is not of FLUX.1's autoencoder; {AGAIN}")
+            raise UserError(f"{weights.path}: {foreign[0]} is not a tensor of FLUX.1's autoencoder; {AGAIN}")
         return {name: weights.read(name) for name in wanted}
 
     @torch.no_grad()
-    def encode(self, images: Sequence[Tensor], draws: Draws) -> Packed:
-        """B x (3, H, W) in [-1, 1] -> tokens (T, 64), float32, of mean about 0 and width about 1."""
+    def encode(self, images: Sequence[Tensor], rng: SampleRNG) -> Packed:
+        """B x (3, H, W) in [-1, 1] -> tokens (T, 64), float32, with mean about 0 and standard deviation about 1."""
         mean, deviation = self.moments(images)
         if deviation is None:
             return mean
-        return mean.with_tokens(mean.tokens + deviation * draws.normal_like("latent", mean))
+        return mean.with_tokens(mean.tokens + deviation * rng.normal_like("latent", mean))
 
     @torch.no_grad()
     def moments(self, images: Sequence[Tensor]) -> tuple[Packed, Tensor | None]:
-        """What `encode` draws from: mean tokens and standard deviations, (T, 64) each; None if it gives the means."""
+        """Mean and standard deviation of the latent distribution, (T, 64) each; None with `latent="mean"`."""
         moments = by_shape(images, lambda x: self.net["encoder"](x.to(self.device, self.dtype)).float())
         mean, log_variance = zip(*(m.chunk(2) for m in moments), strict=True)
         mean = patchify(mean)
@@ -106,12 +107,12 @@ class FluxVAE:
 
     @torch.no_grad()
     def decode(self, latents: Packed) -> list[Tensor]:
-        """Tokens (T, 64) -> B x (3, H, W), float32, in [-1, 1] up to the decoder's own error."""
+        """Tokens (T, 64) -> B x (3, H, W), float32, approximately in [-1, 1] (not clamped)."""
         grids = unpatchify(latents.with_tokens(latents.tokens / SCALE + SHIFT))
         return by_shape(grids, self.decode_alike)
 
     def decode_alike(self, z: Tensor) -> Tensor:
-        """(B, 16, h, w) -> (B, 3, 8 h, 8 w), never more than `decode_pixels` at once."""
+        """Decode latents of equal size, (B, 16, h, w) -> (B, 3, 8 h, 8 w), at most `decode_pixels` at once."""
         pixels = z.shape[2] * z.shape[3] * PIXELS**2
         if pixels > self.decode_pixels:
             return torch.stack([self.decode_tiled(each) for each in z])
@@ -119,13 +120,16 @@ class FluxVAE:
         return torch.cat([self.net["decoder"](part.to(self.device, self.dtype)).float() for part in parts])
 
     def decode_tiled(self, z: Tensor) -> Tensor:
-        """(16, h, w) -> (3, 8 h, 8 w), in square tiles that fade into each other where they overlap."""
+        """Decode (16, h, w) -> (3, 8 h, 8 w) in square tiles, blended linearly where they overlap."""
         side = math.isqrt(self.decode_pixels) // PIXELS
         total = torch.zeros(3, z.shape[1] * PIXELS, z.shape[2] * PIXELS, device=self.device)
         weight = torch.zeros_like(total[0])
+
         for top, left in product(*(starts(n, side) for n in z.shape[1:])):
             tile = z[None, :, top : top + side, left : left + side].to(self.device, self.dtype)
             picture = self.net["decoder"](tile)[0].float()
+
+            # Accumulate the tile with weights that fall off towards its borders.
             here = (
                 slice(top * PIXELS, top * PIXELS + picture.shape[1]),
                 slice(left * PIXELS, left * PIXELS + picture.shape[2]),
@@ -133,17 +137,22 @@ class FluxVAE:
             fade = ramp(picture.shape[1])[:, None].minimum(ramp(picture.shape[2])[None]).to(self.device)
             total[:, here[0], here[1]] += picture * fade
             weight[here] += fade
+
         return total / weight
 
-    def noise(self, sizes: Sequence[tuple[int, int]], draws: Draws) -> Packed:
-        """Standard normal tokens (T, 64) for pictures of B x (height, width) pixels."""
+    def noise(self, sizes: Sequence[tuple[int, int]], rng: SampleRNG) -> Packed:
+        """Standard normal tokens (T, 64) for images of B x (height, width) pixels.
+
+        Raises:
+            UserError: a height or width is not a multiple of 16.
+        """
         for height, width in sizes:
             if height % self.multiple or width % self.multiple or min(height, width) < self.multiple:
                 raise UserError(f"size {height} x {width}: height and width must be multiples of {self.multiple}")
         grids = [(height // self.multiple, width // self.multiple) for height, width in sizes]
         tokens = torch.empty(sum(rows * columns for rows, columns in grids), self.token_dim, device=self.device)
         like = packed(tokens, grids)
-        return like.with_tokens(draws.normal_like("noise", like))
+        return like.with_tokens(rng.normal_like("noise", like))
 
     @property
     def device(self) -> torch.device:
@@ -151,7 +160,7 @@ class FluxVAE:
 
 
 def starts(length: int, side: int) -> list[int]:
-    """Where tiles of `side` begin on a line of `length`, evenly, with at least `TILE_OVERLAP` in common."""
+    """Start offsets of evenly spaced tiles of `side` latents along `length`, overlapping by at least `TILE_OVERLAP`."""
     if length <= side:
         return [0]
     count = -(-(length - TILE_OVERLAP) // (side - TILE_OVERLAP))
@@ -159,16 +168,17 @@ def starts(length: int, side: int) -> list[int]:
 
 
 def ramp(length: int) -> Tensor:
-    """Weight of a tile's lines of pixels: rising over the overlap at either end, never 0."""
+    """Blending weights (length,) along one side of a tile, in pixels: a linear ramp over the overlap, never 0."""
     distance = torch.arange(1, length + 1).minimum(torch.arange(length, 0, -1))
     return (distance / (TILE_OVERLAP * PIXELS)).clamp_max(1)
 
 
 def by_shape(inputs: Sequence[Tensor], forward: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Tensors of equal shape through `forward` together; results in the order of the inputs."""
+    """Apply `forward` to batches of tensors of equal shape; results are in the order of the inputs."""
     groups = defaultdict(list)
     for number, x in enumerate(inputs):
         groups[x.shape].append(number)
+
     results: dict[int, Tensor] = {}
     for numbers in groups.values():
         results |= zip(numbers, forward(torch.stack([inputs[n] for n in numbers])), strict=True)
@@ -176,7 +186,7 @@ def by_shape(inputs: Sequence[Tensor], forward: Callable[[Tensor], Tensor]) -> l
 
 
 def patchify(latents: Sequence[Tensor]) -> Packed:
-    """B x (16, h, w) -> tokens (T, 64), a token being (channel, row, column) of a 2 x 2 patch, as in FLUX.1."""
+    """B x (16, h, w) -> tokens (T, 64). A token is a 2 x 2 patch in the order (channel, row, column), as in FLUX.1."""
     tokens = [rearrange(z, "c (h p) (w q) -> (h w) (c p q)", p=PATCH, q=PATCH) for z in latents]
     return packed(torch.cat(tokens), [(z.shape[1] // PATCH, z.shape[2] // PATCH) for z in latents])
 
@@ -209,7 +219,7 @@ class Encoder(nn.Module):
         self.conv_out = conv(widths[-1], 2 * CHANNELS)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> mean and log variance (B, 32, H / 8, W / 8)."""
+        """(B, 3, H, W) -> (B, 32, H / 8, W / 8): mean and log variance, 16 channels each."""
         x = self.conv_in(x)
         for stage in self.down:
             for block in stage.block:
@@ -225,7 +235,7 @@ class Decoder(nn.Module):
         widths = [width * stage for stage in STAGES]
         self.conv_in = conv(CHANNELS, widths[-1])
         self.mid = Mid(widths[-1])
-        self.up = nn.ModuleList()  # named from the finest resolution up, run from the coarsest down
+        self.up = nn.ModuleList()  # index 0 is the finest resolution; run in reverse order
         for i, (before, after) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
             stage = nn.Module()
             stage.block = nn.ModuleList([ResBlock(before, after), ResBlock(after, after), ResBlock(after, after)])
@@ -268,7 +278,7 @@ class Mid(nn.Module):
 
 
 class Attention(nn.Module):
-    """One head over all positions."""
+    """Single-head self-attention over all positions."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -288,7 +298,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # to the right and below only, as FLUX.1 was trained
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # asymmetric padding (right and bottom), as in FLUX.1
 
 
 class Upsample(nn.Module):
@@ -309,6 +319,6 @@ def norm(width: int) -> nn.GroupNorm:
 
 
 def reset(module: nn.Module) -> None:
-    """PyTorch's own random start, for layers that have one."""
+    """Re-initialise a layer with PyTorch's default, if it has one."""
     if hasattr(module, "reset_parameters"):
         module.reset_parameters()

@@ -1,4 +1,4 @@
-"""The frozen text encoders: T5 for the tokens, CLIP for the pooled vector (S.2: T5-XXL and CLIP-L)."""
+"""Frozen text encoders: T5 for text tokens, CLIP for the pooled vector (S.2: T5-XXL and CLIP-L)."""
 
 from __future__ import annotations
 
@@ -22,15 +22,22 @@ from transformers import (
 )
 from transformers.utils import logging as logging_of_transformers
 
-from selfe.types import DTYPES, Place, Precision, Read, TextCond, UserError, packed
-from selfe.weights import AGAIN, Weights, cached
+from selfe.io.safetensors_files import AGAIN, SafetensorsFiles, cached
+from selfe.protocols import ShardLoader, TensorReader
+from selfe.types import DTYPES, Precision, TextCond, UserError, packed
 
 T5_FOLDER, CLIP_FOLDER = "t5-v1_1-xxl", "clip-vit-large-patch14"
-TOKENIZERS = {"tokenizer.json"}, {"spiece.model"}, {"vocab.json", "merges.txt"}  # without, an empty one would be made
-CLIP_MAX_TOKENS = 77  # its position table
-T5_VOCABULARY, CLIP_VOCABULARY = 32128, 49408  # rows of their embeddings
+TOKENIZERS = (
+    {"tokenizer.json"},
+    {"spiece.model"},
+    {"vocab.json", "merges.txt"},
+)  # without these files transformers builds an empty tokenizer
+CLIP_MAX_TOKENS = 77  # size of its position table
+T5_VOCABULARY, CLIP_VOCABULARY = 32128, 49408  # rows of the embedding tables
 Tokenizer = PreTrainedTokenizerBase
-Parts = tuple[Tokenizer, T5Config, Read, Tokenizer, CLIPTextModel]  # T5 as what `place` needs, CLIP ready
+Parts = tuple[
+    Tokenizer, T5Config, TensorReader, Tokenizer, CLIPTextModel
+]  # T5 as config and reader, CLIP as a loaded model
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +60,11 @@ class ClipSize:
 
 
 class T5Clip:
-    """Captions to T5 tokens (last hidden state) and CLIP's pooled output, every caption at its true length.
+    """Encodes captions as T5 tokens (last hidden state) and CLIP's pooled output, each caption at its true length.
 
-    Captions of equal length share a forward pass, so no token is padded and a caption's code does not depend on its
-    neighbours' lengths. Only a T5 that is sharded over ranks takes all captions in one masked pass, because every rank
-    must make the same calls; what comes out has the true lengths all the same.
+    Captions are batched by length, so that no padding is needed and an embedding does not depend on the rest of the
+    batch. A sharded T5 instead encodes all captions in one padded, masked batch, because every rank must make the same
+    calls; its output is trimmed to the true lengths.
     """
 
     def __init__(
@@ -71,42 +78,50 @@ class T5Clip:
     ):
         """
         Args:
-            cache_dir: holds `t5-v1_1-xxl/` and `clip-vit-large-patch14/`.
-            skip_pretrained: random weights of these sizes and a byte-level tokenizer instead; nothing is read.
-            max_tokens: of T5; longer captions are cut, which is said once. CLIP always cuts at 77.
+            cache_dir: folder with `t5-v1_1-xxl/` and `clip-vit-large-patch14/`.
+            skip_pretrained: use random weights and a byte-level tokenizer, and read no files.
+            max_tokens: maximum number of T5 tokens; longer captions are truncated, with one warning. CLIP truncates
+                at 77.
+            t5: sizes of T5; must match the files.
+            clip: sizes of CLIP's text model; must match the files.
+            dtype: precision of both networks.
         """
         self.cache_dir, self.skip_pretrained, self.max_tokens = cache_dir, skip_pretrained, max_tokens
         self.t5_size, self.clip_size, self.dtype = t5, clip, DTYPES[dtype]
         self.text_dim, self.pooled_dim = t5.d_model, clip.hidden_size
-        self.num_cut = 0  # captions that were too long for T5
+        self.num_cut = 0  # captions truncated for T5
 
-    def load(self, device: torch.device, shard: Place | None = None) -> None:
-        """Bring tokenizers and weights to the device; T5, which is nine tenths of them, through `shard` if given.
+    def load(self, device: torch.device, shard: ShardLoader | None = None) -> None:
+        """Load tokenizers and weights onto the device. With `shard`, T5 (but not CLIP) is sharded over ranks.
 
-        On the meta device nothing is read and nothing takes memory: networks of these sizes, a tokenizer of bytes.
+        On the meta device no file is read and no memory allocated: the networks have the configured sizes and the
+        tokenizer is byte-level.
 
         Raises:
-            UserError: files are missing, damaged, or do not have the sizes of the configuration.
+            UserError: files are missing or damaged, or their sizes differ from the configuration.
         """
         self.device, self.sharded = device, shard is not None
         self.t5_tokenizer, config, read, self.clip_tokenizer, self.clip = (
             self.random() if self.skip_pretrained or device.type == "meta" else self.pretrained()
         )
+
+        # T5: built on the meta device, then materialised or sharded.
         with torch.device("meta"):
             self.t5 = T5EncoderModel(config).to(self.dtype).eval().requires_grad_(False)
-        self.t5.set_input_embeddings(self.t5.shared)  # one module, so that its memory is given once
+        self.t5.set_input_embeddings(self.t5.shared)  # share one module, so that it is materialised once
         (shard or self.whole)(self.t5, (self.t5.shared, *self.t5.encoder.block), read)
-        self.clip.to(device, self.dtype).eval().requires_grad_(False)
-        self.empty = self.encode_each([""])[0]  # needed in every step
 
-    def whole(self, module: nn.Module, blocks: Iterable[nn.Module], read: Read) -> None:
-        """All of T5 on this device."""
+        self.clip.to(device, self.dtype).eval().requires_grad_(False)
+        self.empty = self.encode_each([""])[0]  # the empty caption is needed in every step
+
+    def whole(self, module: nn.Module, blocks: Iterable[nn.Module], read: TensorReader) -> None:
+        """A `ShardLoader` without sharding: materialise the module on this device and read all parameters."""
         module.to_empty(device=self.device)
         for name, parameter in module.named_parameters():
             parameter.copy_(read(name, slice(None)))
 
     def random(self) -> Parts:
-        """Stand-ins of the configured sizes, the same on every machine."""
+        """Randomly initialised networks of the configured sizes, the same on every machine."""
         tokenizer = ByT5Tokenizer()
         vocabularies = (len(tokenizer),) * 2 if self.skip_pretrained else (T5_VOCABULARY, CLIP_VOCABULARY)
         t5 = T5Config(vocab_size=vocabularies[0], feed_forward_proj="gated-gelu", **asdict(self.t5_size))
@@ -117,25 +132,33 @@ class T5Clip:
             eos_token_id=tokenizer.eos_token_id,
             **asdict(self.clip_size),
         )
+
         with torch.random.fork_rng(devices=[]), torch.device("meta" if self.device.type == "meta" else "cpu"):
             torch.manual_seed(0)
             state = T5EncoderModel(t5).state_dict()
             return tokenizer, t5, lambda name, rows: state[name][rows], tokenizer, CLIPTextModel(clip)
 
     def pretrained(self) -> Parts:
+        """Open the pretrained files and check tokenizers, sizes and parameter names.
+
+        Raises:
+            UserError: files are missing or damaged, or their sizes differ from the configuration.
+        """
+        # T5: configuration and tensor names only; parameters are read when the module is materialised.
         folder = cached(self.cache_dir, T5_FOLDER)
-        weights = Weights.open(folder)
+        weights = SafetensorsFiles.open(folder)
         with naming(folder):
             t5_tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             t5 = T5Config.from_pretrained(folder, local_files_only=True)
         expect_size(folder, t5, self.t5_size)
         with torch.device("meta"):
             wanted = {name: p.shape for name, p in T5EncoderModel(t5).named_parameters()}
-        wanted.pop("encoder.embed_tokens.weight", None)  # the same as shared.weight
+        wanted.pop("encoder.embed_tokens.weight", None)  # tied to shared.weight
         weights.expect(wanted, "T5's encoder")
 
+        # CLIP: loaded at once.
         folder = cached(self.cache_dir, CLIP_FOLDER)
-        Weights.open(folder)
+        SafetensorsFiles.open(folder)
         with naming(folder):
             clip_tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             clip, loaded = CLIPTextModel.from_pretrained(
@@ -149,44 +172,52 @@ class T5Clip:
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> TextCond:
         """Captions -> text (T, text_dim) and pooled (B, pooled_dim), float32."""
+        # Empty captions use the precomputed embedding.
         others = [caption for caption in captions if caption]
         if self.sharded and not others:
-            others = [""]  # the other ranks wait for this rank's call
+            others = [""]  # every rank must take part in the collectives
         codes = iter(self.encode_each(others) if others else ())
         texts, pooled = zip(*(next(codes) if caption else self.empty for caption in captions), strict=True)
         return TextCond(packed(torch.cat(texts), [(1, len(text)) for text in texts]), torch.stack(pooled))
 
     @torch.no_grad()
     def encode_each(self, captions: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
-        """B x (text (n, text_dim), pooled (pooled_dim,)), float32."""
+        """Encode captions: B x (text (n, text_dim), pooled (pooled_dim,)), float32."""
+        # T5 tokens.
         ids = self.t5_ids(captions)
         groups = [list(range(len(ids)))] if self.sharded else by_length(ids)
         texts = self.forward_each(ids, groups, self.forward_t5)
         texts = [text[: len(row)] for text, row in zip(texts, ids, strict=True)]
+
+        # CLIP's pooled output.
         ids = self.clip_tokenizer(list(captions), truncation=True, max_length=CLIP_MAX_TOKENS)["input_ids"]
         pooled = self.forward_each(ids, by_length(ids), lambda ids, mask: self.clip(ids).pooler_output)
         return list(zip(texts, pooled, strict=True))
 
     def t5_ids(self, captions: Sequence[str]) -> list[list[int]]:
-        """Token numbers of each caption, the last one its end token; what is too long is cut and counted."""
+        """T5 token ids of each caption, including the end token. Long captions are truncated and counted."""
         rows = self.t5_tokenizer(list(captions), verbose=False)["input_ids"]
         long = [(len(row), caption) for row, caption in zip(rows, captions, strict=True) if len(row) > self.max_tokens]
         if not long:
             return rows
+
+        # Warn once, then truncate.
         if not self.num_cut:
-            logger.warning("captions are cut to %d T5 tokens; the first (%d): %.60s...", self.max_tokens, *long[0])
+            logger.warning(
+                "captions are truncated to %d T5 tokens; first one (%d tokens): %.60s...", self.max_tokens, *long[0]
+            )
         self.num_cut += len(long)
         return self.t5_tokenizer(list(captions), truncation=True, max_length=self.max_tokens)["input_ids"]
 
     def forward_t5(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Padded rows (B, n) -> (B, n, text_dim). Rows of one length need no mask, and the meta device has none."""
+        """Token ids (B, n) -> (B, n, text_dim). The mask is only needed for padded batches (sharded T5)."""
         padded = self.sharded and not ids.is_meta
         return self.t5(ids, attention_mask=mask if padded else None).last_hidden_state
 
     def forward_each(
         self, ids: list[list[int]], groups: list[list[int]], forward: Callable[[Tensor, Tensor], Tensor]
     ) -> list[Tensor]:
-        """Each group of rows, padded to its longest, through `forward(ids, mask)`; a float32 result per row."""
+        """Run `forward(ids, mask)` on each group of rows, padded to its longest; one float32 result per row."""
         results: dict[int, Tensor] = {}
         for group in groups:
             padded = nn.utils.rnn.pad_sequence([torch.tensor(ids[n]) for n in group], batch_first=True)
@@ -197,12 +228,18 @@ class T5Clip:
 
 @contextmanager
 def naming(folder: Path) -> Iterator[None]:
-    """What a library has to say about a folder in one line, and only if it fails."""
+    """Silence transformers while it loads from a folder and report its errors as one line that names the folder.
+
+    Raises:
+        UserError: tokenizer files are missing, or loading failed.
+    """
     if not any(files <= {file.name for file in folder.iterdir()} for files in TOKENIZERS):
         raise UserError(f"{folder}: the tokenizer's files are missing; {AGAIN}")
+
     verbosity = logging_of_transformers.get_verbosity()
-    logging_of_transformers.set_verbosity_error()  # it would list CLIP's vision tower, which is not wanted
+    logging_of_transformers.set_verbosity_error()  # it would list the unused weights of CLIP's vision tower
     logging_of_transformers.disable_progress_bar()
+
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
@@ -213,13 +250,14 @@ def naming(folder: Path) -> Iterator[None]:
 
 
 def expect_size(folder: Path, config: T5Config | CLIPTextConfig, size: T5Size | ClipSize) -> None:
+    """Raise UserError if a loaded configuration differs from the configured size."""
     for key, wanted in asdict(size).items():
         if (found := getattr(config, key)) != wanted:
-            raise UserError(f"{folder}: {key} is {found}, system.text_encoder.params asks for {wanted}")
+            raise UserError(f"{folder}: {key} is {found}, system.text_encoder.params expects {wanted}")
 
 
 def by_length(ids: Sequence[list[int]]) -> list[list[int]]:
-    """The numbers of rows of equal length, which can share a pass without padding."""
+    """Group row indices by length, so that each group can be batched without padding."""
     groups = defaultdict(list)
     for number, row in enumerate(ids):
         groups[len(row)].append(number)

@@ -1,7 +1,7 @@
-"""A text encoder without training or files: every word has a random vector of its own, the same on every machine.
+"""A text encoder without training or files: each word is a fixed random vector, the same on every machine.
 
-For captions whose words mean one thing each. A token is its word's vector plus its place's; the pooled vector is the
-mean of their products, so that "red cross on blue" and "blue cross on red" differ in both.
+For captions with a small, unambiguous vocabulary. A token is the sum of a word vector and a position vector; the pooled
+vector is the normalised sum of their products, so that "red cross on blue" and "blue cross on red" differ in both.
 """
 
 from __future__ import annotations
@@ -12,26 +12,27 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from selfe.draws import generator
-from selfe.types import Place, TextCond, packed
+from selfe.protocols import ShardLoader
+from selfe.rng import philox
+from selfe.types import TextCond, packed
 
 
 class Words:
-    """Captions cut at blanks; the empty caption is one token, the word ''."""
+    """Splits captions at whitespace; the empty caption is a single token, the word ''."""
 
     def __init__(self, dim: int = 64, max_words: int = 16):
         """
         Args:
-            dim: of tokens and of the pooled vector.
-            max_words: longer captions are cut.
+            dim: width of the tokens and of the pooled vector.
+            max_words: maximum number of tokens; longer captions are truncated.
         """
         if min(dim, max_words) < 1:
             raise ValueError(f"dim and max_words must be at least 1, got {dim} and {max_words}")
         self.text_dim = self.pooled_dim = dim
         self.max_words = max_words
 
-    def load(self, device: torch.device, shard: Place | None = None) -> None:
-        self.device = device  # there is nothing to cut over ranks
+    def load(self, device: torch.device, shard: ShardLoader | None = None) -> None:
+        self.device = device  # no parameters to shard
 
     def __call__(self, captions: Sequence[str]) -> TextCond:
         """Captions -> text (T, dim) and pooled (B, dim), float32."""
@@ -42,7 +43,7 @@ class Words:
 
 @lru_cache(maxsize=4096)
 def described(caption: str, dim: int, max_words: int) -> tuple[Tensor, Tensor]:
-    """A caption's tokens (n, dim) and pooled vector (dim,)."""
+    """Tokens (n, dim) and pooled vector (dim,) of a caption."""
     words = caption.split()[:max_words] or [""]
     word = torch.stack([vector("word", w, dim) for w in words])
     place = torch.stack([vector("place", i, dim) for i in range(len(words))])
@@ -51,5 +52,5 @@ def described(caption: str, dim: int, max_words: int) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=4096)
 def vector(kind: str, name: str | int, dim: int) -> Tensor:
-    """Standard normal (dim,), a function of its arguments."""
-    return torch.from_numpy(generator(kind, name).standard_normal(dim, dtype="float32"))
+    """Standard normal vector (dim,), a function of the arguments only."""
+    return torch.from_numpy(philox(kind, name).standard_normal(dim, dtype="float32"))

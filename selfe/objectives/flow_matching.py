@@ -1,33 +1,40 @@
-"""Conditional flow matching: the baseline, and what Self-E becomes when every sample has s = t (Eq. 3, 7)."""
+"""Conditional flow matching (Eq. 3, 7): the baseline, equal to Self-E with s = t for every sample."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from selfe import flow
-from selfe.draws import Draws
-from selfe.types import Denoiser, Loss, Packed, TextCond
+from selfe.protocols import Denoiser
+from selfe.rng import SampleRNG
+from selfe.types import Loss, Packed, TextCond
 
 
 class FlowMatching:
-    """E || v - (noise - x0) ||^2 with classifier-free prompt dropout."""
+    """E || v - (noise - x0) ||^2 with prompt dropout for classifier-free guidance."""
 
     batch_multiple = 1
 
     def __init__(self, p_drop: float = 0.1, t_std: float = 1.0):
         if not 0 <= p_drop <= 1:
-            raise ValueError(f"p_drop is a probability in [0, 1], got {p_drop}")
+            raise ValueError(f"p_drop must be a probability in [0, 1], got {p_drop}")
         self.p_drop, self.t_std = p_drop, t_std
 
-    def captions(self, prompts: Sequence[str], draws: Draws, step: int) -> dict[str, list[str]]:
-        return {"cond": flow.drop_prompts(prompts, draws, self.p_drop)}
+    def phase(self, step: int) -> str:
+        return "flow matching"
+
+    def captions(self, prompts: Sequence[str], rng: SampleRNG, step: int) -> dict[str, list[str]]:
+        return {"cond": flow.drop_prompts(prompts, rng, self.p_drop)}
 
     def __call__(
-        self, net: Denoiser, ema: Denoiser, x0: Packed, conds: dict[str, TextCond], draws: Draws, step: int
+        self, net: Denoiser, ema: Denoiser, x0: Packed, conds: dict[str, TextCond], rng: SampleRNG, step: int
     ) -> Loss:
-        noise = draws.normal_like("noise", x0)
-        t = flow.draw_t(draws, x0, self.t_std)
+        # Sample noise and times, then interpolate (Eq. 1).
+        noise = rng.normal_like("noise", x0)
+        t = flow.draw_t(rng, x0, self.t_std)
         x_t = x0.with_tokens(flow.interpolate(x0.tokens, noise, t, x0))
+
+        # Regress the velocity. With s = t the secondary time is inactive.
         v = net(x_t, t, t, conds["cond"])
         loss = flow.mean_per_sample((v - (noise - x0.tokens)).square(), x0)
         return Loss(loss, {"data_loss": loss.detach()}, t, t)

@@ -1,18 +1,19 @@
-"""Deterministic sampling: the ODE, one straight step per network call."""
+"""Deterministic ODE sampling with Euler steps, one network call per step."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from selfe import flow
-from selfe.draws import Draws
-from selfe.types import Denoise, Packed
+from selfe.protocols import GuidedDenoiser
+from selfe.rng import SampleRNG
+from selfe.types import Packed
 
 
 class Euler:
     """x <- x - (t_k - t_{k+1}) v (Eq. 22)."""
 
-    def __call__(self, denoise: Denoise, noise: Packed, t: Tensor, s: Tensor, draws: Draws) -> Tensor:
+    def __call__(self, denoise: GuidedDenoiser, noise: Packed, t: Tensor, s: Tensor, rng: SampleRNG) -> Tensor:
         """noise (T, d), t (N + 1, B) from 1 to 0, s (N, B) -> x0 (T, d)."""
         x = noise
         for k in range(len(s)):

@@ -6,16 +6,18 @@ import torch
 from torch import Tensor
 
 from selfe import flow
-from selfe.types import Denoise, Denoiser, Packed, TextCond, packed
+from selfe.protocols import Denoiser, GuidedDenoiser
+from selfe.types import Packed, TextCond, packed
 
 
-def guided(net: Denoiser, cond: TextCond, null: TextCond, cfg_scale: float) -> Denoise:
-    """`v_null + cfg_scale (v_cond - v_null)` at the norm of v_cond, per sample; both halves go in one packed call.
+def guided(net: Denoiser, cond: TextCond, null: TextCond, cfg_scale: float) -> GuidedDenoiser:
+    """Guided velocity v_null + cfg_scale (v_cond - v_null), rescaled per sample to the L2 norm of v_cond.
 
-    At `cfg_scale` 1 the null half is not computed.
+    Both velocities are computed in one packed call. With `cfg_scale` 1 the unconditional half is skipped.
     """
     if cfg_scale == 1:
         return lambda x, t, s: net(x, t, s, cond)
+
     both = TextCond(concat(cond.text, null.text), torch.cat([cond.pooled, null.pooled]))
 
     def denoise(x: Packed, t: Tensor, s: Tensor) -> Tensor:
@@ -26,5 +28,5 @@ def guided(net: Denoiser, cond: TextCond, null: TextCond, cfg_scale: float) -> D
 
 
 def concat(a: Packed, b: Packed) -> Packed:
-    """The sequences of a, then those of b."""
+    """Concatenate packed sequences: those of a, then those of b."""
     return packed(torch.cat([a.tokens, b.tokens]), a.grids + b.grids)

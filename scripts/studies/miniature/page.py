@@ -1,0 +1,264 @@
+"""The miniature's plots and its page, filled in from what was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from cells import MILD, RATIOS, STEPS, SWEEP
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+LABELS = {
+    "flow_matching": "flow matching",
+    "selfe": "Self-E",
+    "selfe_floor": "Self-E, floor",
+    "floor_late": "Self-E late, floor",
+}
+FORMS = tuple(LABELS)[1:]  # of Self-E
+COLOURS = {"flow_matching": "#777777", "selfe": "#1f77b4", "selfe_floor": "#d62728", "floor_late": "#2ca02c"}
+ABLATIONS = {
+    "short_flow_matching": "flow matching",
+    "short_selfe": "Self-E (the paper's form)",
+    "short_floor": "Self-E with the floor",
+    "no_verdict": "floor, evaluator hears the null prompt twice (sabotage)",
+    "wrong_sign": "floor, sign of the classifier score swapped (sabotage)",
+    "selfe_late": "Self-E late, after flow matching",
+    "floor_aux": "floor, late auxiliary term at free weights (1, 0.3; loss 0.1)",
+    "aux_late": "Self-E, auxiliary term late (0.9, 0.1)",
+    "aux_from_start": "Self-E, auxiliary term from the start",
+    "no_normalisation": "Self-E without target normalisation",
+    "lambda_1": "Self-E, lambda at most 1",
+}
+CONTRAST = {
+    "contrast_flow_matching": "flow matching",
+    "contrast_selfe": "Self-E (the paper's form)",
+    "contrast_floor": "Self-E with the floor",
+}
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *lines])
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+# ---- tables ----
+
+
+def main_table(study) -> str:
+    """ok at guidance 1 and 2, all models, with intervals."""
+    lines = []
+    for steps in STEPS:
+        cells = [str(steps)]
+        for guidance in (1.0, 2.0):
+            for config in LABELS:
+                row = study.row(config, steps, guidance)
+                cells.append(f"{row['ok']:.2f} ({row['ok_low']:.2f}-{row['ok_high']:.2f})" if row else "-")
+        lines.append(cells)
+    return table(["N", *(f"{label}, guidance {w}" for w in (1, 2) for label in LABELS.values())], lines)
+
+
+def readme_table(study) -> str:
+    """The small table: ok at the best guidance of each."""
+    lines = []
+    for steps in STEPS:
+        rows = [study.best(config, steps) for config in LABELS]
+        plain = [study.row(config, steps, 1.0) for config in LABELS]
+        lines.append([str(steps), *(number(r and r["ok"]) for r in plain), *(number(r and r["ok"]) for r in rows)])
+    head = ["steps", *LABELS.values(), *(f"{label}, best guidance" for label in LABELS.values())]
+    return table(head, lines)
+
+
+def measure_table(study, guidance: float) -> str:
+    """Everything else that was measured, at one guidance."""
+    lines = []
+    for steps in STEPS:
+        for config, label in LABELS.items():
+            if row := study.row(config, steps, guidance):
+                names = ("shape", "foreground", "background", "held_out", "fd", "extent", "place", "spread", "gamut")
+                digits = (2, 2, 2, 2, 0, 2, 2, 3, 3)
+                lines.append([str(steps), label, *(number(row[n], d) for n, d in zip(names, digits, strict=True))])
+    head = ["N", "model", "shape", "foreground", "background", "held-out ok", "FD", "extent", "place", "colour spread"]
+    return table([*head, "gamut"], lines)
+
+
+def ablation_table(study, labels: dict[str, str]) -> str:
+    lines = []
+    for config, label in labels.items():
+        if not study.seeds(config):
+            continue
+        cells = [label]
+        for guidance in (1.0, 2.0):
+            cells += [number((r := study.row(config, n, guidance)) and r["ok"]) for n in STEPS[:-1]]
+        for steps, guidance, name, digits in (
+            (2, 1.0, "fd", 0), (4, 1.0, "fd", 0), (4, 1.0, "extent", 2), (4, 2.0, "fd", 0), (4, 2.0, "held_out", 2),
+            (1, 1.0, "place", 2), (1, 1.0, "gamut", 3), (4, 1.0, "log_norm", 2),
+        ):  # fmt: skip
+            row = study.row(config, steps, guidance)
+            cells.append(number(row and row[name], digits))
+        lines.append(cells)
+    head = ["", *(f"N={n}, w={w}" for w in (1, 2) for n in STEPS[:-1]), "FD N=2, w=1", "FD N=4, w=1"]
+    head += ["extent N=4, w=1", "FD N=4, w=2", "held-out ok N=4, w=2", "place N=1, w=1", "gamut N=1, w=1"]
+    return table([*head, "log norm N=4, w=1"], lines)
+
+
+def equal_compute_table(study, everything: dict) -> str:
+    """Flow matching with as many CPU-seconds as Self-E beside Self-E, seed 1 of each."""
+    lines = []
+    for config in ("flow_matching", "flow_matching_long", *FORMS):
+        if not study.seeds(config):
+            continue
+        label = LABELS.get(config, "flow matching, longer")
+        cells = [label, number(everything["cpu_seconds"].get(config), 0)]
+        for guidance in (1.0, 2.0):
+            for steps in STEPS:
+                row = study.row(config, steps, guidance)
+                cells.append(number(row and row["ok_seeds"][0]))
+        lines.append(cells)
+    return table(["model", "CPU-s", *(f"N={n}, w={w}" for w in (1, 2) for n in STEPS)], lines)
+
+
+def s_table(study) -> str:
+    """ok / FD at guidance 1 by the s ratio, at few steps (seed 1)."""
+    lines = []
+    for config in FORMS:
+        for steps in (1, 2, 4):
+            found = [study.row(config, steps, 1.0, 0, r) for r in RATIOS]
+            cells = [f"{r['ok_seeds'][0]:.2f} / {r['fd_seeds'][0]:.0f}" if r else "-" for r in found]
+            lines.append([LABELS[config], str(steps), *cells])
+    return table(["model", "N", *(f"r = {r:g}" for r in RATIOS)], lines)
+
+
+def mild_table(study) -> str:
+    """ok and FD at the milder s ratios, all seeds."""
+    lines = []
+    for steps, ratios in MILD.items():
+        for config, r in (("flow_matching", 1.0), *((config, r) for r in ratios for config in FORMS)):
+            found = [study.row(config, steps, w, 0, r) for w in (1.0, 2.0, 3.0)]
+            cells = [number(row and row[name], digits) for row in found for name, digits in (("ok", 2), ("fd", 0))]
+            lines.append([str(steps), f"{r:g}", LABELS[config], *cells])
+    return table(["N", "r", "model", *(f"{name}, w={w}" for w in (1, 2, 3) for name in ("ok", "FD"))], lines)
+
+
+def eta_table(study) -> str:
+    lines = []
+    for config, label in LABELS.items():
+        for eta in (0, 1):
+            found = [study.row(config, n, w, eta) for w in (1.0, 2.0) for n in STEPS[1:]]
+            lines.append([label, str(eta), *(number(r and r["ok_seeds"][0]) for r in found)])
+    return table(["model", "eta", *(f"N={n}, w={w}" for w in (1, 2) for n in STEPS[1:])], lines)
+
+
+def trade_table(study) -> str:
+    """ok / FD by guidance, seed 1 of each."""
+    lines = []
+    for config, label in LABELS.items():
+        for steps in (2, 4, 8):
+            cells = [label, str(steps)]
+            for w in SWEEP:
+                row = study.row(config, steps, w)
+                cells.append(f"{row['ok_seeds'][0]:.2f} / {row['fd_seeds'][0]:.0f}" if row else "-")
+            lines.append(cells)
+    return table(["model", "N", *(f"w = {w:g}" for w in SWEEP)], lines)
+
+
+def verdict_table(verdicts: list[dict]) -> str:
+    lines = [[v["name"], number(v["value"], 3), v["bound"], "yes" if v["pass"] else "**no**"] for v in verdicts]
+    return table(["claim", "value", "bound", "holds"], lines)
+
+
+# ---- plots ----
+
+
+def plots(study, everything: dict, target: Path) -> None:
+    """One sheet: ok and FD over steps, ok against FD, the rule for s, and the two terms over (t, s)."""
+    figure, axes = plt.subplots(2, 3, figsize=(11, 6.4), layout="constrained")
+    for config, label in LABELS.items():
+        if study.seeds(config):
+            curves(study, config, label, axes)
+    for config in FORMS:
+        rows = [(r, study.row(config, 1, 1.0, 0, r)) for r in RATIOS]
+        rows = [(r, row["ok_seeds"][0]) for r, row in rows if row]
+        if rows:
+            axes[1, 0].plot(*zip(*rows, strict=True), "o-", color=COLOURS[config], label=LABELS[config])
+    axes[1, 0].set(title="one step, by its secondary time s", xlabel="s", ylabel="ok")
+    for axis, title, y in zip(
+        axes[0], ("guidance 1", "guidance 1", "N = 4, by guidance"), ("ok", "FD", "FD"), strict=True
+    ):
+        axis.set(title=title, ylabel=y)
+    for axis in axes[0, :2]:
+        axis.set(xscale="log", xlabel="steps", xticks=STEPS, xticklabels=STEPS)
+        axis.minorticks_off()
+    axes[0, 1].set_yscale("log")
+    axes[0, 2].set(xlabel="ok")
+    axes[0, 0].legend(fontsize=8)
+    heat(study, axes[1, 1], axes[1, 2], figure)
+    figure.savefig(target / "miniature_plots.png", dpi=80)
+    plt.close(figure)
+
+
+def curves(study, config: str, label: str, axes: np.ndarray) -> None:
+    rows = [row for n in STEPS if (row := study.row(config, n, 1.0))]
+    steps, colour = [row["steps"] for row in rows], COLOURS[config]
+    axes[0, 0].plot(steps, [row["ok"] for row in rows], "o-", color=colour, label=label)
+    axes[0, 0].fill_between(steps, *([row[k] for row in rows] for k in ("ok_low", "ok_high")), color=colour, alpha=0.2)
+    axes[0, 1].plot(steps, [row["fd"] for row in rows], "o-", color=colour)
+    trade = [row for w in SWEEP if (row := study.row(config, 4, w))]
+    axes[0, 2].plot([r["ok_seeds"][0] for r in trade], [r["fd_seeds"][0] for r in trade], "o-", color=colour)
+    for row in trade:
+        axes[0, 2].annotate(f"{row['guidance']:g}", (row["ok_seeds"][0], row["fd_seeds"][0]), fontsize=7)
+
+
+def heat(study, left, right, figure) -> None:
+    """The data term's and the verdict's size over (t, s), of the paper's form."""
+    path = study.out / "selfe_1" / "terms.npz"
+    if not path.exists():
+        return
+    found = np.load(path)
+    for axis, name, title in ((left, "data", "data term"), (right, "verdict", "verdict on x0_hat")):
+        image = axis.imshow(np.log10(found[name]).T, origin="lower", extent=(0, 1, 0, 1))
+        axis.set(title=f"log10 of the {title}, velocity units", xlabel="t", ylabel="s")
+        figure.colorbar(image, ax=axis)
+
+
+# ---- the page ----
+
+
+FIRST_LOOK = "\n\nThis is a first look and not yet the proof: fewer than three seeds of the main models were run."
+PAGE = (Path(__file__).parent / "page.md").read_text()
+
+
+def page(study, everything: dict) -> str:
+    """docs/miniature.md."""
+    seconds, real = everything["cpu_seconds"], everything["real"][""]
+    passed = sum(v["pass"] for v in everything["verdicts"])
+    cost, contrast_cost = (
+        ", ".join(f"{label} {seconds[config]:.0f}" for config, label in labels.items() if seconds.get(config))
+        for labels in (LABELS, CONTRAST)
+    )
+    return PAGE.format(
+        **everything["setting"],
+        machine=everything["machine"], command=everything["command"],
+        ablation_note="" if study.seeds("short_selfe") else "(Not run for this page.)",
+        count=everything["pictures_per_cell"],
+        seeds=", ".join(f"{LABELS[c]}: {len(study.seeds(c))}" for c in LABELS),
+        cost=f"CPU-seconds of one training run on one thread: {cost}." if cost else "",
+        missing="" if all(len(study.seeds(c)) > 2 for c in LABELS) else FIRST_LOOK,
+        real_ok=real["ok"], real_fd=real["fd"], real_place=real["place"], real_spread=real["spread"],
+        passed=passed, total=len(everything["verdicts"]),
+        verdicts=verdict_table(everything["verdicts"]),
+        main=main_table(study),
+        measures_1=measure_table(study, 1.0), measures_2=measure_table(study, 2.0),
+        ablations=ablation_table(study, ABLATIONS),
+        contrast=ablation_table(study, CONTRAST),
+        contrast_cost=f"CPU-seconds: {contrast_cost}." if contrast_cost else "(Not run for this page.)",
+        contrast_norm=number(everything["real"].get("contrast", {}).get("log_norm")),
+        compute=equal_compute_table(study, everything),
+        s=s_table(study), mild=mild_table(study), eta=eta_table(study), trade=trade_table(study),
+    )  # fmt: skip

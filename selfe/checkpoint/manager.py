@@ -1,0 +1,198 @@
+"""Asynchronous checkpointing: the state is copied to host memory, then written in the background during training.
+
+Checkpoints are atomic: files are written to `step_N.partial` and synced, then the marker is written, then the folder is
+renamed. A failed save (disk full, no permission) is logged and counted; training continues and earlier checkpoints are
+not touched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from selfe import log
+from selfe.checkpoint import verify
+from selfe.checkpoint.writer import Draft
+from selfe.distributed import collectives
+from selfe.distributed.collectives import World
+from selfe.types import UserError
+
+ASIDE, GONE = ".partial", ".removed"  # suffixes of folders being written or removed
+
+
+@dataclass(frozen=True)
+class RetentionPolicy:
+    """Which checkpoints are kept, and how many consecutive saves may fail."""
+
+    keep_last: int = 3
+    keep_every: int | None = None  # keep checkpoints whose step is a multiple of this
+    keep_best: int = 1  # number kept with the lowest validation loss, of those with one
+    max_failed_saves: int = 3
+
+    def __post_init__(self):
+        if self.keep_last < 1 or self.keep_best < 0 or self.max_failed_saves < 1 or self.keep_every == 0:
+            raise ValueError("keep_last, keep_every and max_failed_saves must be at least 1, keep_best at least 0")
+
+
+class CheckpointManager:
+    """Saves checkpoints of a run. Exists on every rank; `begin` and `finish` must be called by all ranks."""
+
+    def __init__(self, folder: Path, keep: RetentionPolicy, world: World):
+        self.folder, self.keep, self.world = folder, keep, world
+        # Long timeout: a slow disk must not fail a save, only lost processes should.
+        self.group = collectives.host_group(timeout_minutes=120)
+        self.draft: Draft | None = None
+        self.thread = ThreadPoolExecutor(1, "save")
+        self.pending: Future | None = None
+        self.saved: Path | None = None  # last successful save
+        self.failures: list[str] = []  # errors since the last successful save
+        if world.is_main:
+            clear(folder)
+
+    def begin(self, step: int, state: dict, notes: dict | None = None) -> None:
+        """Copy the state after `step` steps and start writing it; waits for the previous save.
+
+        Args:
+            step: number of finished steps.
+            state: training state, copied before this returns.
+            notes: extra entries of the marker file; `score` (lower is better) ranks the checkpoint for `keep_best`.
+
+        Raises:
+            UserError: too many consecutive saves have failed.
+        """
+        self.wait()
+        if len(self.failures) >= self.keep.max_failed_saves:
+            raise UserError(
+                f"{self.folder}: {len(self.failures)} consecutive saves failed, the last because {self.failures[-1]}; "
+                f"fix this and restart: the run resumes from {self.saved or 'its newest checkpoint'}"
+            )
+        self.stage(state)
+        self.pending = self.thread.submit(self.write, step, notes or {})
+
+    def stage(self, state: dict) -> None:
+        """Copy a state to host memory. Buffers are planned at the first save and whenever names or shapes change."""
+        fits = self.draft is not None and self.draft.fill(state)
+        if not all(collectives.run_on_all_ranks(lambda: fits, self.world, self.group)):
+            self.draft = Draft(state, self.world, self.group)
+            self.draft.fill(state)
+
+    def wait(self) -> None:
+        """Wait for the pending save, if any, and record whether it failed."""
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return
+        try:
+            self.saved, self.failures = pending.result(), []
+        except OSError as error:
+            self.failures.append(str(error))
+
+    def finish(self) -> Path:
+        """Wait for the last save and return its folder.
+
+        Raises:
+            UserError: the last save failed.
+        """
+        self.wait()
+        if self.failures:
+            raise UserError(
+                f"{self.folder}: the last save failed because {self.failures[-1]}; fix this and restart: "
+                f"the run resumes from {self.saved or 'its newest checkpoint, if there is one'}"
+            )
+        return self.saved
+
+    def write(self, step: int, notes: dict) -> Path:
+        """Write the staged state as a checkpoint; runs in a background thread of every rank.
+
+        Raises:
+            OSError: on all ranks, if writing failed on any of them.
+        """
+        final = self.folder / f"step_{step:08d}"
+        aside = final.with_name(final.name + ASIDE)
+        world, group, draft = self.world, self.group, self.draft
+
+        def on_main(action: Callable[[], None]) -> None:
+            collectives.run_on_all_ranks(lambda: world.is_main and action(), world, group)
+
+        # Every rank writes its files; rank 0 collects their checksums and publishes the checkpoint.
+        try:
+            on_main(lambda: prepare(aside, draft.num_bytes))
+            parts = collectives.run_on_all_ranks(lambda: draft.write(aside), world, group)
+            files = {name: entry for part in parts for name, entry in part.items()}
+            marker = {"step": step, "processes": world.size, "files": files} | notes
+            on_main(lambda: publish(aside, final, marker))
+        except OSError as error:
+            if world.is_main:
+                log.print_line(f"the checkpoint of step {step} could not be saved: {error}")
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+        if world.is_main:
+            prune(self.folder, self.keep)
+        return final
+
+
+def prepare(aside: Path, needed: int) -> None:
+    """Create an empty folder; raises OSError if the disk has fewer than `needed` bytes free."""
+    if aside.exists():
+        shutil.rmtree(aside)
+    aside.mkdir(parents=True)
+
+    free = shutil.disk_usage(aside).free
+    if free < needed:
+        raise OSError(f"{aside.parent}: {needed / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free on the disk")
+
+
+def publish(aside: Path, final: Path, marker: dict) -> None:
+    """Write the marker, then rename the folder; each step is synced before the next."""
+    with (aside / verify.MARKER).open("w") as file:
+        file.write(json.dumps(marker) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    sync(aside)
+
+    if final.exists():  # damaged: a valid one would have been resumed from
+        remove(final)
+    aside.rename(final)
+    sync(final.parent)
+
+
+def sync(folder: Path) -> None:
+    """fsync a folder, which makes its file names durable."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint. It is renamed first, so that an interrupted removal does not leave a damaged checkpoint."""
+    gone = path.with_name(path.name + GONE)
+    shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def clear(folder: Path) -> None:
+    """Remove leftovers of interrupted saves and removals."""
+    for suffix in (ASIDE, GONE):
+        for path in folder.glob(f"step_*{suffix}"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def prune(folder: Path, keep: RetentionPolicy) -> None:
+    """Remove the checkpoints that the policy does not keep. Damaged ones are neither counted nor removed."""
+    markers = {path: verify.read_marker(path) for path in verify.list_checkpoints(folder) if verify.is_complete(path)}
+    scored = [path for path, marker in markers.items() if marker.get("score") is not None]
+    best = sorted(scored, key=lambda path: markers[path]["score"])[: keep.keep_best]
+    last = list(markers)[: keep.keep_last]
+
+    for path, marker in markers.items():
+        milestone = keep.keep_every and marker["step"] % keep.keep_every == 0
+        if path not in best + last and not milestone:
+            remove(path)

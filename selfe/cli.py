@@ -1,0 +1,262 @@
+"""The command `selfe VERB ...`: one parser per verb. A tool is imported only when its verb runs, to keep help fast."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+PROCESSES = """\
+arguments
+  CONFIG      a YAML file
+  NGPUS       processes on this machine, by default one per GPU; without GPUs, by default one on the CPU
+  key=value   overrides a key of the configuration, for instance {override}; lists are written [a,b]
+
+environment
+  SELFE_CACHE_DIR           folder with the weights of the frozen encoders
+  SELFE_SKIP_PRETRAINED=1   use random weights for the frozen encoders: no downloads, images are noise
+  NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT
+                            several machines: run the same command on each, with its own NODE_RANK (0 to NNODES - 1)
+                            and the address and a free port of the machine with rank 0. Without NNODES, nothing
+                            listens on the network.
+  MAX_RESTARTS              how often failed processes are restarted before giving up (default 0)
+  GRACE_SECONDS             time a run has to finish its step and save after a stop signal (default 600)
+  OMP_NUM_THREADS           CPU threads per process (default: CPU cores divided by processes)
+{signals}
+exit codes
+  0 done; 1 internal error, with its traceback; 2 user error, reported in one line;
+  128 + n terminated by signal n (Ctrl-C: 130, SIGTERM: 143, SIGUSR1: 138). All processes exit together.
+"""
+SIGNALS = """
+signals
+  Ctrl-C, SIGTERM and SIGUSR1 let a training run finish its step and save; run the same command again to resume.
+  A second Ctrl-C terminates it immediately.
+"""
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A subcommand: the module that implements it, its help text and its arguments."""
+
+    module: str  # defines main(options)
+    summary: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    epilog: str = ""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a verb and exit: a user error is one line and exit code 2."""
+    options = parse(sys.argv[1:] if arguments is None else arguments)
+    import_module("selfe.launch").worker(lambda: call(options))
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run a verb in this process; errors are raised."""
+    call(parse(arguments))
+
+
+def call(options: argparse.Namespace) -> None:
+    """Import the module of a verb and run it."""
+    import_module(VERBS[options.verb].module).main(options)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of a verb; its name is in `verb`.
+
+    Exits after help (exit code 0) and after wrong usage (exit code 2).
+    """
+    name = arguments[0] if arguments else ""
+    if name in ("", "-h", "--help"):
+        print(overview())
+        sys.exit(0 if name else 2)
+    if name not in VERBS:
+        print(f"selfe: error: unknown verb {name!r}; choose one of {', '.join(VERBS)}", file=sys.stderr)
+        sys.exit(2)
+
+    verb = VERBS[name]
+    parser = argparse.ArgumentParser(
+        prog=f"selfe {name}",
+        description=verb.summary,
+        epilog=verb.epilog or None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_arguments(parser)
+    parser.set_defaults(verb=name)
+    return parser.parse_intermixed_args(arguments[1:])
+
+
+def overview() -> str:
+    """The text of `selfe --help`."""
+    rows = (f"  {name:18} {verb.summary.splitlines()[0]}" for name, verb in VERBS.items())
+    head = "usage: selfe VERB ...\n\nTrain any-step text-to-image models from scratch (Self-E).\n"
+    return "\n".join([head, *rows, "\n`selfe VERB --help` explains a verb."])
+
+
+# ---- arguments of each verb ----
+
+
+def processes(parser: argparse.ArgumentParser) -> None:
+    """CONFIG [NGPUS] [key=value ...]; `launch.parse` separates the last two."""
+    parser.usage = "%(prog)s CONFIG [NGPUS] [key=value ...]"
+    parser.add_argument("config", metavar="CONFIG", help=argparse.SUPPRESS)
+    parser.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
+
+
+def plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--gpus", type=int, required=True, metavar="N")
+    parser.add_argument("--gpu", default="h100", help="a100, h100, h200, b200, ... (default %(default)s)")
+    parser.add_argument("--mfu", type=float, default=0.35, help="fraction of peak FLOPs reached (default %(default)s)")
+    parser.add_argument("--caption-tokens", type=int, default=77, metavar="N", help="T5 tokens (default %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def check_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("manifest", type=Path)
+    parser.add_argument("--base-dir", type=Path, default=Path(), help="folder that relative image paths start from")
+    parser.add_argument("--workers", type=int, default=4, help="reader processes; 0: read in this process")
+    parser.add_argument("--write-clean", type=Path, metavar="OUT", help="write the valid lines, with image sizes")
+    parser.add_argument("--min-side", type=int, default=64, help="smallest allowed side in pixels")
+    parser.add_argument("--max-pixels", type=int, default=178_956_970, help="larger images are rejected")
+    parser.add_argument("--pixels", type=int, nargs="+", default=[65536], help="pixel budgets whose buckets are shown")
+    parser.add_argument("--multiple", type=int, default=16, help="bucket sides are multiples of this")
+    parser.add_argument("--max-aspect", type=float, default=2.0, help="aspect ratio of the longest bucket")
+    parser.add_argument("--tokenizer", help="a folder such as SELFE_CACHE_DIR/t5-v1_1-xxl, to count tokens exactly")
+
+
+def precompute(parser: argparse.ArgumentParser) -> None:
+    workers = min(4, os.cpu_count() or 1)
+    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--out", type=Path, required=True, help="cache folder")
+    parser.add_argument("--workers", type=int, default=workers, help="reader processes per encoder")
+    parser.add_argument("--batch-size", type=int, default=32, help="images or captions encoded together")
+    parser.add_argument(
+        "--one-sample", action="store_true", help="store one fixed latent sample instead of mean and std: half the size"
+    )
+
+
+def make_shards(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("manifest", type=Path)
+    parser.add_argument("--base-dir", type=Path, default=Path(), help="folder that relative image paths start from")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the tar files")
+    parser.add_argument("--prefix", default="train", help="tar files are named PREFIX-000000.tar and so on")
+    parser.add_argument("--samples", type=int, default=10_000, help="samples per tar file")
+
+
+def export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ckpt", type=Path, metavar="CKPT", help="for instance runs/selfe_2b/checkpoints")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to create")
+    parser.add_argument("--weights", choices=("ema", "live"), default="ema")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the denoiser")
+    parser.add_argument("--format", choices=("safetensors", "diffusers"), default="safetensors")
+
+
+def report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument("--out", type=Path, default=Path("report.html"))
+
+
+def replay(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's output folder")
+    parser.add_argument("step", type=int, metavar="STEP", help="a step recorded in RUN/skipped")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+
+
+def demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ckpt", type=Path, help="checkpoint directory, or a parent directory (newest is used)")
+    parser.add_argument("--config", type=Path, help="the run's config.yaml (default: next to the checkpoints)")
+    parser.add_argument("--weights", choices=("ema", "live"), default="ema")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860")
+    parser.add_argument(
+        "--listen-on-all-interfaces", action="store_true", help="accept other machines; there is no password"
+    )
+
+
+def gallery(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", nargs="+", type=Path, help="output folders of infer.sh; several are compared")
+    parser.add_argument("--output", type=Path, help="HTML file (default: gallery.html; compare.html for several)")
+    parser.add_argument("--embed-mb", type=float, default=24, help="image data embedded in the page, at most")
+
+
+def cache_pretrained(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cache-dir", type=Path, required=True, metavar="DIR", help="destination; created if missing")
+    parser.add_argument("--hf-token", metavar="TOKEN", help="a Hugging Face token (default: HF_TOKEN); not stored")
+    parser.add_argument("--flux-vae-only", action="store_true", help="skip FLUX's transformer (24 GB)")
+
+
+VERBS = {
+    "train": Verb(
+        "selfe.launch",
+        "Train. Run the same command again to resume an interrupted run from its newest checkpoint.",
+        processes,
+        PROCESSES.format(override="trainer.lr=2e-4", signals=SIGNALS),
+    ),
+    "infer": Verb(
+        "selfe.launch",
+        "Generate images from a checkpoint. Run the same command again to finish an interrupted job.",
+        processes,
+        PROCESSES.format(override="""'inferencer.prompts=["a red bird on a branch"]'""", signals=""),
+    ),
+    "plan": Verb(
+        "selfe.tools.plan.command",
+        "Estimate time, memory, communication and disk before a run (no weights needed).",
+        plan,
+        "FLOPs and memory are those of the real training step, run on torch's meta device; per-rank shares are those\n"
+        "of real FSDP2 under torch's fake process group.",
+    ),
+    "check-data": Verb(
+        "selfe.tools.check_data",
+        "Validate a manifest: every line and every image; all problems are reported in one pass.",
+        check_data,
+        "exit codes: 0 no problems; 1 problems found; 2 user error",
+    ),
+    "precompute": Verb(
+        "selfe.tools.precompute",
+        "Encode all images and captions of a training config once, so that training loads no encoder.",
+        precompute,
+        "Run the same command again to resume, on any number of processes:\n"
+        "  torchrun --nproc-per-node 8 -m selfe precompute CONFIG --out DIR\n"
+        "OUT/config.yaml trains from the cache.",
+    ),
+    "make-shards": Verb(
+        "selfe.tools.make_shards",
+        "Pack the images of a manifest into tar shards (WebDataset layout).",
+        make_shards,
+        "Image files are copied unchanged. Run the same command again to resume. To train from the shards:\n"
+        "  data.module=selfe.data.shards.ShardData data.params.train_manifest='OUT/*.tar'",
+    ),
+    "export": Verb(
+        "selfe.tools.export.command",
+        "Export a checkpoint's denoiser to safetensors (FLUX names) or to a diffusers pipeline.",
+        export,
+    ),
+    "report": Verb("selfe.tools.report", "Compare runs on one HTML page: metrics, heat maps, samples.", report),
+    "replay": Verb("selfe.tools.replay", "Run a batch that was skipped during training again.", replay),
+    "verify-resume": Verb(
+        "selfe.tools.verify_resume",
+        "Train a few steps twice, once killed and resumed, and compare the results bitwise.",
+        processes,
+        "environment\n  VERIFY_STEPS   number of steps (default 8)\n"
+        "  VERIFY_SEED    seed for the time of the kill (random by default, and printed)\n\n"
+        "Needs disk space for four checkpoints next to the config's output_dir.",
+    ),
+    "demo": Verb("selfe.tools.demo", "Serve a page on this machine to try a checkpoint in a browser.", demo),
+    "gallery": Verb("selfe.gallery.build", "Build the offline HTML gallery of one or several sampling jobs.", gallery),
+    "cache-pretrained": Verb(
+        "selfe.tools.cache_pretrained",
+        "Download the frozen encoders (T5-XXL, CLIP-L, FLUX VAE) to SELFE_CACHE_DIR. Resumes when run again.",
+        cache_pretrained,
+        "FLUX.1-dev is gated: accept its licence on Hugging Face first. Every file is checked against the Hub's hash.",
+    ),
+}
+
+if __name__ == "__main__":
+    main()

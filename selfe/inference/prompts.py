@@ -1,0 +1,293 @@
+"""What to draw, as people write it down: a prompt file (.txt, .tsv, .jsonl) or a list, each prompt with its settings.
+
+Every line is read and checked before any weight is loaded; the first bad one stops the program with file, line and
+reason.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from selfe import config
+from selfe.protocols import Sampler
+from selfe.samplers.renoise import Renoise
+from selfe.types import UserError
+
+MAX_PROMPT = 4000  # characters; T5 reads 512 tokens, and a JPEG's EXIF block holds 64 KB
+MAX_PIXELS = 4096 * 4096
+MAX_STEPS = 1000
+MAX_SAMPLES = 100_000
+CONTROL = re.compile("[\x00-\x1f\x7f\u2028\u2029\ud800-\udfff]")
+TEXT_KEYS = ("prompt", "negative_prompt", "aspect", "sampler", "path")  # cells of a TSV that are not JSON
+GENEVAL_KEYS = ("tag", "include", "exclude")
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """How pictures are drawn where a prompt's own line does not say. A list makes a sweep from the same noise."""
+
+    prompt_file: str | None = None
+    negative_prompt: str = ""  # takes the place of the null prompt in guidance
+    num_steps: int | tuple[int, ...] = (1, 2, 4, 8, 50)
+    num_samples: int = 1  # pictures per prompt
+    first_sample: int = 0  # the number of the first of them
+    seed: int = 0
+    height: int = 256
+    width: int = 256
+    cfg_scale: float | tuple[float, ...] = 5.0
+    s_ratio: float | tuple[float, ...] = 0.0
+    sampler: Sampler = Renoise()  # noqa: RUF009 - it has no state
+
+    def __post_init__(self):
+        for name, low, high in (
+            ("num_steps", 1, MAX_STEPS),
+            ("num_samples", 1, MAX_SAMPLES),
+            ("first_sample", 0, 10**9),
+            ("seed", 0, 2**63 - 1),
+            ("cfg_scale", 0, 1000),
+            ("s_ratio", 0, 1),
+        ):
+            values = sweep(getattr(self, name))
+            if not values:
+                raise ValueError(f"{name}: an empty list; give a number, or several for a sweep")
+            for value in values:
+                if not low <= value <= high:
+                    raise ValueError(f"{name}: {value} is not between {low} and {high}")
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name}: {list(values)} names a value twice; name each once")
+        if self.height < 1 or self.width < 1 or self.height * self.width > MAX_PIXELS:
+            raise ValueError(
+                f"height {self.height} and width {self.width} must be positive and at most {MAX_PIXELS} pixels together"
+            )
+        check_text("negative_prompt", self.negative_prompt)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, how to draw it, and what else its line said."""
+
+    prompt: str
+    settings: SamplingDefaults
+    where: str  # "FILE, line N"
+    extra: dict = field(default_factory=dict)  # GenEval's description of what must be seen
+
+
+@dataclass(frozen=True)
+class Line:
+    """The keys that a line of JSONL, or a column of a TSV, may have. What is missing is taken from the defaults."""
+
+    prompt: str
+    negative_prompt: str | None = None
+    num_steps: tuple[int, ...] | None = None
+    num_samples: int | None = None
+    first_sample: int | None = None
+    seed: int | None = None
+    height: int | None = None
+    width: int | None = None
+    aspect: str | None = None  # "16:9", width to height, at the defaults' area
+    cfg_scale: tuple[float, ...] | None = None
+    s_ratio: tuple[float, ...] | None = None
+    sampler: str | None = None  # euler, renoise: a file of selfe/samplers
+    eta: float | None = None
+    path: str | None = None  # of a training manifest; not used
+
+
+def sweep(value: Any) -> tuple:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def from_list(prompts: Sequence[str], defaults: SamplingDefaults, multiple: int) -> list[Request]:
+    """Prompts written into the configuration or on the command line."""
+    lines = ((f"inferencer.prompts[{i}]", {"prompt": prompt}) for i, prompt in enumerate(prompts))
+    return collect(lines, defaults, multiple)
+
+
+def from_file(path: Path, defaults: SamplingDefaults, multiple: int) -> list[Request]:
+    """The requests of a prompt file; sizes must be multiples of `multiple` pixels. Blank lines are left out.
+
+    Raises:
+        UserError: the file cannot be read, or a line cannot be drawn.
+    """
+    parsers = {".txt": parse_text, ".tsv": parse_tsv, ".jsonl": parse_jsonl}
+    if path.suffix.lower() not in parsers:
+        raise UserError(f"{path}: a prompt file is .txt (a prompt per line), .tsv or .jsonl; rename or convert it")
+    if not path.is_file():
+        raise UserError(f"{path}: no such prompt file; set inferencer.defaults.prompt_file, or inferencer.prompts")
+    requests = collect(parsers[path.suffix.lower()](path, lines(path)), defaults, multiple)
+    if not requests:
+        raise UserError(f"{path}: the prompt file is empty; write a prompt per line")
+    return requests
+
+
+def collect(found: Iterator[tuple[str, dict | str]], defaults: SamplingDefaults, multiple: int) -> list[Request]:
+    """(where, keys or what is wrong) -> requests, or one line about the first bad one."""
+    requests, problems = [], []
+    for where, keys in found:
+        try:
+            if isinstance(keys, str):
+                raise ValueError(keys)
+            requests.append(request(where, keys, defaults, multiple))
+        except (ValueError, config.Problem) as error:
+            problems.append(f"{where}: {shorten(str(error).lstrip('.'))}")
+    if problems:
+        more = f" (and {len(problems) - 1} more bad lines)" if len(problems) > 1 else ""
+        raise UserError(problems[0] + more)
+    return requests
+
+
+def request(where: str, keys: dict, defaults: SamplingDefaults, multiple: int) -> Request:
+    """One line's keys over the defaults."""
+    extra = {}
+    if all(key in keys for key in GENEVAL_KEYS[:2]):  # a line of GenEval's evaluation_metadata.jsonl
+        extra = keys
+        keys = {"prompt": keys.get("prompt", "???")}
+    for name in ("num_steps", "cfg_scale", "s_ratio"):
+        if name in keys and keys[name] is not None:
+            keys = keys | {name: sweep(keys[name])}
+    line = config.call(Line, keys, "", build=True)
+    prompt = line.prompt.strip()
+    if not prompt:
+        raise ValueError("prompt: it is empty; write what to draw")
+    check_text("prompt", prompt)
+    given = {name: value for name, value in vars(line).items() if value is not None}
+    for name in ("prompt", "path"):
+        given.pop(name, None)
+    name, eta = given.pop("sampler", None), given.pop("eta", None)
+    if name is not None or eta is not None:
+        given["sampler"] = sampler_of(name, eta, defaults.sampler)
+    if aspect := given.pop("aspect", None):
+        if "height" in given or "width" in given:
+            raise ValueError("aspect: give either aspect, or height and width")
+        given |= size_of(aspect, defaults.height * defaults.width, multiple)
+    settings = replace(defaults, **given)
+    for name in ("height", "width"):
+        if getattr(settings, name) % multiple:
+            raise ValueError(f"{name}: {getattr(settings, name)} is not a multiple of {multiple}")
+    return Request(prompt, settings, where, extra)
+
+
+def check_text(name: str, text: str) -> None:
+    if len(text) > MAX_PROMPT:
+        raise ValueError(f"{name}: {len(text)} characters; at most {MAX_PROMPT}, of which the encoder reads 512 tokens")
+    if control := CONTROL.search(text):
+        hint = " (a table? name the file .tsv)" if control[0] == "\t" else ""
+        raise ValueError(f"{name}: holds the control character U+{ord(control[0]):04X}{hint}; remove it")
+
+
+def sampler_of(name: str | None, eta: float | None, default: Sampler) -> Sampler:
+    """The sampler that a line names, or the default one with another eta."""
+    kind = type(default)
+    if name is not None:
+        try:
+            if not re.fullmatch("[a-z][a-z0-9_]*", name):
+                raise config.Problem("sampler", name)
+            kind = config.named(f"selfe.samplers.{name}.{name.title().replace('_', '')}", "sampler")
+        except config.Problem as error:
+            raise config.Problem("sampler", f"no sampler {name!r}; euler and renoise come with Self-E") from error
+    parameters = dict(vars(default)) if kind is type(default) else {}
+    try:
+        return config.call(kind, parameters | ({} if eta is None else {"eta": eta}), "sampler", build=True)
+    except config.Problem as error:
+        raise config.Problem("eta", f"{kind.__name__.lower()} does not take eta {eta!r} ({error})") from error
+
+
+def size_of(aspect: str, pixels: int, multiple: int) -> dict[str, int]:
+    """Height and width of about so many pixels, width : height as "16:9" says."""
+    match = re.fullmatch(r"([1-9]\d{0,3}) ?: ?([1-9]\d{0,3})", aspect)
+    if not match:
+        raise ValueError(f"aspect: expected width:height such as 16:9, got {aspect!r}")
+    ratio = int(match[1]) / int(match[2])
+    if not 1 / 16 <= ratio <= 16:
+        raise ValueError(f"aspect: {aspect} is not between 1:16 and 16:1")
+    height, width = math.sqrt(pixels / ratio), math.sqrt(pixels * ratio)
+    return {name: max(round(side / multiple), 1) * multiple for name, side in (("height", height), ("width", width))}
+
+
+# ---- files ----
+
+
+def lines(path: Path) -> Iterator[tuple[str, str]]:
+    """("FILE, line N", text) of the lines that are not blank."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{path}: this is UTF-16; save the file as UTF-8")
+    for number, line in enumerate(data.splitlines(), start=1):
+        where = f"{path}, line {number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: not UTF-8 at byte {error.start} of the line; save the file as UTF-8") from error
+        if text.strip():
+            yield where, text
+
+
+def parse_text(path: Path, found: Iterator[tuple[str, str]]) -> Iterator[tuple[str, dict | str]]:
+    for where, text in found:
+        yield where, {"prompt": text}
+
+
+def parse_jsonl(path: Path, found: Iterator[tuple[str, str]]) -> Iterator[tuple[str, dict | str]]:
+    for where, text in found:
+        try:
+            value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        except RecursionError:
+            yield where, "not JSON: nested too deeply"
+        except ValueError as error:
+            yield where, f"not JSON: {error}"
+        else:
+            kind = type(value).__name__
+            yield where, value if isinstance(value, dict) else f'expected an object {{"prompt": ...}}, got a {kind}'
+
+
+def parse_tsv(path: Path, found: Iterator[tuple[str, str]]) -> Iterator[tuple[str, dict | str]]:
+    """The first line names the columns. Empty cells are not given; numbers and lists are written as in JSON."""
+    columns: list[str] = []
+    for where, text in found:
+        cells = [cell.strip() for cell in text.split("\t")]
+        if not columns:
+            columns = cells
+            known = Line.__dataclass_fields__
+            wrong = [name for name in columns if name not in known]
+            if wrong or "prompt" not in columns or len(set(columns)) < len(columns):
+                raise UserError(
+                    f"{where}: the first line must name the columns, one of them prompt, each once; got "
+                    f"{shorten(repr(columns))}; valid: {', '.join(known)}"
+                )
+        elif len(cells) != len(columns):
+            yield where, f"{len(cells)} cells, but the first line names {len(columns)} columns"
+        else:
+            yield where, {name: cell_value(name, cell) for name, cell in zip(columns, cells, strict=True) if cell}
+
+
+def cell_value(name: str, cell: str) -> Any:
+    if name in TEXT_KEYS:
+        return cell
+    try:
+        return json.loads(cell)
+    except (ValueError, RecursionError):
+        return cell  # of the wrong type, which the schema will say
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict:
+    keys = dict(pairs)
+    if len(keys) < len(pairs):
+        raise ValueError("a key is given twice")
+    return keys
+
+
+def refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not a number")
+
+
+def shorten(text: str, limit: int = 300) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"

@@ -1,0 +1,136 @@
+"""Protocols of the swappable parts: denoiser, encoders, data, objective, sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from selfe.rng import SampleRNG
+from selfe.types import Batch, Loss, Packed, Split, TextCond
+
+
+class Denoiser(Protocol):
+    """V(x_t, t, s, c) of Eq. 6: predicts the velocity `noise - x0` of every token."""
+
+    def __call__(self, x_t: Packed, t: Tensor, s: Tensor, cond: TextCond) -> Tensor:
+        """x_t (T, d), t and s (B,) -> v (T, d)."""
+        ...
+
+
+class Backbone(Denoiser, Protocol):
+    """The trained `nn.Module`. Modules in its `nn.ModuleList`s are sharded and activation-checkpointed individually."""
+
+    patch_dim: int
+    text_dim: int
+    pooled_dim: int
+
+    def initial(self, name: str, shape: torch.Size, seed: int) -> Tensor:
+        """The initial value of a parameter, float32 on the host: a function of (seed, name, shape) only."""
+        ...
+
+
+TensorReader = Callable[[str, slice], Tensor]  # (name, rows) -> those rows of a stored tensor, on the host
+
+
+class ShardLoader(Protocol):
+    """Materialises a module from the meta device, sharded by `blocks`, with values that `read` returns by name."""
+
+    def __call__(self, module: nn.Module, blocks: Iterable[nn.Module], read: TensorReader) -> None: ...
+
+
+class TextEncoder(Protocol):
+    """Frozen; captions are encoded at their own length, without padding. Built without weights; `load` reads them.
+
+    Loaded on the meta device, it reads no file and only estimates cost: outputs have shapes but no values.
+    """
+
+    text_dim: int
+    pooled_dim: int
+
+    def load(self, device: torch.device, shard: ShardLoader | None = None) -> None:
+        """Load the weights. With `shard`, large modules are sharded; every rank must then make the same calls."""
+        ...
+
+    def __call__(self, captions: Sequence[str]) -> TextCond: ...
+
+
+class Autoencoder(Protocol):
+    """Frozen; images to packed latent patches and back. Built without weights; `load` reads them."""
+
+    token_dim: int
+    multiple: int  # image height and width must be multiples of this many pixels
+
+    def load(self, device: torch.device) -> None: ...
+
+    def encode(self, images: Sequence[Tensor], rng: SampleRNG) -> Packed:
+        """B x (3, H, W) in [-1, 1] -> float32 tokens (T, token_dim)."""
+        ...
+
+    def moments(self, images: Sequence[Tensor]) -> tuple[Packed, Tensor | None]:
+        """The distribution `encode` samples: mean tokens, and standard deviations (T, d), or None if deterministic."""
+        ...
+
+    def decode(self, latents: Packed) -> list[Tensor]:
+        """Tokens -> B x (3, H, W) in [-1, 1], float32."""
+        ...
+
+    def noise(self, sizes: Sequence[tuple[int, int]], rng: SampleRNG) -> Packed:
+        """Standard normal latents for images of B x (height, width) pixels, the start of sampling."""
+        ...
+
+
+class Data(Protocol):
+    """Images with captions, in an order that is a pure function of the seed.
+
+    `samples` are the global sample indices of a step's batch, counted from the start of the run, so the order does not
+    depend on the batch size and continues where the batch size changes.
+    """
+
+    has_val: bool
+    multiple: int  # height and width of every image are multiples of this many pixels
+
+    def resolution(self, step: int) -> tuple[int, ...]:
+        """Pixel budgets of the training images at a step; a change starts a new phase of the run."""
+        ...
+
+    def costs(self, seed: int, step: int, samples: range, split: Split) -> tuple[int, ...]:
+        """The cost in tokens of each position of the step's global batch, known before any image is decoded."""
+        ...
+
+    def batch(self, seed: int, step: int, samples: range, positions: Sequence[int], split: Split) -> Batch:
+        """Load these positions of the step's global batch; the same samples for any split over ranks."""
+        ...
+
+
+class Objective(Protocol):
+    """A training loss: `captions` names the captions it needs, the call computes the loss on clean latents."""
+
+    batch_multiple: int  # micro-batches must be multiples of this, so that every rank makes the same network calls
+
+    def phase(self, step: int) -> str:
+        """The names of the loss terms at a step; a change may shift the level of the loss and the gradient norm."""
+        ...
+
+    # the captions to encode, under the names by which `conds` holds them; prompt dropout is applied here
+    def captions(self, prompts: Sequence[str], rng: SampleRNG, step: int) -> dict[str, list[str]]: ...
+
+    # x0: clean latents (T, d); `ema` only runs without gradient
+
+    def __call__(
+        self, net: Denoiser, ema: Denoiser, x0: Packed, conds: dict[str, TextCond], rng: SampleRNG, step: int
+    ) -> Loss: ...
+
+
+# (x_t, t (B,), s (B,)) -> v (T, d), with conditioning and guidance applied
+GuidedDenoiser = Callable[[Packed, Tensor, Tensor], Tensor]
+
+
+class Sampler(Protocol):
+    """Integrates from noise (t = 1) to data (t = 0)."""
+
+    def __call__(self, denoise: GuidedDenoiser, noise: Packed, t: Tensor, s: Tensor, rng: SampleRNG) -> Tensor:
+        """noise (T, d), times t (N + 1, B) from 1 to 0, secondary times s (N, B) -> x0 (T, d) after N calls."""
+        ...

@@ -1,0 +1,208 @@
+"""The verb `selfe demo`: a local gradio page that generates images from a checkpoint.
+
+Listens on the loopback interface only. For the same prompt, seed and settings, the image equals that of `selfe infer`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from selfe import config, device
+from selfe.checkpoint import verify
+from selfe.checkpoint.state import load_weights
+from selfe.inference import prompts
+from selfe.inference.prompt_cache import PromptCache
+from selfe.inference.prompts import SamplingDefaults
+from selfe.io import image_encode
+from selfe.rng import SampleRNG
+from selfe.types import DTYPES, UserError
+
+STRIP = (1, 2, 4, 8)
+SAMPLERS = ("renoise", "euler")
+
+
+class DemoModel:
+    """A checkpoint loaded for sampling."""
+
+    def __init__(
+        self, ckpt: Path, config_path: Path | None, weights: str, precision: str, size: tuple[int, int] | None
+    ):
+        """
+        Args:
+            ckpt: checkpoint directory, or a parent directory (newest is used).
+            config_path: the run's `config.yaml`; None: the one beside the checkpoints.
+            size: height and width of the images; None: those of the run's sample grids.
+        """
+        path = verify.find(ckpt)
+        settings = config.load(config_path or config_beside(path))
+        with torch.device("meta"):
+            self.system = config.build(settings, "system")
+
+        # reject an invalid size before any weight is loaded
+        height, width = size or settings.get("trainer", {}).get("samples", {}).get("size") or (256, 256)
+        self.defaults = SamplingDefaults(height=height, width=width)
+        self.check("an image", self.defaults)
+
+        place = device.choose_device(0)
+        self.net = self.system.backbone.to_empty(device=place).requires_grad_(False)
+        self.title = f"{path}, {'EMA' if weights == 'ema' else 'live'} weights of step "
+        self.title += f"{load_weights(path, self.net, weights):,}"
+        self.net.to(DTYPES[precision])
+
+        self.system.text_encoder = PromptCache(self.system.text_encoder)
+        self.system.load_encoders(place)
+
+    def check(self, prompt: str, settings: SamplingDefaults) -> str:
+        """The normalized prompt; raises a UserError if prompt or settings are invalid."""
+        (request,) = prompts.from_list([prompt], settings, self.system.autoencoder.multiple)
+        return request.prompt
+
+    def draw(self, prompt: str, settings: SamplingDefaults, num_steps: int) -> tuple[Image.Image, float]:
+        """The generated image, and the seconds it took."""
+        prompt, start = self.check(prompt, settings), time.perf_counter()
+        (picture,) = self.system.generate(
+            self.net,
+            [prompt],
+            [(settings.height, settings.width)],
+            SampleRNG.of_pictures([(settings.seed, prompt, 0)]),
+            sampler=settings.sampler,
+            num_steps=num_steps,
+            cfg_scale=settings.cfg_scale,
+            s_ratio=settings.s_ratio,
+            negative_prompts=[settings.negative_prompt],
+        )
+        return image_encode.to_image(picture), time.perf_counter() - start
+
+    def show(
+        self,
+        prompt: str,
+        negative_prompt: str,
+        num_steps: float,
+        cfg_scale: float,
+        seed: float,
+        sampler: str,
+        eta: float,
+        s_ratio: float,
+    ) -> Iterator[tuple[Image.Image, str, list[tuple[Image.Image, str]]]]:
+        """Yields image, time and strip as they become available; the strip has the same noise in 1, 2, 4 and 8 steps.
+
+        Raises:
+            UserError: a value is out of range.
+        """
+        try:
+            settings = replace(
+                self.defaults,
+                negative_prompt=negative_prompt,
+                num_steps=int(num_steps),
+                cfg_scale=float(cfg_scale),
+                seed=int(seed),
+                s_ratio=float(s_ratio),
+                sampler=prompts.sampler_of(
+                    sampler, float(eta) if sampler == "renoise" else None, SamplingDefaults().sampler
+                ),
+            )
+        except (TypeError, ValueError, config.Problem) as error:
+            raise UserError(str(error)) from error
+
+        # the image first, then the strip, one image at a time
+        image, seconds = self.draw(prompt, settings, settings.num_steps)
+        said = f"{steps(settings.num_steps)} in {seconds:.2f} s"
+        strip: list[tuple[Image.Image, str]] = []
+        yield image, said, strip
+        for number in STRIP:
+            again = (image, seconds) if number == settings.num_steps else self.draw(prompt, settings, number)
+            strip = [*strip, (again[0], f"{steps(number)}, {again[1]:.2f} s")]
+            yield image, said, strip
+
+
+def steps(number: int) -> str:
+    return "1 step" if number == 1 else f"{number} steps"
+
+
+def config_beside(path: Path) -> Path:
+    """A run's `config.yaml` from one of its checkpoints."""
+    found = [folder / "config.yaml" for folder in path.absolute().parents[:2] if (folder / "config.yaml").is_file()]
+    if not found:
+        raise UserError(f"{path}: no config.yaml found beside the checkpoints; pass it with --config")
+    return found[0]
+
+
+def page(painter: DemoModel) -> Any:
+    """The gradio page."""
+    import gradio as gr
+
+    def show(*values: Any) -> Iterator[tuple]:
+        try:
+            yield from painter.show(*values)
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    # controls on the left, the image on the right, the strip below
+    with gr.Blocks(title="Self-E", analytics_enabled=False) as blocks:
+        gr.Markdown("# Self-E: any number of steps")
+        gr.Textbox(painter.title, show_label=False, interactive=False, container=False)
+        with gr.Row():
+            with gr.Column(scale=2):
+                prompt = gr.Textbox("a red bird on a branch", label="Prompt", lines=2, elem_id="prompt")
+                num_steps = gr.Slider(1, 50, value=4, step=1, label="Steps", elem_id="num_steps")
+                cfg_scale = gr.Slider(1, 10, value=5, step=0.1, label="Guidance")
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+                with gr.Accordion("More", open=False):
+                    negative_prompt = gr.Textbox("", label="Negative prompt")
+                    sampler = gr.Radio(list(SAMPLERS), value="renoise", label="Sampler")
+                    eta = gr.Slider(0, 1, value=1, step=0.05, label="eta: share of fresh noise (renoise)")
+                    s_ratio = gr.Slider(
+                        0, 1, value=0, step=0.05, label="s ratio: 0 few steps, 0.5 one step, 1 flow matching"
+                    )
+                button = gr.Button("Generate", variant="primary", elem_id="draw")
+            with gr.Column(scale=3):
+                image = gr.Image(
+                    label="Image", format="png", height=440, buttons=["download", "fullscreen"], elem_id="picture"
+                )
+                said = gr.Textbox(label="Time", interactive=False, elem_id="time")
+        strip = gr.Gallery(
+            label="The same noise in 1, 2, 4 and 8 steps",
+            columns=4,
+            height="auto",
+            format="png",
+            buttons=["download", "fullscreen"],
+            elem_id="strip",
+        )
+
+        inputs = [prompt, negative_prompt, num_steps, cfg_scale, seed, sampler, eta, s_ratio]
+        gr.on([button.click, prompt.submit], show, inputs, [image, said, strip], api_name=False)
+    return blocks
+
+
+def serve(painter: DemoModel, port: int | None, everywhere: bool, block: bool) -> Any:
+    """Listen on the loopback interface, or on all interfaces if `everywhere`; returns the running page."""
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
+    if os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1") not in ("127.0.0.1", "localhost") and not everywhere:
+        raise UserError("GRADIO_SERVER_NAME: the page listens on this machine only; see --listen-on-all-interfaces")
+
+    blocks = page(painter)
+    name = "0.0.0.0" if everywhere else "127.0.0.1"
+    blocks.launch(server_name=name, server_port=port, share=False, quiet=True, prevent_thread_lock=True, ssr_mode=False)
+    print(f"open {blocks.local_url}", flush=True)
+    if block:
+        blocks.block_thread()
+    return blocks
+
+
+def main(options: argparse.Namespace) -> None:
+    """Entry point of `selfe demo`."""
+    painter = DemoModel(options.ckpt, options.config, options.weights, options.precision, options.size)
+    try:
+        serve(painter, options.port, options.listen_on_all_interfaces, block=True)
+    except ImportError as error:
+        remedy = "run ./scripts/setup.sh --extra demo, or pip install 'selfe[demo]'"
+        raise UserError(f"{error.name} is not installed; {remedy}") from error

@@ -1,0 +1,190 @@
+"""The verb `selfe export`: write a checkpoint's denoiser as safetensors files, or as a complete diffusers pipeline.
+
+The safetensors format uses black-forest-labs' FLUX parameter names. Runs in one CPU process; weights are streamed
+tensor by tensor, with at most one shard of the output in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, CLIPTextModel
+
+from selfe import config
+from selfe.backbones.mmdit import MMDiT
+from selfe.checkpoint import flux, state, verify
+from selfe.encoders.flux_vae import CHANNELS, SCALE, SHIFT, STAGES, FluxVAE
+from selfe.encoders.t5_clip import CLIP_FOLDER, T5_FOLDER, T5Clip, naming
+from selfe.io.safetensors_files import cached, write
+from selfe.system import System
+from selfe.types import DTYPES, UserError
+
+CODE = Path(__file__).parent / "diffusers_folder"
+
+
+def main(options: argparse.Namespace) -> None:
+    """Entry point of `selfe export`."""
+    path = verify.find(options.ckpt)
+    settings, system = read_run(path)
+    if options.out.exists() and any(options.out.iterdir()):
+        raise UserError(f"{options.out}: the folder is not empty; choose another or remove it")
+
+    folder = options.out / ("transformer" if options.format == "diffusers" else "")
+    folder.mkdir(parents=True, exist_ok=True)
+    if options.format == "diffusers":
+        write_pipeline(options.out, system)
+    else:
+        origin = {"step": verify.read_step(path), "weights": options.weights, "dtype": options.dtype}
+        write_json(folder / "config.json", origin | {"backbone": config.plain(settings["system"]["backbone"])})
+
+    write_denoiser(path, system.backbone, folder, options.weights, DTYPES[options.dtype], options.format)
+    print(f"{path} ({options.weights} weights, {options.dtype}) exported to {options.out}")
+
+
+def read_run(path: Path) -> tuple[dict, System]:
+    """Settings of the run that a checkpoint belongs to, and its system on the meta device."""
+    settings_path = path.parent.parent / "config.yaml"
+    if not settings_path.is_file():
+        raise UserError(f"{settings_path}: not found; expected RUN/config.yaml for a checkpoint in RUN/checkpoints")
+
+    settings = config.load(settings_path, ["system.autoencoder.params.dtype=fp32"])
+    with torch.device("meta"):
+        system = config.build(settings, "system")
+    for part, kind in ((system.backbone, MMDiT), (system.text_encoder, T5Clip), (system.autoencoder, FluxVAE)):
+        if not isinstance(part, kind):
+            raise UserError(f"{settings_path}: export supports {kind.__name__} only, the run has {type(part).__name__}")
+    return settings, system
+
+
+def write_denoiser(
+    path: Path, net: MMDiT, folder: Path, weights: Literal["ema", "live"], dtype: torch.dtype, layout: str
+) -> None:
+    """Write the denoiser under the parameter names of `layout`, tensor by tensor."""
+    style, stem = ("diffusers", "diffusion_pytorch_model") if layout == "diffusers" else ("bfl", "model")
+    shapes, width = {name: p.shape for name, p in net.named_parameters()}, net.image_in.out_features
+
+    def read(name: str) -> dict[str, torch.Tensor]:
+        full = torch.empty(shapes[name])
+        state.load_tensors(path, {name: full}, weights)
+        parts = flux.split(style, name, full, width)
+        return {theirs: part.to(dtype, copy=True) for theirs, part in parts.items()}
+
+    write(folder, stem, {name: shape.numel() * dtype.itemsize for name, shape in shapes.items()}, read)
+
+
+def write_pipeline(out: Path, system: System) -> None:
+    """Write a diffusers folder, except for the denoiser's weights."""
+    shutil.copy(CODE / "pipeline.py", out)
+    shutil.copy(CODE / "dual_time_flux.py", out / "transformer")
+    write_json(out / "transformer" / "config.json", transformer_config(system.backbone))
+
+    write_autoencoder(out / "vae", system.autoencoder)
+    tokenizers = write_text_encoders(out, system.text_encoder)
+
+    # the index names the class of each part; the first two are the files copied above
+    parts = {
+        "transformer": ["dual_time_flux", "DualTimeFlux"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "T5EncoderModel"],
+    }
+    parts |= {name: ["transformers", kind] for name, kind in tokenizers.items()}
+    write_json(out / "model_index.json", {"_class_name": ["pipeline", "SelfEPipeline"], **parts})
+
+
+def transformer_config(net: MMDiT) -> dict:
+    """Constructor arguments of `DualTimeFlux` (`diffusers_folder/dual_time_flux.py`)."""
+    width, hidden = net.image_in.out_features, net.double_blocks[0].image.mlp[0].out_features
+    if net.rope_theta != 10000 or hidden != 4 * width:
+        raise UserError(
+            f"diffusers' FLUX has rope_theta 10000 and mlp_ratio 4, not {net.rope_theta} and {hidden / width}"
+        )
+
+    head_dim = sum(net.rope_axes)
+    return {
+        "_class_name": "DualTimeFlux",
+        "in_channels": net.patch_dim,
+        "num_layers": len(net.double_blocks),
+        "num_single_layers": len(net.single_blocks),
+        "attention_head_dim": head_dim,
+        "num_attention_heads": width // head_dim,
+        "joint_attention_dim": net.text_dim,
+        "pooled_projection_dim": net.pooled_dim,
+        "axes_dims_rope": net.rope_axes,
+        "second_clock": net.s_in is not None,
+    }
+
+
+def write_autoencoder(folder: Path, autoencoder: FluxVAE) -> None:
+    """Write the VAE under diffusers' parameter names, with its config."""
+    autoencoder.load(torch.device("cpu"))
+    width = autoencoder.net["encoder"].conv_in.out_channels
+
+    settings = {
+        "_class_name": "AutoencoderKL",
+        "block_out_channels": [width * stage for stage in STAGES],
+        "down_block_types": ["DownEncoderBlock2D"] * len(STAGES),
+        "up_block_types": ["UpDecoderBlock2D"] * len(STAGES),
+        "latent_channels": CHANNELS,
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+        "scaling_factor": SCALE,
+        "shift_factor": SHIFT,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
+    folder.mkdir()
+    write_json(folder / "config.json", settings)
+
+    state = flux.vae_to_diffusers(autoencoder.net.state_dict())
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
+    save_file(state, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+
+
+def write_text_encoders(out: Path, encoder: T5Clip) -> dict[str, str]:
+    """Write CLIP, T5 and their tokenizers; returns the tokenizers' class names. T5 is hard-linked if possible."""
+    if encoder.skip_pretrained:
+        encoder.load(torch.device("cpu"))
+        encoder.t5.save_pretrained(out / "text_encoder_2")
+        clip, tokenizers = encoder.clip, {"tokenizer": encoder.clip_tokenizer, "tokenizer_2": encoder.t5_tokenizer}
+    else:
+        sources = {
+            "tokenizer": cached(encoder.cache_dir, CLIP_FOLDER),
+            "tokenizer_2": cached(encoder.cache_dir, T5_FOLDER),
+        }
+
+        # T5 as it is in the cache
+        (out / "text_encoder_2").mkdir()
+        for file in sorted(sources["tokenizer_2"].iterdir()):
+            if file.name == "config.json" or ".safetensors" in file.suffixes:
+                link(file, out / "text_encoder_2" / file.name)
+
+        with naming(sources["tokenizer"]):
+            clip = CLIPTextModel.from_pretrained(sources["tokenizer"], local_files_only=True)
+        tokenizers = {
+            name: AutoTokenizer.from_pretrained(path, local_files_only=True) for name, path in sources.items()
+        }
+
+    clip.save_pretrained(out / "text_encoder")
+    for name, tokenizer in tokenizers.items():
+        tokenizer.save_pretrained(out / name)
+    return {name: type(tokenizer).__name__ for name, tokenizer in tokenizers.items()}
+
+
+def link(source: Path, target: Path) -> None:
+    """Hard-link a file; copy it where the file system does not support links."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copy(source, target)
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,236 @@
+"""The verb `selfe plan`: estimate time, memory, communication and disk of a run before it starts.
+
+    job.py      a config as a system on the meta device, with the schedule of the run in phases of equal cost
+    step.py     FLOPs and peak memory of one micro-batch, on the meta device
+    ranks.py    shards of a rank and its communication, by FSDP2 under torch's fake process group
+    page.py     the plan as text
+
+Needs neither images nor weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from math import inf
+
+import torch
+
+from selfe.device import PEAKS
+from selfe.system import System
+from selfe.tools.plan import page as plan_page
+from selfe.tools.plan.job import Job, PhaseCost, count_words, load, phases, run
+from selfe.tools.plan.ranks import Share, optimizer_bytes, share, traffic
+from selfe.tools.plan.step import META, networks
+from selfe.tools.precompute import BYTES
+from selfe.types import UserError
+
+GPUS = {  # key of `PEAKS`, GiB of memory
+    "b200": ("B200", 180),
+    "h200": ("H200", 141),
+    "h100": ("H100", 80),
+    "a100": ("A100", 80),
+    "a100-40": ("A100", 40),
+    "l40s": ("L40S", 48),
+}
+USABLE = 0.9  # fraction of GPU memory; the rest goes to the driver, communication buffers and fragmentation
+ENCODER_SHARE = 0.2  # of all FLOPs, above which a feature cache is recommended
+EVERY = (False, 2, "selective", True)  # activation checkpointing settings to compare
+
+
+def memory(job: Job, share: Share, heaviest: PhaseCost, num_words: int, gib: int, batches: set[int]) -> dict:
+    """Bytes on a rank and the micro-batch sizes that fit, by activation checkpointing setting."""
+    trainer, room = job.trainer, round(USABLE * gib * 2**30)
+    at, micro, own = (heaviest.shapes, num_words, heaviest.end - 1), trainer.micro_batch_size, heaviest.step
+
+    # the part of the peak that does not grow with the batch (gradients in flight), by extrapolation to no images
+    fixed = max(2 * own.peak - run(job, *at, trainer.activation_checkpointing, larger=2).peak, 0)
+
+    # the encoders run before the denoiser, so their peak is a bound of its own
+    encoding = 0 if job.cached else own.encode_peak / own.pictures
+    variants = []
+    for every in dict.fromkeys([*EVERY, trainer.activation_checkpointing]):
+        configured = every == trainer.activation_checkpointing
+        step = own if configured else run(job, *at, every)
+        each = max(step.peak - fixed, step.saved) / step.pictures
+
+        # largest micro-batch under both bounds: the denoiser's and the encoders'
+        base = share.states + share.whole + fixed
+        fits = min((room - base) / each, (room - share.states) / encoding if encoding else inf)
+        variants.append(
+            {
+                "activation_checkpointing": every,
+                "configured": configured,
+                "activations": round(step.saved / step.pictures * micro),
+                "peak": round(max(base + each * micro, share.states + encoding * micro)),
+                **micro_batches_that_fit(int(fits), job.system.objective.batch_multiple, share.size, batches),
+            }
+        )
+
+    names = ("parameters", "gradients", "optimizer", "ema", "encoders", "whole")
+    return {name: getattr(share, name) for name in names} | {"usable": room, "variants": variants}
+
+
+def micro_batches_that_fit(fits: int, multiple: int, gpus: int, batches: set[int]) -> dict[str, int]:
+    """The largest micro-batch that fits, and the largest that divides all batches; 0 if there is none."""
+    possible = range(multiple, fits + 1, multiple)
+    dividing = [micro for micro in possible if all(batch % (micro * gpus) == 0 for batch in batches)]
+    return {"largest_micro_batch": max(possible, default=0), "largest_that_divides": max(dividing, default=0)}
+
+
+def plan(
+    path: str,
+    overrides: Sequence[str] = (),
+    *,
+    gpus: int,
+    gpu: str = "h100",
+    mfu: float = 0.35,
+    caption_tokens: int = 77,
+) -> dict:
+    """The plan as JSON-compatible values: bytes, FLOPs (per step over all ranks), hours and days."""
+    # command line values
+    if gpus < 1:
+        raise UserError(f"--gpus: {gpus} is too small; must be at least 1")
+    if gpu.lower() not in GPUS:
+        raise UserError(f"--gpu: {gpu!r} is unknown; choose one of {', '.join(GPUS)}")
+    if not 0 < mfu <= 1:
+        raise UserError(f"--mfu: {mfu} is not between 0 and 1; give a fraction of the GPU's peak FLOPs, such as 0.35")
+    if caption_tokens < 1:
+        raise UserError(f"--caption-tokens: {caption_tokens} is too small; must be at least 1")
+
+    # measure every phase on the meta device
+    name, gib = GPUS[gpu.lower()]
+    job = load(path, overrides)
+    ours = share(job.system, job.trainer, gpus, job.loaded, job.later)
+    num_words = count_words(job.system, caption_tokens)
+    found = phases(job, gpus, num_words)
+
+    # derive time from the FLOPs, and memory from the phase that needs most per image
+    heaviest = max(found, key=lambda phase: phase.step.peak / phase.step.pictures)
+    rate = PEAKS[name] * 1e12 * mfu * 3600  # useful FLOPs per GPU-hour
+    told = [describe(phase, job, ours, rate, gpus) for phase in found]
+    room = memory(job, ours, heaviest, num_words, gib, {phase.batch for phase in found})
+
+    return {
+        "config": path,
+        "gpus": gpus,
+        "gpu": {"name": name, "gib": gib, "peak_tflops": PEAKS[name]},
+        "mfu": mfu,
+        "assumptions": assumptions(found, job),
+        "parameters": parameters(job.system),
+        "phases": told,
+        "gpu_hours": sum(phase["gpu_hours"] for phase in told),
+        "days": sum(phase["days"] for phase in told),
+        "memory": room,
+        "storage": storage(job, found),
+        "warnings": warnings(job, ours, found, told, room),
+    }
+
+
+def parameters(system: System) -> dict[str, int]:
+    """Number of parameters by network."""
+    parts = {"denoiser": system.backbone}
+    for kind, encoder in (("text_encoder", system.text_encoder), ("autoencoder", system.autoencoder)):
+        parts |= {f"{kind}.{name}": network for name, network in networks(encoder).items()}
+    return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+
+
+def describe(phase: PhaseCost, job: Job, share: Share, rate: float, gpus: int) -> dict:
+    """One phase of the plan; `rate` is in useful FLOPs per GPU-hour."""
+    step, steps = phase.step, phase.end - phase.start
+    encoders = phase.per_step(step.encoders)
+    live = phase.per_step(step.useful)
+    counted = live - encoders if job.cached else live
+
+    parts = [call.part for call in step.calls]
+    learning = [call for call in step.calls if call.part == "flow matching"]
+
+    return {
+        "start": phase.start,
+        "end": phase.end,
+        "batch": phase.batch,
+        "micro_batches": phase.micro_batches,
+        "pictures": {f"{height}x{width}": count for (height, width), count in phase.shapes},
+        "calls": {part: phase.micro_batches * parts.count(part) for part in dict.fromkeys(parts)},
+        "picture_tokens": phase.per_step(sum(call.picture_tokens for call in learning)),
+        "text_tokens": phase.per_step(sum(call.text_tokens for call in learning)),
+        "flops": {part: phase.per_step(number) for part, number in step.flops.items()},
+        "useful_flops": live,
+        "useful_flops_cached": live - encoders,
+        "encoder_share": encoders / live,
+        "traffic": traffic(share, step.calls, phase.micro_batches),
+        "gpu_hours": steps * counted / rate,
+        "days": steps * counted / rate / gpus / 24,
+        "gpu_hours_cached": steps * (live - encoders) / rate,
+    }
+
+
+def storage(job: Job, found: list[PhaseCost]) -> dict:
+    """Bytes on disk: per checkpoint, per image (cached latents, by shape), per caption token and per caption."""
+    net, system = job.system.backbone, job.system
+    weights = sum(p.nbytes for p in net.parameters())
+
+    # shapes of cached latents, from the autoencoder on the meta device
+    latents = {}
+    for shape in dict.fromkeys(shape for phase in found for shape, _ in phase.shapes):
+        mean, deviation = system.autoencoder.moments([torch.empty(3, *shape, device=META)])
+        numbers = mean.tokens.numel() * (1 if deviation is None else 2)
+        latents[f"{shape[0]}x{shape[1]}"] = {"cached": BYTES * numbers, "one_sample": BYTES * mean.tokens.numel()}
+
+    return {
+        "checkpoint": 2 * weights + optimizer_bytes(net),  # live and EMA weights, optimizer state
+        "latents_per_picture": latents,
+        "text_per_token": BYTES * system.text_encoder.text_dim,
+        "pooled_per_caption": BYTES * system.text_encoder.pooled_dim,
+    }
+
+
+def assumptions(found: list[PhaseCost], job: Job) -> list[str]:
+    """What the estimate assumes, a sentence each."""
+    call = found[-1].step.calls[0]
+    return [
+        f"every caption has {call.text_tokens // found[-1].step.pictures} tokens; no prompt dropout",
+        "images are square, at the pixel budgets of the data config",
+        "MFU does not count recomputation (activation checkpointing)",
+        "data loading, checkpoints, validation and sample grids take no time",
+        f"{1 - USABLE:.0%} of GPU memory is left free",
+    ] + (["latents and text embeddings are read from a cache"] if job.cached else [])
+
+
+def warnings(job: Job, share: Share, found: list[PhaseCost], told: list[dict], room: dict) -> list[str]:
+    """Problems that would stop the run or waste GPUs, a line each."""
+    trainer, gpus, lines = job.trainer, share.size, []
+
+    # batches that do not divide over the ranks
+    for phase in found:
+        try:
+            trainer.micro_batches(gpus, job.system.objective.batch_multiple, phase.start)
+        except UserError as error:
+            lines.append(f"from step {phase.start}: {error}")
+        if (busy := phase.batch // trainer.micro_batch_size) < gpus:
+            lines.append(
+                f"from step {phase.start}: {gpus - busy} of {gpus} GPUs are idle: a batch of {phase.batch} is only "
+                f"{busy} micro-batches of {trainer.micro_batch_size}"
+            )
+
+    # sharding and encoders
+    if share.empty_ranks:
+        lines.append(f"{share.empty_ranks} of {gpus} ranks hold no parameters; set trainer.shard_size to fewer ranks")
+    shares = [phase["encoder_share"] for phase in told]
+    if max(shares) > ENCODER_SHARE and not job.cached:
+        lines.append(f"the encoders take {max(shares):.0%} of all FLOPs; cache their outputs with selfe precompute")
+
+    # memory
+    (own,) = (variant for variant in room["variants"] if variant["configured"])
+    if own["peak"] > room["usable"]:
+        most = own["largest_micro_batch"]
+        lines.append(f"a micro-batch of {trainer.micro_batch_size} does not fit in memory; the largest is {most}")
+    return list(dict.fromkeys(lines))
+
+
+def main(options: argparse.Namespace) -> None:
+    """Entry point of `selfe plan`."""
+    hardware = {"gpus": options.gpus, "gpu": options.gpu, "mfu": options.mfu}
+    found = plan(options.config, options.overrides, **hardware, caption_tokens=options.caption_tokens)
+    print(json.dumps(found, indent=1) if options.json else plan_page.text(found))

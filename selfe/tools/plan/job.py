@@ -1,0 +1,162 @@
+"""A training config without weights, images or cache: its system on the meta device, and its schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+from torch import nn
+
+from selfe import config
+from selfe.data.dataset import BucketedDataset
+from selfe.distributed.activation_checkpoint import ActivationCheckpointing
+from selfe.encoders.t5_clip import T5Clip
+from selfe.system import System
+from selfe.tools.plan.ranks import Later
+from selfe.tools.plan.step import META, Step, blank_batch, measure, networks
+from selfe.train import TrainerConfig
+from selfe.types import UserError
+
+Shapes = list[tuple[tuple[int, int], int]]  # (height, width) of images, and their relative frequency
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training config, built without weights, images or cache."""
+
+    system: System  # on the meta device
+    trainer: TrainerConfig
+    cached: tuple[str, ...]  # encoders whose outputs are read from a cache
+    loaded: tuple[nn.Module, ...]  # encoder networks that training loads
+    later: Later  # how the text encoder is sharded, if it is
+    shapes_at: Callable[[int], Shapes]
+    starts: tuple[int, ...]  # first steps of the phases of the data
+
+
+@dataclass(frozen=True)
+class PhaseCost:
+    """A range of steps of equal cost."""
+
+    start: int
+    end: int
+    batch: int  # images per step, over all ranks
+    micro_batches: int  # per rank and step
+    shapes: Shapes
+    step: Step  # cost of one micro-batch with these shapes
+
+    def per_step(self, number: float) -> int:
+        """Scale a value of the measured micro-batch to a step over all ranks."""
+        return round(number * self.batch / self.step.pictures)
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> Job:
+    """Build a config for planning; encoders behind a cache are unwrapped, so that their cost is known too."""
+    settings = config.load(path, overrides)
+    trainer = config.build(settings, "trainer")
+    if "system" not in settings or "data" not in settings:
+        raise UserError(f"{path}: sections system, data and trainer are required")
+
+    # unwrap cached encoders; training loads such an encoder only to decode
+    parts, cached, loads = dict(settings["system"]), [], {}
+    for name, inner in (("text_encoder", "encoder"), ("autoencoder", "autoencoder")):
+        loads[name] = inner not in parts[name]["params"] or parts[name]["params"].get("decode", False)
+        while inner in parts[name]["params"]:
+            parts[name] = parts[name]["params"][inner]
+            cached.append(name)
+
+    # meta device: networks without weights
+    with META:
+        system = config.build({"system": parts}, "system")
+    later = Later()
+    system.load_encoders(META, later if trainer.shard_text_encoder else None)
+
+    encoders = {"text_encoder": system.text_encoder, "autoencoder": system.autoencoder}
+    loaded = [net for name, encoder in encoders.items() if loads[name] for net in networks(encoder).values()]
+    return Job(system, trainer, tuple(cached), tuple(loaded), later, *shapes_of(settings))
+
+
+def shapes_of(settings: dict) -> tuple[Callable[[int], Shapes], tuple[int, ...]]:
+    """A function from step to image shapes (the square of each pixel budget), and the steps at which they change."""
+    part = settings["data"]
+    while "source" in part["params"]:
+        part = part["params"]["source"]
+
+    # data without buckets: the shape of one image
+    kind = config.named(part["module"], "data.module")
+    if not (isinstance(kind, type) and issubclass(kind, BucketedDataset)):
+        data = config.build({"data": part}, "data")
+        shape = tuple(data.batch(settings["seed"], 0, range(1), [0], "train").images[0].shape[1:])
+        return lambda step: [(shape, 1)], (0,)
+
+    # bucketed data: buckets and phases, without opening a manifest
+    unopened = type(kind.__name__, (kind,), {"open": lambda self, path, base_dir: None})
+    feed = config.call(unopened, part["params"], "data.params", build=True)
+
+    def at(step: int) -> Shapes:
+        phase = feed.phase(step, "train")
+        squares = [tuple(feed.buckets[pixels].nearest(np.array([[1, 1]]))[0].tolist()) for pixels in phase.pixels]
+        return list(zip(squares, phase.shares or [1] * len(squares), strict=True))
+
+    return at, tuple(phase.step for phase in feed.phases)
+
+
+class OneTokenPerWord:
+    """A tokenizer without files: one token per word, and one at the end."""
+
+    def __call__(
+        self, captions: Sequence[str], truncation: bool = False, max_length: int | None = None, verbose: bool = True
+    ) -> dict[str, list[list[int]]]:
+        return {"input_ids": [([0] * (len(caption.split()) + 1))[:max_length] for caption in captions]}
+
+
+def count_words(system: System, num_tokens: int) -> int:
+    """Number of words in a caption of `num_tokens` tokens; replaces the tokenizers of a T5Clip by `OneTokenPerWord`."""
+    encoder = system.text_encoder
+    if not isinstance(encoder, T5Clip):
+        return num_tokens
+    encoder.t5_tokenizer = encoder.clip_tokenizer = OneTokenPerWord()
+    return num_tokens - 1
+
+
+def phases(job: Job, gpus: int, num_words: int) -> list[PhaseCost]:
+    """Split the run where batch size, image shapes or objective change, and measure each phase."""
+    trainer, objective = job.trainer, job.system.objective
+    end = min(trainer.max_steps, trainer.stop_step or trainer.max_steps)
+
+    # steps at which the cost changes
+    begins = {0, *job.starts, *(phase.step for phase in trainer.phases)}
+    if start := getattr(objective, "start_step", 0):
+        begins.add(start + 1)  # at start_step itself s is still equal to t
+    begins.add(getattr(objective, "aux_start_step", None) or 0)
+    begins = sorted(begin for begin in begins if begin < end)
+
+    found = []
+    for first, last in zip(begins, [*begins[1:], end], strict=True):
+        batch = len(trainer.samples_at(first))
+        try:
+            micro_batches = trainer.micro_batches(gpus, objective.batch_multiple, first)
+        except UserError:  # reported by `warnings`
+            micro_batches = ceil(batch / gpus / trainer.micro_batch_size)
+
+        # the last step of the phase: its schedules are the furthest along
+        shapes = job.shapes_at(first)
+        step = run(job, shapes, num_words, last - 1, trainer.activation_checkpointing)
+        found.append(PhaseCost(first, last, batch, micro_batches, shapes, step))
+    return found
+
+
+def run(job: Job, shapes: Shapes, num_words: int, step: int, every: ActivationCheckpointing, larger: int = 1) -> Step:
+    """Measure a micro-batch of about the configured size, with all shapes at their relative frequency.
+
+    Args:
+        num_words: words per caption.
+        every: activation checkpointing setting.
+        larger: factor on the size of the micro-batch.
+    """
+    smallest = job.system.objective.batch_multiple * sum(count for _, count in shapes)
+    times = larger * max(job.trainer.micro_batch_size // smallest, 1) * job.system.objective.batch_multiple
+    rows = [shape for shape, count in shapes for _ in range(count * times)]
+    setting = {"precision": job.trainer.precision, "activation_checkpointing": every}
+    return measure(job.system, *blank_batch(rows, num_words), step, **setting)

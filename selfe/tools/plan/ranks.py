@@ -1,0 +1,214 @@
+"""Memory and communication of a rank, for any world size: FSDP2's own sharding under torch's fake process group."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import distributed, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from selfe.distributed import fsdp
+from selfe.distributed.collectives import World
+from selfe.protocols import TensorReader
+from selfe.system import System
+from selfe.tools.plan.step import Call
+from selfe.train import TrainerConfig
+from selfe.types import UserError
+
+GRADIENT_BYTES = 4  # per value: gradients are reduced in fp32
+
+
+@dataclass(frozen=True)
+class Unit:
+    """An FSDP parameter group: a block, or all parameters outside of blocks (the root)."""
+
+    held: int  # values in the shard of a rank, padded to the same size on all ranks
+    ranks: int  # ranks in a shard group
+    replicas: int
+    holders: int  # ranks of the group with a shard that is not empty
+    number_bytes: int  # bytes per gathered value
+    kept: float  # fraction kept gathered after forward: 0, 1 (unsharded), or 1/k (sharded over k ranks)
+    is_root: bool
+
+    @property
+    def gathered(self) -> int:
+        """Bytes of the unsharded parameters in compute precision."""
+        return self.held * self.ranks * self.number_bytes
+
+    @property
+    def summed(self) -> int:
+        """Bytes of the unsharded gradient in reduction precision."""
+        return self.held * self.ranks * GRADIENT_BYTES
+
+
+@dataclass(frozen=True)
+class Share:
+    """Bytes on rank 0, which has the largest shard, between steps; and the units that are communicated."""
+
+    size: int
+    parameters: int
+    gradients: int
+    optimizer: int
+    ema: int
+    encoders: int
+    live_units: tuple[Unit, ...]
+    ema_units: tuple[Unit, ...]
+    text_units: tuple[Unit, ...]  # of a sharded text encoder
+
+    @property
+    def states(self) -> int:
+        """Bytes held from step to step."""
+        return self.parameters + self.gradients + self.optimizer + self.ema + self.encoders
+
+    @property
+    def whole(self) -> int:
+        """Peak bytes of unsharded tensors: the root and what is kept after forward; of the largest block the parameters
+        twice (current and prefetched), a gradient in compute precision and two in reduction precision (in flight)."""
+        stay = sum(unit.gathered * (1 if unit.is_root else unit.kept) for unit in self.live_units)
+        blocks = [unit for unit in self.live_units if not unit.is_root]
+        largest = max(blocks, key=lambda unit: unit.held, default=None)
+        return round(stay) + (3 * largest.gathered + 2 * largest.summed if largest else 0)
+
+    @property
+    def empty_ranks(self) -> int:
+        """Ranks without any parameter, because no tensor has as many rows as the shard group has ranks."""
+        holders = max(unit.holders for unit in self.live_units)
+        return (self.live_units[0].ranks - holders) * self.live_units[0].replicas
+
+
+@contextmanager
+def pretended(size: int) -> Iterator[World]:
+    """Rank 0 of a fake process group of `size` ranks; collectives return immediately and move no data."""
+    if size < 1:
+        raise UserError(f"--gpus: {size} is too small; must be at least 1")
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    try:
+        yield World(0, size, torch.device("cpu"))
+    finally:
+        distributed.destroy_process_group()
+
+
+class Later:
+    """Replaces `ShardLoader`: records how a network is sharded, and leaves it unsharded on the meta device."""
+
+    def __init__(self):
+        self.module, self.blocks = None, ()
+
+    def __call__(self, module: nn.Module, blocks: Iterable[nn.Module], read: TensorReader) -> None:
+        self.module, self.blocks = module, tuple(blocks)
+
+
+def share(
+    system: System, trainer: TrainerConfig, size: int, encoders: Sequence[nn.Module] = (), later: Later | None = None
+) -> Share:
+    """Shards of a system on one of `size` ranks. The system is on the meta device; only copies of it are sharded.
+
+    Args:
+        encoders: encoder networks that training loads.
+        later: the recorded sharding of the text encoder, if it is sharded.
+    """
+    with pretended(size) as world:
+        how = {"shard_size": trainer.shard_size, "gathering": trainer.gathering}
+        net, ema = fsdp.shard_model_and_ema(copy.deepcopy(system.backbone), world, trainer.precision, **how)
+
+        # encoders are replicated, except for a sharded text encoder
+        whole, text_units = [network for network in encoders if not later or network is not later.module], ()
+        if len(whole) < len(encoders):
+            module, blocks = copy.deepcopy((later.module, later.blocks))
+            fsdp.shard_frozen(module, blocks, fsdp.make_mesh(world, trainer.shard_size))
+            whole, text_units = [*whole, module], units(module)
+
+        parameters = held(net)
+        return Share(
+            size=size,
+            parameters=parameters,
+            gradients=parameters,  # fp32, like the parameters
+            optimizer=optimizer_bytes(net),
+            ema=held(ema),
+            encoders=sum(map(held, whole)),
+            live_units=units(net),
+            ema_units=units(ema),
+            text_units=text_units,
+        )
+
+
+def held(module: nn.Module) -> int:
+    """Bytes of this rank's shard of a module."""
+    return sum(fsdp.local(tensor.detach()).nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def optimizer_bytes(net: nn.Module) -> int:
+    """Bytes of AdamW's state, measured after a step."""
+    parameters = [nn.Parameter(fsdp.local(p.detach())) for p in net.parameters()]
+    optimizer = torch.optim.AdamW(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    return sum(value.nbytes for state in optimizer.state.values() for value in state.values())
+
+
+def units(module: nn.Module) -> tuple[Unit, ...]:
+    """FSDP's parameter groups of a module, the root first."""
+    found = []
+    for part in module.modules():
+        for group in part._get_fsdp_state()._fsdp_param_groups if isinstance(part, FSDPModule) else ():
+            parameters, mesh = group.fsdp_params, group.mesh_info
+            found.append(
+                Unit(
+                    held=sum(p.padded_sharded_param_size.numel() for p in parameters),
+                    ranks=mesh.shard_mesh_size,
+                    replicas=mesh.mesh.size() // mesh.shard_mesh_size,
+                    holders=max(-(-p._orig_size[0] // p.padded_sharded_param_size[0]) for p in parameters),
+                    number_bytes=(group.mp_policy.param_dtype or parameters[0].sharded_param.dtype).itemsize,
+                    kept=share_kept(group),
+                    is_root=part is module,
+                )
+            )
+    return tuple(found)
+
+
+def share_kept(group: FSDPParamGroup) -> float:
+    """`Unit.kept` of a parameter group."""
+    if (after := group.post_forward_mesh_info) is None:
+        return 1.0
+    return 0.0 if after == group.mesh_info else 1 / after.shard_mesh_size
+
+
+def traffic(share: Share, calls: Sequence[Call], num_micro: int = 1) -> dict[str, int]:
+    """Bytes per step by kind of collective: received by a rank, and equally sent, with ring algorithms.
+
+    An upper bound if blocks stay sharded over k ranks: all but the first all-gather of a block then move (k - 1) / k
+    of it.
+
+    Args:
+        calls: denoiser calls of a micro-batch. FSDP reduces each gradient once per micro-batch: autograd accumulates
+            over the passes of a weight first.
+        num_micro: micro-batches per step.
+    """
+    payload = payloads(share, calls)
+    shards, replicas = share.live_units[0].ranks, share.live_units[0].replicas
+    parts = {"all_gather": (shards - 1) / shards, "reduce_scatter": (shards - 1) / shards}
+    parts["all_reduce"] = 2 * (replicas - 1) / replicas
+    return {kind: round(num_micro * parts[kind] * size) for kind, size in payload.items()}
+
+
+def payloads(share: Share, calls: Sequence[Call]) -> dict[str, int]:
+    """Payload bytes of a micro-batch by kind of collective: tensors gathered, scattered, and reduced in place."""
+    found = {"all_gather": 0, "reduce_scatter": 0, "all_reduce": 0}
+    for weights, its_units in {"live": share.live_units, "ema": share.ema_units}.items():
+        passes = [call.learns for call in calls if call.weights == weights]
+        for unit in its_units:
+            back = min(sum(passes), 1) if unit.is_root else sum(passes)  # the root stays unsharded in between
+            if unit.ranks > 1:
+                found["all_gather"] += unit.gathered * (len(passes) + back if unit.kept < 1 else max(back, 1))
+                found["reduce_scatter"] += unit.summed * any(passes)
+            if unit.replicas > 1:
+                found["all_reduce"] += unit.summed // unit.ranks * any(passes)
+    found["all_gather"] += sum(unit.gathered for unit in share.text_units if unit.ranks > 1)
+    return found

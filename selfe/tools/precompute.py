@@ -1,0 +1,348 @@
+"""The verb `selfe precompute`: encode all images and captions of a training config into a feature cache.
+
+Runs on any number of processes under torchrun: each writes its own shards of the cache, and existing shards are kept,
+so a rerun resumes. The cache folder gets a `config.yaml` that trains from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from selfe import config, log
+from selfe.data.dataset import BucketedDataset, SampleSpec
+from selfe.distributed import collectives
+from selfe.distributed.collectives import World
+from selfe.io import feature_cache
+from selfe.protocols import Objective
+from selfe.rng import SampleRNG
+from selfe.system import System
+from selfe.types import BadSample, Split, UserError, signed
+
+LATENTS_PER_SHARD, CAPTIONS_PER_SHARD = 4096, 512
+SAMPLE = 64  # captions encoded to estimate the size of the text cache
+BYTES = 2  # per value in bf16
+
+
+@dataclass(frozen=True)
+class Block:
+    """All images of a source at one pixel budget, flipped or not."""
+
+    split: Split
+    source: int
+    pixels: int
+    flipped: bool
+    length: int
+
+
+class Pictures(Dataset):
+    """Every image at every pixel budget that training uses: number -> (key of its cache entry, image)."""
+
+    def __init__(self, feed: BucketedDataset):
+        self.feed = feed
+        self.blocks = [
+            Block(split, source, pixels, flipped, len(samples))
+            for split, sources in feed.sources.items()
+            for source, samples in enumerate(sources)
+            for pixels in (sorted(feed.buckets) if split == "train" else feed.phases[0].pixels)
+            for flipped in ((False, True) if feed.flip and split == "train" else (False,))
+        ]
+
+    def __len__(self) -> int:
+        return sum(block.length for block in self.blocks)
+
+    def __getitem__(self, number: int) -> tuple[str, Tensor] | BadSample:
+        block, index = self.locate(number)
+        shape = self.shape(number)
+        try:
+            picture = self.feed.read(block.split, SampleSpec(block.source, index, 0, 0, shape, 0), block.flipped)
+        except BadSample as problem:  # returned: raised in a worker, it would arrive as a traceback
+            return problem
+        return feature_cache.latent_key(block.split, block.source, index, shape, block.flipped), picture
+
+    def locate(self, number: int) -> tuple[Block, int]:
+        """The block of an item, and the image's index in its source."""
+        for block in self.blocks:
+            if number < block.length:
+                return block, number
+            number -= block.length
+        raise IndexError(number)
+
+    def shape(self, number: int) -> tuple[int, int]:
+        """Height and width of an item's bucket."""
+        block, index = self.locate(number)
+        return tuple(self.shapes(block, np.array([index]))[0].tolist())
+
+    def shapes(self, block: Block, indices: np.ndarray) -> np.ndarray:
+        """Height and width (n, 2) of the buckets of these images of a block."""
+        return self.feed.buckets[block.pixels].nearest(self.feed.sizes(block.split, block.source, indices))
+
+    def num_tokens(self) -> int:
+        """Image tokens of all items together."""
+        pixels = 0
+        for block in self.blocks:
+            for first in range(0, block.length, 1 << 20):
+                indices = np.arange(first, min(first + (1 << 20), block.length))
+                pixels += int(self.shapes(block, indices).prod(axis=1).sum())
+        return pixels // self.feed.multiple**2
+
+
+class Captions:
+    """The distinct captions of all sources by first occurrence, then the null prompt and `more` if not among them."""
+
+    def __init__(self, feed: BucketedDataset, more: Sequence[str]):
+        self.sources = [source for sources in feed.sources.values() for source in sources]
+        self.starts = np.cumsum([0, *map(len, self.sources)])
+        self.more = list(dict.fromkeys(["", *more]))
+
+        # 16 bytes per line instead of its caption; key 0 marks unreadable lines
+        keys = np.empty((self.starts[-1], 2), np.uint64)
+        for place in range(self.starts[-1]):
+            try:
+                keys[place] = key_of(self.at(place))
+            except BadSample:
+                if feed.on_bad_image == "error":
+                    raise
+                keys[place] = 0
+
+        # keep the first line of each caption
+        unique, first = np.unique(keys, axis=0, return_index=True)
+        self.first = np.sort(first[unique.any(axis=1)])
+        self.more = [caption for caption in self.more if not (unique == key_of(caption)).all(axis=1).any()]
+
+    def at(self, place: int) -> str:
+        """The caption of a line, counted over all sources."""
+        source = int(np.searchsorted(self.starts, place, side="right")) - 1
+        return self.sources[source].prompt(int(place - self.starts[source]))
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.more)
+
+    def __getitem__(self, number: int) -> str:
+        return self.at(self.first[number]) if number < len(self.first) else self.more[number - len(self.first)]
+
+
+def key_of(caption: str) -> np.ndarray:
+    """The digest of a caption as two 64-bit integers."""
+    return np.frombuffer(bytes.fromhex(feature_cache.digest(caption)), np.uint64)
+
+
+class Undropped(SampleRNG):
+    """A SampleRNG with which no prompt is dropped."""
+
+    def uniform(self, name: str, like: Tensor) -> Tensor:
+        return torch.ones(len(self.keys)).to(like)
+
+
+def wanted(objective: Objective, prompts: Sequence[str], num_steps: int) -> list[str]:
+    """The distinct captions that an objective may request in a run over these prompts."""
+    rows = [prompt for prompt in prompts for _ in range(objective.batch_multiple)]
+    rng = Undropped.of_step(0, 0, range(len(rows)))
+    found = [objective.captions(rows, rng, step).values() for step in (0, num_steps - 1)]
+    return list(dict.fromkeys(caption for lists in found for captions in lists for caption in captions))
+
+
+class Precompute:
+    """Fills the cache in `folder`: shard n is encoded by rank n modulo the world size."""
+
+    def __init__(
+        self, system: System, feed: BucketedDataset, folder: Path, world: World, options: argparse.Namespace, trainer
+    ):
+        self.system, self.feed, self.folder, self.world, self.options = system, feed, folder, world, options
+        self.num_steps = trainer.max_steps
+        self.pictures, self.captions = Pictures(feed), Captions(feed, trainer.samples.prompts)
+
+    @cached_property
+    def num_shards(self) -> dict[str, int]:
+        text = -(-len(self.captions) // CAPTIONS_PER_SHARD)
+        return {"text": text, "pooled": text, "latents": -(-len(self.pictures) // LATENTS_PER_SHARD)}
+
+    def run(self) -> None:
+        self.system.load_encoders(self.world.device)
+        if self.world.is_main:
+            self.check_space()
+        collectives.barrier()
+
+        self.encode("pooled", len(self.captions), CAPTIONS_PER_SHARD, self.encode_captions)
+        self.encode("latents", len(self.pictures), LATENTS_PER_SHARD, self.encode_pictures)
+
+        # an index is written once all ranks have written their shards
+        collectives.barrier()
+        if self.world.is_main:
+            for name, number in self.num_shards.items():
+                feature_cache.write_index(self.folder / name, number)
+
+    def encode(self, name: str, total: int, per_shard: int, work) -> None:
+        """Encode this rank's shards, except existing ones."""
+        mine = [
+            number
+            for number in range(self.world.rank, self.num_shards[name], self.world.size)
+            if not feature_cache.shard_path(self.folder / name, number).exists()
+        ]
+        ranges = [range(number * per_shard, min((number + 1) * per_shard, total)) for number in mine]
+
+        what = {"pooled": "captions", "latents": "images"}[name]
+        progress = log.Progress(what, sum(map(len, ranges)), quiet=not self.world.is_main)
+        for number, items in zip(mine, ranges, strict=True):
+            work(number, items, progress)
+        progress.close()
+
+    def encode_captions(self, number: int, items: range, progress: log.Progress) -> None:
+        """Write one shard of text tokens and one of pooled vectors."""
+        # every caption that the objective derives from these prompts
+        prompts = [self.captions[i] for i in items]
+        captions = wanted(self.system.objective, prompts, self.num_steps)
+        if "" not in prompts:  # captions derived from the null prompt belong to its own shard
+            null = wanted(self.system.objective, [""], self.num_steps)
+            captions = [caption for caption in captions if caption not in null]
+        captions.sort(key=len)  # similar lengths share a batch
+
+        text, pooled = {}, {}
+        for part in chunks(captions, self.options.batch_size):
+            cond = self.system.text_encoder(part)
+            keys = [feature_cache.digest(caption) for caption in part]
+            text |= {key: tokens[None] for key, tokens in zip(keys, cond.text.split(), strict=True)}
+            pooled |= {key: vector[None, None] for key, vector in zip(keys, cond.pooled, strict=True)}
+
+        feature_cache.write_shard(self.folder / "text", number, text)
+        feature_cache.write_shard(self.folder / "pooled", number, pooled)
+        progress.advance(len(items))
+
+    def encode_pictures(self, number: int, items: range, progress: log.Progress) -> None:
+        """Write one shard of latents."""
+        order = sorted(items, key=self.pictures.shape)  # equal shapes share a batch
+        loader = DataLoader(self.pictures, sampler=order, batch_size=None, num_workers=self.options.workers)
+
+        entries = {}
+        for part in chunks(loader, self.options.batch_size):
+            # unreadable images are recorded and have no entry, or stop the run
+            problems = [problem for problem in part if isinstance(problem, BadSample)]
+            if problems and self.feed.on_bad_image == "error":
+                raise problems[0]
+            log.record_replaced(self.folder, list(map(str, problems)))
+
+            good = [item for item in part if not isinstance(item, BadSample)]
+            if good:
+                keys, pictures = zip(*good, strict=True)
+                entries |= zip(keys, self.latents(keys, pictures), strict=True)
+            progress.advance(len(part))
+
+        feature_cache.write_shard(self.folder / "latents", number, entries)
+
+    def latents(self, keys: Sequence[str], pictures: Sequence[Tensor]) -> list[Tensor]:
+        """B x (rows, columns, values per token): means and standard deviations, or one fixed sample (--one-sample)."""
+        mean, deviation = self.system.autoencoder.moments([signed(picture) for picture in pictures])
+        entries = mean.tokens
+        if deviation is not None and self.options.one_sample:
+            noise = SampleRNG(tuple(("cache", key) for key in keys)).normal_like("latent", mean)
+            entries = mean.tokens + deviation * noise
+        elif deviation is not None:
+            entries = torch.cat([mean.tokens, deviation], dim=1)
+        return [tokens.unflatten(0, grid) for tokens, grid in zip(entries.split(mean.lens), mean.grids, strict=True)]
+
+    def check_space(self) -> None:
+        """Print the estimated size of the cache; raise a UserError if it does not fit on the disk."""
+        # latents: exact, from the values per token of one image
+        _, picture = next(self.pictures[i] for i in range(len(self.pictures)) if isinstance(self.pictures[i], tuple))
+        width = self.latents(["0"], [picture])[0].shape[-1]
+        latents = self.pictures.num_tokens() * width * BYTES
+
+        # text: estimated from a sample of captions
+        some = np.unique(np.linspace(0, len(self.captions) - 1, SAMPLE).astype(int))
+        captions = wanted(self.system.objective, [self.captions[i] for i in some], self.num_steps)
+        cond = self.system.text_encoder(captions)
+        per_caption = (cond.text.tokens.numel() + cond.pooled.numel()) * BYTES / len(some)
+        text = int(per_caption * len(self.captions))
+
+        done = sum(path.stat().st_size for path in self.folder.glob("*/*.safetensors"))
+        free = shutil.disk_usage(self.folder).free
+        log.print_line(
+            f"{self.folder}: {len(self.pictures)} images take {size(latents)}, {len(self.captions)} captions about "
+            f"{size(text)}; {size(done)} already encoded, {size(free)} free"
+        )
+        if latents + text - done > free:
+            raise UserError(f"{self.folder}: {size(latents + text - done - free)} of disk lacking; use another --out")
+
+
+def chunks(items: Sequence | DataLoader, length: int) -> Iterator[list]:
+    """Lists of `length` consecutive items; the last may be shorter."""
+    items = iter(items)
+    while part := list(islice(items, length)):
+        yield part
+
+
+def size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
+
+
+def claim(folder: Path, facts: dict[str, str]) -> None:
+    """Record what the folder caches; if it is already a cache, check that it is one of the same data and encoders."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "fingerprint.json"
+    if path.exists():
+        feature_cache.check(folder, facts)
+    else:
+        path.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def from_cache(settings: dict, folder: Path) -> dict:
+    """The same training config reading from the cache: encoders and data are wrapped, sample grids are switched off."""
+    place = {"cache_dir": str(folder)}
+
+    def wrap(module: str, name: str, part: dict) -> dict:
+        return {"module": f"selfe.{module}", "params": place | {name: part}}
+
+    system, trainer = settings["system"], settings["trainer"]
+    parts = {
+        "text_encoder": wrap("encoders.cached_text.CachedText", "encoder", system["text_encoder"]),
+        "autoencoder": wrap("encoders.cached_latents.CachedLatents", "autoencoder", system["autoencoder"]),
+    }
+    return settings | {
+        "system": system | parts,
+        "data": wrap("data.cached.CachedData", "source", settings["data"]),
+        "trainer": trainer | {"samples": trainer.get("samples", {}) | {"prompts": []}},
+    }
+
+
+def main(options: argparse.Namespace) -> None:
+    """Entry point of `selfe precompute`."""
+    settings = config.load(options.config, options.overrides)
+    with collectives.process_group(timeout_minutes=24 * 60) as world:
+        encode_all(settings, options.out, options, world)
+
+
+def encode_all(settings: dict, folder: Path, options: argparse.Namespace, world: World) -> None:
+    """Build the cache for a training config; called by every process."""
+    with torch.device("meta"):
+        system = config.build(settings, "system")
+    feed, trainer = config.build(settings, "data"), config.build(settings, "trainer")
+    if not isinstance(feed, BucketedDataset):
+        raise UserError(f"data.module: {settings['data']['module']} does not read image files; use manifests or shards")
+
+    # the fingerprint: everything that changes the cached features
+    facts = feature_cache.describe("text_encoder", system.text_encoder) | feature_cache.describe(
+        "autoencoder", system.autoencoder
+    )
+    facts |= feed.facts() | {
+        "precompute.one_sample": str(options.one_sample),
+        "precompute.captions": str(wanted(system.objective, ["PROMPT"], trainer.max_steps)),
+    }
+    if world.is_main:
+        claim(folder, facts)
+    collectives.barrier()
+
+    Precompute(system, feed, folder, world, options, trainer).run()
+    if world.is_main:
+        config.save(from_cache(settings, folder), folder / "config.yaml")
+        log.print_line(f"done; train from the cache with ./run.sh {folder / 'config.yaml'}")

@@ -1,0 +1,73 @@
+"""The verb `selfe replay`: run the batch of a skipped step again, in one process.
+
+The batch is described by `RUN/skipped/step_STEP.json`; samples, times and noise are those of the recorded step. The
+weights come from the newest checkpoint at or before it, so the losses match the recorded ones only if that checkpoint
+holds the state just before the step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from itertools import chain
+from pathlib import Path
+
+import torch
+
+from selfe import config
+from selfe.checkpoint import state, verify
+from selfe.distributed import collectives, fsdp
+from selfe.rng import SampleRNG
+from selfe.training.metrics import MetricAccumulator
+from selfe.types import UserError
+
+
+def main(options: argparse.Namespace) -> None:
+    """Entry point of `selfe replay`."""
+    folder, step = options.run, options.step
+    path = folder / "skipped" / f"step_{step:08d}.json"
+    if not path.is_file():
+        known = ", ".join(str(int(found.stem[5:])) for found in sorted(path.parent.glob("step_*.json"))) or "none"
+        raise UserError(f"{path}: no such file; skipped steps of this run: {known}")
+    record = json.loads(path.read_text(encoding="utf-8"))
+
+    settings = config.load(folder / "config.yaml", options.overrides)
+    with collectives.process_group() as world:
+        replay(settings, record, before(folder / "checkpoints", step), world)
+
+
+def before(folder: Path, step: int) -> Path | None:
+    """The newest complete checkpoint with at most `step` finished steps; None if there is none."""
+    whole = filter(verify.is_complete, verify.list_checkpoints(folder))
+    return next((path for path in whole if verify.read_step(path) <= step), None)
+
+
+def replay(settings: dict, record: dict, found: Path | None, world: collectives.World) -> None:
+    """Forward and backward on the step's micro-batches, without an optimizer step; prints both sets of values."""
+    # build the system as the trainer does, then load the weights
+    with torch.device("meta"):
+        system = config.build(settings, "system")
+    data, trainer = config.build(settings, "data"), config.build(settings, "trainer")
+    seed, step = settings["seed"], record["step"]
+    net, ema = fsdp.build_model_and_ema(system.backbone, world, trainer.precision, seed)
+    system.load_encoders(world.device)
+    done = state.load(found, net, ema, None, ("model", "ema", "step")) if found else 0
+    print(f"step {step} with the weights after {done} steps ({found or 'initial weights'})")
+
+    # positions and the step select the same samples and the same random numbers as in training
+    measured, micro_batches = MetricAccumulator(), record["micro_batches"]
+    for samples in micro_batches:
+        positions = [sample["position"] for sample in samples]
+        batch = data.batch(seed, step, trainer.samples_at(step), positions, "train").to(world.device)
+        loss = system.loss(net, ema, batch, SampleRNG.of_step(seed, step, batch.positions), step)
+        (loss.per_sample.mean() / len(micro_batches)).backward()
+        measured.add(loss, batch)
+
+    print(f"{'position':>8} {'t':>7} {'s':>7} {'recorded loss':>14} {'replayed loss':>14}  sample")
+    for then, now in zip(chain(*micro_batches), chain(*measured.describe()), strict=True):
+        losses = f"{then['loss']:14.7g} {now['loss']:14.7g}"
+        print(f"{now['position']:8} {now['t']:7.4f} {now['s']:7.4f} {losses}  {now['name']}: {now['prompt']}")
+
+    norm = fsdp.clip_grad_norm(net, float("inf")).item()
+    recorded, limit = record["grad_norm"], record["limit"]
+    print(f"gradient norm: recorded {recorded:.7g}, replayed {norm:.7g}; limit {limit:.7g}")

@@ -1,0 +1,136 @@
+"""Gradient guard: skips steps whose gradient norm is non-finite or a spike."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from selfe.types import UserError
+
+
+@dataclass(frozen=True)
+class GradGuardConfig:
+    """When a step is skipped: its loss or gradient norm is non-finite, or its gradient norm is a spike.
+
+    A spike exceeds both median x `factor` and median x e^(`sigmas` sigma) of the last `window` accepted norms, where
+    sigma is the robust standard deviation of their logarithms (1.4826 x the median absolute deviation).
+
+    Norms are only compared within a phase: where the loss terms, the batch size or the resolution change by schedule,
+    the statistics are reset, and no norm counts as a spike until `warmup` norms have been accepted. An unscheduled but
+    lasting change is accepted as the new level after `adopt_after` skipped norms in a row that agree within `factor`,
+    if the median loss has not doubled.
+    """
+
+    sigmas: float | None = 6.0  # null: only non-finite norms are skipped
+    factor: float = 5.0
+    window: int = 200
+    warmup: int = 50
+    adopt_after: int = 10
+    max_skips: int = 20  # skipped steps in a row after which the run stops
+    compare_every: int | None = None  # steps between checks that replicas (trainer.shard_size) have equal weights
+
+    def __post_init__(self):
+        if self.factor < 1 or not 1 <= self.warmup <= self.window or self.max_skips < 1 or self.adopt_after < 2:
+            raise ValueError(
+                "factor and max_skips must be at least 1, adopt_after at least 2, and warmup between 1 and window"
+            )
+
+
+class GradGuard:
+    """Decides at each step whether to apply the gradient. `memory` is saved in checkpoints, so resuming is exact."""
+
+    def __init__(self, health: GradGuardConfig, memory: dict | None = None):
+        memory = memory or {}
+        self.health = health
+        self.phase: str | None = memory.get("phase")
+        self.norms = deque(memory.get("norms", ()), maxlen=health.window)  # of accepted steps of this phase
+        self.losses = deque(memory.get("losses", ()), maxlen=health.window)
+        self.rejected: list[list[float]] = memory.get("rejected", [])  # (norm, loss) of skipped steps in a row
+        self.in_a_row = memory.get("in_a_row", 0)
+        self.skipped = memory.get("skipped", 0)  # in the entire run
+
+    @property
+    def memory(self) -> dict:
+        """State for a checkpoint, as JSON types."""
+        return {
+            "phase": self.phase,
+            "norms": list(self.norms),
+            "losses": list(self.losses),
+            "rejected": self.rejected,
+            "in_a_row": self.in_a_row,
+            "skipped": self.skipped,
+        }
+
+    def enter(self, phase: str) -> str | None:
+        """Reset the statistics if the phase has changed; returns the previous phase, None if nothing was reset."""
+        if phase == self.phase:
+            return None
+        ended, self.phase = self.phase, phase
+        self.norms.clear()
+        self.losses.clear()
+        self.rejected, self.in_a_row = [], 0
+        return ended
+
+    def limit(self) -> float:
+        """The norm above which a step is a spike."""
+        health = self.health
+        if health.sigmas is None or len(self.norms) < health.warmup:
+            return math.inf
+
+        # median and robust standard deviation of the logarithms
+        logs = [math.log(max(norm, 1e-30)) for norm in self.norms]
+        middle = median(logs)
+        sigma = 1.4826 * median(abs(value - middle) for value in logs)
+        return math.exp(middle + max(health.sigmas * sigma, math.log(health.factor)))
+
+    def accepts(self, norm: float, loss: float) -> bool:
+        """Whether to apply the gradient of a step; updates the statistics."""
+        finite = math.isfinite(norm) and math.isfinite(loss)
+        good = finite and norm <= self.limit()
+
+        if finite and not good:
+            self.rejected.append([norm, loss])
+            if self.is_new_level():
+                # a lasting change: restart the statistics from the skipped norms
+                self.norms.clear()
+                self.norms.extend(norm for norm, _ in self.rejected)
+                good = True
+        elif finite:
+            self.norms.append(norm)
+
+        if good:
+            self.losses.append(loss)
+        if good or not finite:
+            self.rejected = []
+        self.in_a_row = 0 if good else self.in_a_row + 1
+        self.skipped += not good
+        return good
+
+    def is_new_level(self) -> bool:
+        """Whether recent skipped norms agree and the loss has not risen. A risen loss means that training diverged."""
+        recent = self.rejected[-self.health.adopt_after :]
+        if len(recent) < self.health.adopt_after:
+            return False
+        norms, losses = zip(*recent, strict=True)
+        return max(norms) <= self.health.factor * min(norms) and median(losses) <= 2 * median(self.losses)
+
+    def check(self, step: int, norm: float) -> None:
+        """Raise UserError when enough steps have been skipped."""
+        if self.in_a_row >= self.health.max_skips:
+            raise UserError(
+                f"step {step}: {self.in_a_row} steps in a row were skipped, gradient norm {norm:.4g}: training has "
+                "diverged; lower trainer.lr and restart from an earlier checkpoint"
+            )
+
+
+def record(folder: Path, step: int, norm: float, limit: float, micro_batches: list[list[dict]]) -> Path:
+    """Write a skipped step's samples (for `selfe replay`), gradient norm and limit to a JSON file; returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{step:08d}.json"
+    told = {"step": step, "grad_norm": norm, "limit": limit, "micro_batches": micro_batches}
+    path.write_text(json.dumps(told, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,139 @@
+"""Loggers for metrics and images: `metrics.jsonl` always, Weights & Biases and TensorBoard on request."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from PIL import Image
+
+from selfe.types import UserError
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases settings."""
+
+    mode: Literal["disabled", "offline", "online"] = "disabled"
+    project: str = "selfe"
+
+
+class Sink(Protocol):
+    """One logger. `step` starts at 0; a resumed run logs the steps since its checkpoint again."""
+
+    def numbers(self, step: int, values: dict[str, float]) -> None: ...
+
+    def picture(self, step: int, name: str, path: Path) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """`metrics.jsonl`, one object per logged step.
+
+    On resuming at `start`, lines of steps that will be repeated are dropped, so that each step is in the file once.
+    """
+
+    def __init__(self, folder: Path, start: int, name: str = "metrics.jsonl"):
+        self.path = folder / name
+        kept = []
+        if self.path.exists():
+            lines = self.path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < start]
+
+        # write and rename, so that a kill leaves either the old or the new file
+        aside = self.path.with_name(self.path.name + ".partial")
+        aside.write_text("".join(kept))
+        aside.rename(self.path)
+
+    def numbers(self, step: int, values: dict) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step} | values) + "\n")
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Nothing to do: the image is already in the output directory."""
+
+    def close(self) -> None: ...
+
+
+class WandbRun:
+    """Weights & Biases. A resumed run continues the same W&B run, whose id is in `wandb_run.txt`."""
+
+    def __init__(self, folder: Path, settings: WandbConfig):
+        import wandb  # slow to import and only used here
+
+        # id of the W&B run, created once
+        known = folder / "wandb_run.txt"
+        if not known.is_file():
+            known.write_text(f"{folder.name}-{secrets.token_hex(4)}\n")
+        name = known.read_text().strip()
+
+        self.wandb = wandb
+        where = {"project": settings.project, "name": folder.name, "id": name, "dir": folder, "mode": settings.mode}
+        try:
+            self.run = wandb.init(**where, resume="allow")
+        except wandb.Error as error:
+            raise UserError(
+                f"trainer.wandb: {str(error).splitlines()[0]}; run .venv/bin/wandb login, or set mode=offline"
+            ) from error
+
+    def numbers(self, step: int, values: dict[str, float]) -> None:
+        self.run.log(values, step=step)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        self.run.log({name: self.wandb.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class TensorBoard:
+    """Event files in `tensorboard/`. Steps from `start` on, logged before an interruption, are purged."""
+
+    def __init__(self, folder: Path, start: int):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError(
+                "trainer.tensorboard: package tensorboard is not installed; run scripts/setup.sh --extra tensorboard"
+            ) from error
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
+
+    def numbers(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        self.writer.add_image(name, np.asarray(Image.open(path)), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Loggers:
+    """All loggers of a run; none on ranks other than 0."""
+
+    def __init__(self, folder: Path, start: int, wandb: WandbConfig, tensorboard: bool, is_main: bool):
+        self.loggers: list[Sink] = []
+        if is_main:
+            self.loggers.append(JsonLines(folder, start))
+            JsonLines(folder, start, "cells.jsonl")  # drops repeated steps; `metrics.write_cells` writes this file
+            self.loggers += [WandbRun(folder, wandb)] if wandb.mode != "disabled" else []
+            self.loggers += [TensorBoard(folder, start)] if tensorboard else []
+
+    def numbers(self, step: int, values: dict[str, float]) -> None:
+        for sink in self.loggers:
+            sink.numbers(step, values)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        for sink in self.loggers:
+            sink.picture(step, name, path)
+
+    def close(self) -> None:
+        for sink in self.loggers:
+            sink.close()

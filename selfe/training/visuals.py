@@ -1,0 +1,75 @@
+"""Sample grids generated during training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from PIL import Image
+from torch import nn
+
+from selfe.distributed import collectives
+from selfe.distributed.collectives import World
+from selfe.io import image_encode
+from selfe.protocols import Sampler
+from selfe.rng import SampleRNG
+from selfe.samplers.renoise import Renoise
+from selfe.system import System
+
+
+@dataclass(frozen=True)
+class SampleGridConfig:
+    """Sample grids during training: a row per prompt, a column per number of steps, always from the same noise."""
+
+    every: int = 5000
+    prompts: tuple[str, ...] = ()
+    num_steps: tuple[int, ...] = (1, 2, 4, 8)
+    size: tuple[int, int] = (256, 256)  # height, width
+    cfg_scale: float = 5.0
+    s_ratio: float = 0.0
+    sampler: Sampler = Renoise()  # noqa: RUF009 - stateless
+
+    def __post_init__(self):
+        if min(self.every, *self.size, *self.num_steps, len(self.num_steps)) < 1:
+            raise ValueError("every, size and num_steps must be at least 1; prompts: [] disables samples")
+
+    def check(self, system: System) -> None:
+        """Raise UserError for sizes or prompts that cannot be sampled. Called on every rank before the first step."""
+        if self.prompts:
+            system.autoencoder.noise([self.size], SampleRNG.of_pictures([(0, "", 0)]))
+            system.encode({"cond": list(self.prompts), "null": [""]})
+
+    @torch.no_grad()
+    def draw(self, system: System, nets: dict[str, nn.Module], seed: int, world: World) -> dict[str, Image.Image]:
+        """A grid per denoiser, by name, on rank 0; empty on other ranks.
+
+        Every rank generates the same number of images, because calls of a sharded denoiser are collective.
+        """
+        # this rank's prompts; where they do not divide evenly, some prompts are generated twice
+        share = -(-len(self.prompts) // world.size)
+        mine = [(world.rank + i * world.size) % len(self.prompts) for i in range(share)]
+        prompts = [self.prompts[i] for i in mine]
+
+        # (denoiser, prompt, number of steps) -> image
+        drawn = {}
+        for (name, net), num_steps in product(nets.items(), self.num_steps):
+            images = system.generate(
+                net,
+                prompts,
+                [self.size] * share,
+                SampleRNG.of_pictures([(seed, prompt, 0) for prompt in prompts]),
+                sampler=self.sampler,
+                num_steps=num_steps,
+                cfg_scale=self.cfg_scale,
+                s_ratio=self.s_ratio,
+            )
+            drawn |= {(name, i, num_steps): image_encode.to_image(image) for i, image in zip(mine, images, strict=True)}
+
+        # gather the images of all ranks and arrange them on rank 0
+        everyone = {key: image for part in collectives.gather(drawn, world) for key, image in part.items()}
+        rows = range(len(self.prompts)) if world.is_main else ()
+        return {
+            name: image_encode.grid([[everyone[name, i, n] for n in self.num_steps] for i in rows])
+            for name in (nets if world.is_main else ())
+        }

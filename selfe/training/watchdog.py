@@ -1,0 +1,59 @@
+"""Watchdog: if the training loop hangs, reports the step and the ranks that do not respond, and ends the job."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from selfe.distributed import collectives
+from selfe.distributed.collectives import World
+
+
+class Watchdog:
+    """A thread that checks the heartbeats of the training loop.
+
+    Without a heartbeat for `minutes`, the thread calls `end(message)` on every rank that is alive. The timeout of the
+    process group is longer, because its message names collectives, not ranks and steps.
+    """
+
+    def __init__(self, world: World, minutes: float, end: Callable[[str], None]):
+        self.world, self.minutes, self.end = world, minutes, end
+        self.step, self.doing, self.since = 0, "starting", time.monotonic()
+        self.waiting = True
+        self.closed = threading.Event()
+        threading.Thread(target=self.run, name="watch", daemon=True).start()
+
+    def heartbeat(self, step: int, doing: str, limited: bool = True) -> None:
+        """Report progress: at `step`, about to do `doing`, which may take at most `minutes` if `limited`."""
+        self.step, self.doing, self.waiting, self.since = step, doing, limited, time.monotonic()
+
+    def run(self) -> None:
+        """The thread: polls until closed or timed out."""
+        seconds = 60 * self.minutes
+        while not self.closed.wait(min(1.0, seconds / 10)):
+            if self.waiting and time.monotonic() - self.since > seconds:
+                collectives.set_note(f"stuck_{self.world.rank}", f"step {self.step}: {self.doing}")
+                time.sleep(min(5.0, seconds / 2))  # let the other ranks time out and set their notes
+                return self.end(self.diagnosis())
+
+    def diagnosis(self) -> str:
+        """One line from the notes of all ranks: who does not respond, or who is elsewhere."""
+        # notes of ranks that timed out; a rank without a note does not respond
+        found = {rank: collectives.get_note(f"stuck_{rank}") for rank in range(self.world.size)}
+        silent = [str(rank) for rank, note in found.items() if note is None]
+        mine = found.pop(self.world.rank)
+        others = {rank: note for rank, note in found.items() if note not in (None, mine)}
+
+        if silent:
+            who = f"no response from process {', '.join(silent)}"
+        elif others:
+            who = "; ".join(f"process {rank} is at {note}" for rank, note in others.items())
+        else:
+            who = "all processes respond"
+
+        limit = f"{self.minutes:g} minutes (trainer.timeout_minutes)"
+        return f"{mine}: process {self.world.rank} waited {limit}; {who}"
+
+    def close(self) -> None:
+        self.closed.set()

@@ -1,0 +1,189 @@
+"""Training from a cache of latents and captions equals training from pictures, and a stale cache is refused."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from selfe import config
+from selfe.data.buckets import balance
+from selfe.distributed.collectives import World
+from selfe.io import feature_cache
+from selfe.rng import SampleRNG
+from selfe.tools import precompute
+from selfe.types import BadSample, UserError
+from tests.helpers.images import manifest
+from tests.helpers.ranks import on_ranks
+
+ROOT = Path(__file__).parents[2]
+SMOKE = str(ROOT / "configs/debug/selfe_smoke.yaml")
+CPU = torch.device("cpu")
+OPTIONS = argparse.Namespace(workers=0, batch_size=4, one_sample=False)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> dict:
+    """The smoke system on 12 small pictures of several shapes, at two budgets, mirrored, with validation."""
+    folder = tmp_path_factory.mktemp("pictures")
+    path = manifest(folder, [(32, 32), (24, 48), (64, 40), (80, 80)] * 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SELFE_SKIP_PRETRAINED", "1")
+        settings = config.load(SMOKE, [f"data.params.train_manifest={path}", f"data.params.val_manifest={path}"])
+    params = settings["data"]["params"]
+    params |= {"base_dir": str(folder), "pixels": 1024, "flip": True}
+    params |= {"phases": [{"step": 2, "pixels": [1024, 4096], "shares": [1, 1]}]}
+    return settings
+
+
+def build(settings: dict) -> tuple:
+    with torch.device("meta"):
+        system = config.build(settings, "system")
+    return system, config.build(settings, "data"), config.build(settings, "trainer")
+
+
+def encode(settings: dict, out: Path, world: World, options: argparse.Namespace = OPTIONS) -> None:
+    precompute.encode_all(settings, out, options, world)
+
+
+@pytest.fixture(scope="module")
+def cached(settings, tmp_path_factory) -> dict:
+    """The settings of training from a cache, which is made."""
+    out = tmp_path_factory.mktemp("cache") / "all"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precompute, "LATENTS_PER_SHARD", 16)
+        patch.setattr(precompute, "CAPTIONS_PER_SHARD", 4)
+        patch.setattr(precompute.collectives, "barrier", lambda: None)
+        encode(settings, out, World(0, 1, CPU))
+    return config.load(out / "config.yaml")
+
+
+def encode_on(world: World, settings: dict, out: str) -> dict:
+    precompute.LATENTS_PER_SHARD, precompute.CAPTIONS_PER_SHARD = 16, 4
+    encode(settings, Path(out), world)
+    return {}
+
+
+@torch.no_grad()
+def losses(settings: dict) -> list[torch.Tensor]:
+    """Loss per sample of 12 steps through all phases of the smoke run, then of a validation batch."""
+    system, data, _ = build(settings)
+    system.backbone.to_empty(device=CPU)
+    for name, p in system.backbone.named_parameters():
+        p.copy_(system.backbone.initial(name, p.shape, 0))
+        p.add_(torch.linspace(-0.05, 0.05, p.numel()).view_as(p))  # away from the zeros of the start
+    system.load_encoders(CPU)
+    found = []
+    for step, split in [*((step, "train") for step in range(12)), (0, "val")]:
+        positions = balance(data.costs(0, step, range(step * 8, (step + 1) * 8), split), 1, 8, 2)[0][0]
+        batch = data.batch(0, step, range(step * 8, (step + 1) * 8), positions, split).to(CPU)
+        rng = SampleRNG.of_step(0, step, batch.positions)
+        found.append(system.loss(system.backbone, system.backbone, batch, rng, step).per_sample)
+    return found
+
+
+def test_losses_from_the_cache_are_those_from_pictures_step_by_step(settings, cached):
+    expected, found = losses(settings), losses(cached)
+    assert len(found) == 13
+    for step, (a, b) in enumerate(zip(expected, found, strict=True)):
+        torch.testing.assert_close(b, a, rtol=2**-7, atol=0, msg=lambda text, step=step: f"step {step}: {text}")
+    assert max((a - b).abs().max() for a, b in zip(expected, found, strict=True)) > 0  # they are rounded
+
+
+def test_training_from_the_cache_loads_no_encoder(cached):
+    system, data, trainer = build(cached)
+    system.load_encoders(CPU)
+    assert not hasattr(system.text_encoder, "t5")
+    assert vars(system.autoencoder)["autoencoder"].device.type == "meta"
+    assert trainer.samples.prompts == ()
+    with pytest.raises(UserError, match="decode=1"):
+        system.autoencoder.noise([(32, 32)], SampleRNG.of_step(0, 0, [0]))
+    assert data.has_val
+
+
+def test_the_cache_holds_each_caption_once_and_null_and_fake_prompts(cached):
+    folder = Path(cached["data"]["params"]["cache_dir"])
+    text = feature_cache.Store(folder / "text")
+    for caption in ("", "fake image ", "picture 3", "fake image picture 3", "an astronaut"):
+        assert text.read(feature_cache.digest(caption), caption).shape == (1, len(caption.encode()) + 1, 64)
+    assert len(text.records) == 2 * (12 + 1 + 2)  # pictures, null, samples; each with its fake twin
+    latents = feature_cache.Store(folder / "latents")
+    assert len(latents.records) == 12 * (2 * 2 + 1)  # two budgets, mirrored or not; validation at one
+    system, _, _ = build(cached)
+    system.load_encoders(CPU)
+    with pytest.raises(BadSample, match=r"does not hold the caption 'never seen'; run selfe precompute"):
+        system.text_encoder(["picture 3", "never seen"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("system.text_encoder.params.encoder.params.max_tokens", "64", "text_encoder.max_tokens was 512, is now 64"),
+        ("system.autoencoder.params.autoencoder.params.latent", "mean", "autoencoder.latent was sample, is now mean"),
+        ("data.params.source.params.multiple", "32", "data.multiple was 16, is now 32"),
+        ("data.params.source.params.pixels", "2048", r"data.pixels was \[1024, 4096\], is now \[1024, 2048, 4096\]"),
+    ],
+)
+def test_a_stale_cache_says_what_changed(cached, key, value, said):
+    folder = Path(cached["data"]["params"]["cache_dir"])
+    settings = config.load(folder / "config.yaml", [f"{key}={value}"])
+    with pytest.raises(UserError, match=said):
+        build(settings)
+
+
+def test_a_changed_manifest_makes_the_cache_stale(cached, tmp_path):
+    path = Path(cached["data"]["params"]["source"]["params"]["train_manifest"])
+    other = tmp_path / "other.tsv"
+    other.write_text(path.read_text().replace("picture 3\n", "picture three\n"))
+    key = "data.params.source.params.train_manifest"
+    with pytest.raises(UserError, match=r"data.train_manifest\[0\] was"):
+        build(config.load(Path(cached["data"]["params"]["cache_dir"]) / "config.yaml", [f"{key}={other}"]))
+
+
+def test_interrupted_and_continued_by_two_processes_is_the_same_cache(settings, cached, tmp_path):
+    whole = Path(cached["data"]["params"]["cache_dir"])
+    out = tmp_path / "cache"
+    (out / "latents").mkdir(parents=True)
+    (out / "fingerprint.json").write_text((whole / "fingerprint.json").read_text())
+    first = feature_cache.shard_path(whole / "latents", 0)
+    (out / "latents" / first.name).write_bytes(first.read_bytes())
+    stamp = (out / "latents" / first.name).stat().st_mtime_ns
+    with pytest.raises(UserError, match="no finished cache"):
+        feature_cache.Store(out / "latents")
+    on_ranks(2, encode_on, settings, str(out))
+    assert (out / "latents" / first.name).stat().st_mtime_ns == stamp
+    for name in ("latents", "text", "pooled"):
+        stores = feature_cache.Store(whole / name), feature_cache.Store(out / name)
+        keys, others = (store.records[["high", "low"]].tolist() for store in stores)
+        assert keys == others
+        for high, low in keys:
+            a, b = (store.read(f"{high:016x}{low:016x}", name) for store in stores)
+            torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-4)
+    other = settings | {"data": settings["data"] | {"params": settings["data"]["params"] | {"flip": False}}}
+    with pytest.raises(UserError, match=r"data\.flip was True, is now False"):
+        encode(other, out, World(0, 1, CPU))
+
+
+def test_one_sample_is_half_the_size(settings, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(precompute.collectives, "barrier", lambda: None)
+    options = argparse.Namespace(workers=0, batch_size=4, one_sample=True)
+    encode(settings, tmp_path / "cache", World(0, 1, CPU), options)
+    store = feature_cache.Store(tmp_path / "cache" / "latents")
+    assert set(store.records["width"].tolist()) == {64}
+    said = capfd.readouterr().out
+    assert "60 pictures" in said
+    size = sum(path.stat().st_size for path in (tmp_path / "cache" / "latents").glob("*.safetensors"))
+    tokens = int((store.records["rows"].astype(int) * store.records["columns"]).sum())
+    assert f"60 pictures {tokens * 64 * 2 / 1e6:.2f} MB" in said
+    assert size - 60 * 200 < tokens * 64 * 2 < size
+    assert json.loads((tmp_path / "cache" / "fingerprint.json").read_text())["precompute.one_sample"] == "True"
+
+
+def test_a_full_disk_is_told_before_the_work_starts(settings, tmp_path, monkeypatch):
+    usage = argparse.Namespace(free=1000)
+    monkeypatch.setattr(precompute.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(precompute.collectives, "barrier", lambda: None)
+    with pytest.raises(UserError, match=r"the disk lacks 0\.\d+ MB"):
+        encode(settings, tmp_path / "cache", World(0, 1, CPU))
+    assert not list((tmp_path / "cache").glob("*/*"))

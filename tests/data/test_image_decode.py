@@ -1,0 +1,253 @@
+"""Pictures as the world has them, and 300 that it should not have: through the checker and the data set alike."""
+
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from selfe.data.manifest import ManifestData
+from selfe.io import image_decode
+from selfe.tools import check_data
+from selfe.types import BadSample, signed
+from tests.helpers.images import picture
+
+SIZE = (48, 64)
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def read(content: bytes, **options: object) -> np.ndarray:
+    return np.asarray(image_decode.read(BytesIO(content), "it", **options)).astype(int)
+
+
+RGB = np.asarray(picture(0, SIZE)).astype(int)
+GREY = np.asarray(picture(0, SIZE, "L")).astype(int)[..., None].repeat(3, axis=2)
+ALPHA = Image.fromarray(np.linspace(0, 255, 64, dtype=np.uint8)[None].repeat(48, axis=0))
+
+
+def transparent(mode: str) -> Image.Image:
+    image = picture(0, SIZE, mode)
+    image.putalpha(ALPHA)
+    return image
+
+
+@pytest.mark.parametrize(
+    ("content", "expected", "tolerance"),
+    [
+        (saved(picture(0, SIZE), "PNG"), RGB, 0),
+        (saved(picture(0, SIZE), "JPEG", quality=95), RGB, 16),
+        (saved(picture(0, SIZE), "WEBP", lossless=True), RGB, 0),
+        (saved(picture(0, SIZE), "TIFF"), RGB, 0),
+        (saved(picture(0, SIZE, "L"), "JPEG", quality=95), GREY, 8),
+        (saved(picture(0, SIZE).quantize(256), "PNG"), RGB, 40),
+        (saved(picture(0, SIZE).quantize(256), "GIF"), RGB, 40),
+        (saved(picture(0, SIZE, "CMYK"), "TIFF"), RGB, 4),
+        (saved(picture(0, SIZE, "CMYK"), "JPEG", quality=95), RGB, 20),
+        (saved(Image.fromarray((GREY[..., 0] * 257).astype(np.uint16)), "PNG"), GREY, 0),
+        (saved(picture(0, SIZE, "1"), "PNG"), np.asarray(picture(0, SIZE, "1").convert("RGB")), 0),
+        (saved(picture(0, SIZE), "GIF", save_all=True, append_images=[picture(1, SIZE)]), RGB, 40),
+    ],
+)
+def test_modes_become_rgb(content, expected, tolerance):
+    assert np.abs(read(content) - expected).max() <= tolerance
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_transparency_is_put_on_white(mode):
+    opaque = RGB if mode == "RGB" else GREY
+    share = np.asarray(ALPHA)[..., None] / 255
+    assert np.abs(read(saved(transparent(mode), "PNG")) - (opaque * share + 255 * (1 - share))).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_put_upright(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned = read(content := saved(picture(0, SIZE), "PNG", exif=exif))
+    turns = {1: 0, 2: 0, 3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}[orientation]  # by 90 degrees, to the left
+    expected = np.rot90(RGB[:, ::-1] if orientation in (2, 4, 5, 7) else RGB, turns)
+    assert (turned == expected).all()
+    assert image_decode.size(BytesIO(content), "it") == turned.shape[:2]
+
+
+def test_large_jpegs_are_decoded_smaller_and_look_the_same():
+    content = saved(picture(0, (1200, 1600)), "JPEG", quality=95)
+    small = image_decode.read(BytesIO(content), "it", enough=256)
+    assert min(small.size) >= 256
+    assert small.width < 1600
+    whole, quick = (
+        image_decode.fit(image, (96, 128)).int() for image in (image_decode.read(BytesIO(content), "it"), small)
+    )
+    assert (whole - quick).abs().max() <= 3
+
+
+def test_fit_cuts_no_more_than_it_must():
+    image = Image.new("RGB", (200, 100), "red")
+    image.paste("blue", (50, 0, 150, 100))
+    square = signed(image_decode.fit(image, (32, 32)))
+    assert square.shape == (3, 32, 32)
+    assert square[2, :, 1:-1].min() > 0.98
+    assert square[0, :, 1:-1].max() < -0.98
+    assert signed(image_decode.fit(image, (32, 64)))[0, :, 0].min() > 0.98
+
+
+def test_too_many_pixels_are_refused_before_decoding():
+    content = saved(Image.new("1", (3000, 3000)), "PNG")
+    with pytest.raises(BadSample, match="3000 x 3000 pixels are more than 8999999") as error:
+        image_decode.read(BytesIO(content), "it", max_pixels=8_999_999)
+    assert error.value.kind == "too large"
+    assert image_decode.read(BytesIO(content), "it", max_pixels=9_000_000).size == (3000, 3000)
+
+
+# ---- what goes wrong ----
+
+
+def good_files() -> dict[str, bytes]:
+    image = picture(0, SIZE)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return {
+        "jpg": saved(image, "JPEG", exif=exif),
+        "png": saved(transparent("RGB"), "PNG"),
+        "gif": saved(image, "GIF", save_all=True, append_images=[picture(1, SIZE)]),
+        "webp": saved(image, "WEBP"),
+        "tiff": saved(image, "TIFF", compression="tiff_lzw"),
+        "bmp": saved(image, "BMP"),
+        "ppm": saved(image, "PPM"),
+        "tga": saved(image, "TGA"),
+        "jp2": saved(image, "JPEG2000"),
+    }
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    """A PNG that claims these dimensions and holds next to nothing."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [header, b"IDAT" + zlib.compress(b"\0" * 100), b"IEND"]
+    framed = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+
+
+def odd_inputs(seed: int) -> Iterator[tuple[str, bytes | None]]:
+    """(file name, content or None for no file): always bad or always good is for the caller to find out."""
+    random, good = np.random.default_rng(seed), good_files()
+    for suffix, content in good.items():
+        for n in range(14):
+            yield f"cut_{n}.{suffix}", content[: random.integers(len(content))]
+        for n in range(14):
+            flipped = np.frombuffer(content, np.uint8).copy()
+            for at in random.integers(len(flipped), size=random.integers(1, 20)):
+                flipped[at] ^= 1 << random.integers(8)
+            yield f"flipped_{n}.{suffix}", flipped.tobytes()
+        start = random.integers(len(content) // 2)
+        yield f"zeros.{suffix}", content[:start] + bytes(len(content) - start)
+        yield f"called_{suffix}.txt", content
+        yield f"really_{suffix}.{'png' if suffix == 'jpg' else 'jpg'}", content
+        yield f"twice.{suffix}", content + content
+    for width, height in ((2**31 - 1, 2**31 - 1), (60000, 60000), (0, 10), (1, 70000), (10**6, 1), (3, 5)):
+        yield f"claims_{width}x{height}.png", png_of_size(width, height)
+    for mode in ("F", "I", "YCbCr", "CMYK"):
+        yield f"mode_{mode}.tiff", saved(picture(0, SIZE, mode), "TIFF")
+    for mode in ("LA", "RGBA", "1", "P"):
+        yield f"mode_{mode}.png", saved(transparent("L") if mode == "LA" else picture(0, SIZE, mode), "PNG")
+    for name in (
+        "with space.jpg",
+        "été.jpg",
+        "紅い.jpg",
+        "quote'\".jpg",
+        "-dash.jpg",
+        "%20.jpg",
+        "a#b?.jpg",
+        "x" * 200,
+    ):
+        yield name, good["jpg"]
+    for name in ("nothing.jpg", "y" * 300 + ".jpg", "nul\0byte.jpg", "no/such/folder.jpg", "empty.jpg/below.jpg", "."):
+        yield name, None
+    yield "empty.jpg", b""
+    yield "one.jpg", b"\xff"
+    yield "page.jpg", b"<html>not found</html>"
+    yield "program.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
+
+
+def test_every_odd_input_is_named_alike_by_checker_and_training(tmp_path):
+    lines, number_of = [], {}
+    for number, (name, content) in enumerate(odd_inputs(0), start=1):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        lines.append(f"{name}\tpicture {number}".encode())
+        number_of[name] = number
+    assert len(number_of) == len(lines) >= 300
+    path = tmp_path / "odd.tsv"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    limits = check_data.Limits(tmp_path, min_side=1, max_pixels=10**7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow, about metadata
+        found = {finding.number: finding for finding in check_data.findings(path, limits, workers=0)}
+        feed = ManifestData(str(path), str(tmp_path), pixels=1024, max_pixels=10**7, on_bad_image="replace")
+        assert sorted(found) == list(range(1, len(lines) + 1))
+        bad = trained(feed, found)
+    kinds = {finding.kind for finding in found.values()}
+    assert {"", "missing", "undecodable", "truncated", "too large"} <= kinds
+    assert 100 < len(bad) < len(lines) - 30
+    always_bad = ("claims_60000x60000.png", "mode_F.tiff", "program.jpg", "empty.jpg", "zeros.png")
+    never_bad = ("with space.jpg", "été.jpg", "紅い.jpg", "called_jpg.txt", "twice.jpg", "mode_CMYK.tiff")
+    assert {name: number_of[name] in bad for name in always_bad + never_bad} == dict.fromkeys(
+        always_bad, True
+    ) | dict.fromkeys(never_bad, False)
+
+
+def trained(feed: ManifestData, found: dict[int, check_data.Finding]) -> set[int]:
+    """The line numbers of bad pictures: each is refused by the data set exactly if the checker names it."""
+    source, bad = feed.sources["train"][0], {}
+    for index in range(len(source)):
+        try:
+            tensor = image_decode.fit(source.image(index, 32), (32, 32))
+            assert tensor.shape == (3, 32, 32)
+            assert tensor.dtype == torch.uint8
+        except BadSample as problem:
+            bad[index + 1] = str(problem)
+    assert set(bad) == {number for number, finding in found.items() if finding.kind}
+    for number, problem in bad.items():
+        for told in (problem, found[number].problem):
+            assert f"line {number}: " in told
+            assert "\n" not in told
+    batch = feed.batch(0, 0, range(16), range(16), "train")
+    assert all(image.shape[1] * image.shape[2] <= 1024 for image in batch.images)
+    assert batch.replaced
+    return set(bad)
+
+
+def test_every_odd_line_is_named_alike_by_checker_and_training(tmp_path):
+    """Lines of a manifest with flipped bits: whatever the checker names, opening or reading the manifest names too."""
+    random = np.random.default_rng(1)
+    picture(0, SIZE).save(tmp_path / "a.jpg")
+    good = "a.jpg\tan été, 紅い\t64\t48".encode()
+    for _ in range(100):
+        line = np.frombuffer(good, np.uint8).copy()
+        for at in random.integers(len(line), size=random.integers(1, 4)):
+            line[at] ^= 1 << random.integers(8)
+        path = tmp_path / "odd.tsv"
+        path.write_bytes(line.tobytes() + b"\n")
+        limits = check_data.Limits(Path(tmp_path), min_side=1, max_pixels=10**7)
+        kinds = {finding.kind for finding in check_data.findings(path, limits, workers=0)} - {"", "wrong size"}
+        assert said_by_training(path) in (kinds or {""}), line.tobytes()
+        for index in tmp_path.glob("*.index"):
+            index.unlink()
+
+
+def said_by_training(path: Path) -> str:
+    try:
+        ManifestData(str(path), str(path.parent), pixels=1024).batch(0, 0, range(1), [0], "train")
+    except BadSample as problem:
+        return problem.kind
+    return ""

@@ -1,0 +1,235 @@
+"""Manifests in every form, the pictures they name, and what happens when one is bad."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from selfe import config, train
+from selfe.data.dataset import plan
+from selfe.data.manifest import RECORD, Manifest, ManifestData
+from selfe.io import image_decode
+from selfe.types import BadSample, UserError
+from tests.helpers.images import manifest, picture
+
+SMOKE = Path(__file__).parents[2] / "configs/debug/selfe_smoke.yaml"
+
+
+def opened(path: Path, text: bytes, strict: bool = True) -> Manifest:
+    path.write_bytes(text)
+    return Manifest(path, path.parent, image_decode.MAX_PIXELS, strict=strict)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for number, size in enumerate([(40, 60), (50, 50), (64, 32)]):
+        picture(number, size).save(tmp_path / f"{number}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("last", [True, False])
+def test_every_form_of_text_reads_alike(folder, bom, end, last):
+    lines = ["0.png\tein Vogel, 紅い鳥", "", "1.png\ta  bird ", "  ", "2.png\ta line with size\t32\t64", ""]
+    text = bom + end.join(line.encode() for line in lines) + (end if last else b"")
+    found = opened(folder / "a.tsv", text)
+    assert [found.prompt(i) for i in range(len(found))] == ["ein Vogel, 紅い鳥", "a  bird", "a line with size"]
+    assert [Path(found.name(i)).name for i in range(3)] == ["0.png", "1.png", "2.png"]
+    assert found.sizes(np.arange(3)).tolist() == [[40, 60], [50, 50], [64, 32]]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"\r\n\r\n", "empty"),
+        (b"0.png\tx\n1.png\t\r\n", "line 2: path or prompt is empty"),
+        (b"0.png\tx\t12\tten\n", "line 1: width and height"),
+        (b"0.png\tx\t0\t10\n", "line 1: width and height"),
+        (b"\n0.png\tx\nnone.png\ty\n", "line 3: .*none.png: no such image"),
+    ],
+)
+def test_mistakes_are_one_line(folder, text, said):
+    def read() -> list[str]:
+        found = opened(folder / "a.tsv", text)
+        return [found.prompt(i) for i in range(len(found))]
+
+    with pytest.raises(UserError, match=said) as error:
+        read()
+    assert "\n" not in str(error.value)
+    assert not [path for path in folder.iterdir() if path.suffix in (".lock", ".partial")]
+
+
+def test_several_bad_pictures_are_counted(folder):
+    with pytest.raises(BadSample, match=r"line 1: .*a.png.*\(2 more like it; selfe check-data"):
+        opened(folder / "a.tsv", b"a.png\tx\nb.png\tx\nc.png\tx\n")
+
+
+def test_index_is_small_kept_and_made_again_when_the_file_changes(folder):
+    first = opened(folder / "a.tsv", b"0.png\tx\n1.png\ty\n")
+    (kept,) = folder.glob("*.index")
+    assert kept.stat().st_size == 2 * RECORD.itemsize
+    assert RECORD.itemsize <= 16
+    assert len(first.records.map) == kept.stat().st_size
+    (folder / "0.png").unlink()  # with an index nobody looks at pictures
+    assert len(Manifest(folder / "a.tsv", folder, image_decode.MAX_PIXELS)) == 2
+    assert [path.name for path in folder.glob("*.index")] == [kept.name]
+    again = opened(folder / "a.tsv", b"2.png\tz\n1.png\ty\n2.png\tx\n")
+    assert (len(again), again.prompt(0)) == (3, "z")
+    assert len(list(folder.glob("a.tsv.*"))) == 1
+
+
+def test_a_long_file_is_indexed_block_by_block(tmp_path, monkeypatch):
+    lines = [f"{'d' * (i % 50)}/{i}.png\tpicture {i}\t{i + 1}\t{2 * i + 1}" for i in range(3000)]
+    monkeypatch.setattr("selfe.data.manifest.CHUNK", 1000)
+    found = opened(tmp_path / "a.tsv", "\n".join(lines).encode())
+    assert len(found) == 3000
+    assert found.sizes(np.arange(3000)).tolist() == [[2 * i + 1, i + 1] for i in range(3000)]
+    assert [found.prompt(i) for i in range(3000)] == [f"picture {i}" for i in range(3000)]
+    assert found.where(int(found.records[2999]["offset"])).endswith("line 3000")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_asks_for_index_dir(folder):
+    (folder / "a.tsv").write_bytes(b"0.png\tx\n")
+    folder.chmod(0o500)
+    try:
+        with pytest.raises(UserError, match="index_dir"):
+            Manifest(folder / "a.tsv", folder, image_decode.MAX_PIXELS)
+    finally:
+        folder.chmod(0o700)
+
+
+def test_index_dir_keeps_the_index_elsewhere(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "new"
+    (folder / "a.tsv").write_bytes(b"0.png\tx\n")
+    assert len(Manifest(folder / "a.tsv", folder, image_decode.MAX_PIXELS, elsewhere)) == 1
+    assert not list(folder.glob("*.index"))
+    assert len(list(elsewhere.glob("*.index"))) == 1
+    with pytest.raises(UserError, match="index_dir"):
+        Manifest(folder / "a.tsv", folder, image_decode.MAX_PIXELS, folder / "0.png")
+
+
+def test_an_interrupted_look_at_sizes_goes_on(folder, monkeypatch):
+    looked = []
+    real = image_decode.size
+
+    def size(path: Path, *rest) -> tuple[int, int]:
+        looked.append(path.name)
+        if path.name == "1.png" and looked.count("1.png") == 1:
+            raise KeyboardInterrupt
+        return real(path, *rest)
+
+    monkeypatch.setattr(image_decode, "size", size)
+    text = b"0.png\tx\n1.png\ty\n2.png\tz\n"
+    with pytest.raises(KeyboardInterrupt):
+        opened(folder / "a.tsv", text)
+    os_facts = (folder / "a.tsv").stat()
+    found = Manifest(folder / "a.tsv", folder, image_decode.MAX_PIXELS)
+    assert (folder / "a.tsv").stat().st_mtime_ns == os_facts.st_mtime_ns
+    assert found.sizes(np.arange(3)).tolist() == [[40, 60], [50, 50], [64, 32]]
+    assert looked.count("0.png") == 1
+
+
+def damaged(tmp_path: Path, **options: object) -> tuple[ManifestData, Path]:
+    """Twelve pictures in two buckets, of which number 3 is cut short and number 8 is missing."""
+    path = manifest(tmp_path, [(32, 32), (24, 48)] * 6, columns=True)
+    broken = tmp_path / "train_0003.jpg"
+    broken.write_bytes(broken.read_bytes()[:-400])
+    (tmp_path / "train_0008.jpg").unlink()
+    return ManifestData(str(path), str(tmp_path), pixels=1024, **options), path
+
+
+def test_a_bad_picture_stops_training_by_default(tmp_path):
+    feed, path = damaged(tmp_path)
+    with pytest.raises(BadSample, match=rf"{path}, line (4|9): .*train_000(3|8).jpg"):
+        feed.batch(0, 0, range(12), range(12), "train")
+
+
+def test_a_bad_picture_is_replaced_by_the_next_of_its_bucket(tmp_path):
+    feed, path = damaged(tmp_path, on_bad_image="replace")
+    rows = plan(feed, 0, 0, range(12), "train")
+    batch = feed.batch(0, 0, range(12), range(12), "train")
+    places = {row.place: row for row in (*rows, *plan(feed, 0, 1, range(12, 24), "train"))}
+    for position, row in enumerate(rows):
+        expected = row.index
+        if expected in (3, 8):
+            after = (places[place] for place in range(row.place + 1, 24))
+            expected = next(r.index for r in after if r.shape == row.shape and r.index not in (3, 8))
+        assert batch.names[position].endswith(f"train_{expected:04d}.jpg")
+        assert batch.prompts[position] == f"picture {expected}"
+        assert batch.images[position].shape[1:] == row.shape
+    assert {f"{path}, line 4", f"{path}, line 9"} == {problem.partition(": ")[0] for problem in batch.replaced}
+    halves = [feed.batch(0, 0, range(12), positions, "train") for positions in (range(6), range(6, 12))]
+    assert halves[0].names + halves[1].names == batch.names
+
+
+def test_replacements_are_counted_and_listed(tmp_path, monkeypatch):
+    _, path = damaged(tmp_path)
+    monkeypatch.setenv("SELFE_SKIP_PRETRAINED", "1")
+    data = f"{{train_manifest: '{path}', base_dir: '{tmp_path}', pixels: 1024, on_bad_image: replace}}"
+    overrides = ["max_steps=3", "checkpoint_every=9", "log_every=3", "total_batch_size=4", f"output_dir={tmp_path}/run"]
+    train.main([str(SMOKE), f"data.params={data}", *(f"trainer.{override}" for override in overrides)])
+    (line,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    listed = (tmp_path / "run" / "quarantine.txt").read_text().splitlines()
+    assert line["replaced"] == len(listed) == 2  # an epoch is 12 pictures, of which 2 are bad
+    assert sorted(problem.partition(": ")[0] for problem in listed) == [f"{path}, line 4", f"{path}, line 9"]
+
+
+def test_a_bucket_without_a_good_picture_is_one_line(tmp_path):
+    path = manifest(tmp_path, [(32, 32)], columns=True)
+    (tmp_path / "train_0000.jpg").write_bytes(b"nothing")
+    feed = ManifestData(str(path), str(tmp_path), pixels=1024, on_bad_image="replace")
+    with pytest.raises(UserError, match="no picture of shape"):
+        feed.batch(0, 0, range(1), [0], "train")
+
+
+def test_flips_are_a_coin_per_sample_and_not_for_validation(tmp_path):
+    path = str(manifest(tmp_path, [(32, 32)] * 8))
+    plain = ManifestData(path, str(tmp_path), pixels=1024, val_manifest=path)
+    flipping = ManifestData(path, str(tmp_path), pixels=1024, val_manifest=path, flip=True)
+    a, b = (feed.batch(0, 0, range(8), range(8), "train").images for feed in (plain, flipping))
+    flipped = [not torch.equal(x, y) for x, y in zip(a, b, strict=True)]
+    assert 0 < sum(flipped) < 8
+    assert all(torch.equal(x.flip(-1) if flip else x, y) for x, y, flip in zip(a, b, flipped, strict=True))
+    a, b = (feed.batch(0, 0, range(8), range(8), "val") for feed in (plain, flipping))
+    assert all(torch.equal(x, y) for x, y in zip(a.images, b.images, strict=True))
+    assert list(a.prompts) == [f"picture {i}" for i in range(8)]
+
+
+def test_lists_and_phases_come_from_yaml(tmp_path):
+    manifest(tmp_path, [(32, 32)] * 4, "a.tsv"), manifest(tmp_path, [(32, 32)] * 4, "b.tsv")
+    text = """
+    data:
+      module: selfe.data.manifest.ManifestData
+      params:
+        train_manifest: [{manifest: a.tsv, weight: 2}, {manifest: b.tsv}]
+        base_dir: FOLDER
+        pixels: 1024
+        phases: [{step: 5, pixels: [1024, 4096], shares: [1, 1]}]
+    """.replace("FOLDER", str(tmp_path)).replace("manifest: ", f"manifest: {tmp_path}/")
+    text = text.replace(f"train_manifest: {tmp_path}/", "train_manifest: ")
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    settings = config.load(path)
+    config.save(settings, path)
+    feed = config.build(config.load(path), "data")
+    assert feed.weights == (2, 1)
+    assert [phase.step for phase in feed.phases] == [0, 5]
+    assert json.dumps(config.plain(config.load(path))) == json.dumps(config.plain(settings))
+    path.write_text(text.replace("weight", "wait"))
+    with pytest.raises(UserError, match=r"train_manifest\[0\].wait: unknown key; .*weight"):
+        config.load(path)
+
+
+def test_sizes_are_those_of_the_upright_picture(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    picture(0, (30, 60)).save(tmp_path / "0.jpg", exif=exif)
+    found = opened(tmp_path / "a.tsv", b"0.jpg\tx\n")
+    assert found.sizes(np.array([0])).tolist() == [[60, 30]]
+    assert found.image(0, None).size == (30, 60)

@@ -1,0 +1,196 @@
+"""The launcher: what it is asked for, what it answers, and that it leaves nothing behind."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from selfe import cli, device, launch
+from selfe.checkpoint import verify
+from selfe.types import UserError
+
+ROOT = Path(__file__).parents[2]
+SMOKE, TINY = str(ROOT / "configs/debug/selfe_smoke.yaml"), str(ROOT / "tests/helpers/tiny.yaml")
+ENV = os.environ | {"SELFE_SKIP_PRETRAINED": "1"}
+
+
+def test_arguments(monkeypatch):
+    monkeypatch.setattr(device, "accelerator_count", lambda: 0)
+    assert launch.parse(SMOKE, []) == (SMOKE, 1, [])
+    assert launch.parse(SMOKE, ["3", "a.b=1", "c=2"]) == (SMOKE, 3, ["a.b=1", "c=2"])
+    assert launch.parse(SMOKE, ["a.b=1"]) == (SMOKE, 1, ["a.b=1"])
+    monkeypatch.setattr(device, "accelerator_count", lambda: 4)
+    assert launch.parse(SMOKE, []) == (SMOKE, 4, [])
+    assert launch.parse(SMOKE, ["4"]) == (SMOKE, 4, [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.yaml"], "nowhere.yaml: no such config file"),
+        ([SMOKE, "two"], "NGPUS: 'two' is not a number of at least 1"),
+        ([SMOKE, "0"], "NGPUS: '0' is not a number of at least 1"),
+        ([SMOKE, "8"], "NGPUS: 8 requested, this machine has 4; use at most 4"),
+        ([SMOKE, "2", "trainer.lr"], "'trainer.lr' is not key=value"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, monkeypatch):
+    monkeypatch.setattr(device, "accelerator_count", lambda: 4)
+    with pytest.raises(UserError, match=re.escape(message)):
+        cli.run(["train", *arguments])
+
+
+@pytest.mark.parametrize("program", ["train", "infer"])
+def test_help(program, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.run([program, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for word in ("CONFIG [NGPUS] [key=value ...]", "SELFE_CACHE_DIR", "SELFE_SKIP_PRETRAINED", "NNODES", "exit codes"):
+        assert word in text
+    with pytest.raises(SystemExit) as ended:
+        cli.run([program])
+    assert ended.value.code == 2
+
+
+def test_several_machines(monkeypatch):
+    for name in ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert launch.multi_node() is None
+    monkeypatch.setenv("NNODES", "2")
+    with pytest.raises(UserError, match="NNODES is 2, but NODE_RANK is not set"):
+        launch.multi_node()
+    for name, value in {"NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    found = launch.multi_node()
+    assert (found["rdzv_endpoint"], found["rdzv_configs"], found["max_nodes"]) == ("10.0.0.1:29500", {"rank": 1}, 2)
+    monkeypatch.setenv("NODE_RANK", "2")
+    with pytest.raises(UserError, match="NODE_RANK: 2 is not less than NNODES = 2"):
+        launch.multi_node()
+    monkeypatch.setenv("NNODES", "many")
+    with pytest.raises(UserError, match="NNODES: 'many' is not a number"):
+        launch.multi_node()
+
+
+def failure(exitcode: int, folder: Path, name: str, content: str | None = None) -> ProcessFailure:
+    path = folder / name
+    if content:
+        path.write_text(content)
+    return ProcessFailure(0, 1, exitcode, str(path))
+
+
+def test_the_first_failure_speaks(tmp_path, capsys):
+    told = f'{{"message": "%s", "timestamp": {int(time.time())}, "time_ns": %d, "step": 7}}'
+    later = failure(2, tmp_path, "later", told % ("the second", 20))
+    first = failure(2, tmp_path, "first", told % ("the first", 10))
+    ended = failure(-signal.SIGTERM, tmp_path, "ended")
+    killed = failure(-signal.SIGKILL, tmp_path, "killed")
+    assert launch.report(ChildFailedError("x", {0: later, 1: first, 2: ended})) == 2
+    assert capsys.readouterr().err == "selfe: error: the first\n"
+    assert launch.report(ChildFailedError("x", {0: later, 1: ended, 2: killed})) == 137
+    assert "process 2 was killed by SIGKILL (often: out of memory) in step 7;" in capsys.readouterr().err
+    told_early = '{"message": "%s", "timestamp": 1, "time_ns": %d}'
+    # one that hangs is killed half a minute after another has said so
+    early = failure(1, tmp_path, "early", told_early % ("process 1 hangs", 10))
+    assert launch.report(ChildFailedError("x", {0: early, 1: killed})) == 1
+    assert capsys.readouterr().err == "selfe: error: process 1 hangs\n"
+
+
+def children(parent: int) -> list[int]:
+    """All processes below one."""
+    found = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    pairs = [tuple(map(int, line.split())) for line in found.splitlines()]
+    below = [pid for pid, ppid in pairs if ppid == parent]
+    return below + [pid for child in below for pid in children(child)]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def begun(run: subprocess.Popen) -> None:
+    """Wait for the end of the first step."""
+    while "training 1/" not in (line := run.stdout.readline()):
+        assert line
+
+
+def started(folder: Path, **env: str) -> tuple[subprocess.Popen, list[int]]:
+    """A run of two processes that has come to its first step, and everything below its shell."""
+    run = subprocess.Popen(
+        [ROOT / "run.sh", TINY, "2", f"trainer.output_dir={folder}", "trainer.max_steps=100000"],
+        env=ENV | env,
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    begun(run)
+    below = children(run.pid)
+    assert len(below) >= 2
+    return run, below
+
+
+def test_a_scheduler_stops_a_run_that_loads_ahead(tmp_path):
+    """SIGTERM reaches the loader's processes too, and they must not die of it before the step is done."""
+    command = [sys.executable, "-m", "selfe", "train", TINY, "1", f"trainer.output_dir={tmp_path}"]
+    long = ["trainer.max_steps=100000", "trainer.checkpoint_every=100000", "trainer.num_workers=2"]
+    run = subprocess.Popen(
+        [*command, *long], env=ENV, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    begun(run)
+    below = children(run.pid)
+    assert len(below) >= 3
+    run.send_signal(signal.SIGTERM)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 143, err
+    assert "stopped by SIGTERM: " in out
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    assert verify.is_complete(saved)
+    assert gone(below)
+
+
+def gone(pids: list[int]) -> bool:
+    for _ in range(100):
+        if not any(map(alive, pids)):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_ctrl_c_leaves_no_process_behind(tmp_path):
+    run, below = started(tmp_path)
+    os.killpg(run.pid, signal.SIGINT)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "Traceback" not in err
+    assert gone(below)
+
+
+def test_a_killed_process_is_started_again_as_often_as_asked_then_ends_the_others_with_one_line(tmp_path):
+    run, below = started(tmp_path, MAX_RESTARTS="1")
+    for _ in range(600):
+        if (tmp_path / "checkpoints/step_00000006").is_dir():
+            break
+        time.sleep(0.1)
+    os.kill(below[-1], signal.SIGKILL)
+    while "resuming from" not in (line := run.stdout.readline()):
+        assert line
+    again = children(run.pid)
+    assert not set(again) & set(below[-2:])
+    assert "training" in run.stdout.readline()
+    os.kill(again[-1], signal.SIGKILL)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 137
+    (line,) = err.splitlines()
+    assert re.search(r"process \d was killed by SIGKILL .* in step \d+; run the same command again to resume", line)
+    assert gone(below + again)

@@ -1,0 +1,127 @@
+"""Training runs as real processes, started without waiting for imports: forks of a process that has done them once."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from selfe import cli, launch, train
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "tests/helpers/tiny.yaml"
+CONTEXT = multiprocessing.get_context("forkserver")
+
+
+class Run:
+    """`size` processes of one run, without a launcher: what they say is in `out`, why they failed in `failures`."""
+
+    def __init__(self, folder: Path, size: int, *overrides: str):
+        self.work = Path(tempfile.mkdtemp())
+        arguments = [str(TINY), f"trainer.output_dir={folder}", *overrides]
+        self.processes = [
+            CONTEXT.Process(target=_child, args=(rank, size, self.work, arguments), daemon=True) for rank in range(size)
+        ]
+        for rank, process in enumerate(self.processes):
+            (self.work / f"out_{rank}").touch()
+            process.start()
+
+    def wait(self, seconds: float = 120) -> list[int | None]:
+        """Exit codes; None of a process that does not end."""
+        end = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
+        return [process.exitcode for process in self.processes]
+
+    def send(self, number: signal.Signals, *ranks: int) -> None:
+        """To some processes, by default all; to those that have not ended by themselves."""
+        for rank in ranks or range(len(self.processes)):
+            with suppress(ProcessLookupError):
+                os.kill(self.processes[rank].pid, number)
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+        self.wait()
+
+    @property
+    def out(self) -> str:
+        return "".join((self.work / f"out_{rank}").read_text() for rank in range(len(self.processes)))
+
+    def wait_for(self, text: str, seconds: float = 120) -> None:
+        """Until the run says something."""
+        for _ in range(int(seconds * 50)):
+            if text in self.out:
+                return
+            assert any(process.is_alive() for process in self.processes), self.out
+            time.sleep(0.02)
+        raise AssertionError(f"{text!r} did not appear in {self.out!r}")
+
+    @property
+    def failures(self) -> dict[int, dict]:
+        return {
+            rank: json.loads(path.read_text())
+            for rank in range(len(self.processes))
+            if (path := self.work / f"failure_{rank}").exists()
+        }
+
+
+def _child(rank: int, size: int, work: Path, arguments: list[str]) -> None:
+    _settle(work / f"out_{rank}")
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= {"SELFE_STORE": str(work / "store"), "TORCHELASTIC_RESTART_COUNT": "0", "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ["TORCHELASTIC_ERROR_FILE"] = str(work / f"failure_{rank}")
+    sys.argv = ["train", *arguments]
+    launch.worker(lambda: train.main(arguments))
+
+
+def _settle(out: Path) -> None:
+    """What a fresh process of a shell would have."""
+    number = os.open(out, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(number, 1), os.dup2(number, 2)
+    os.chdir(ROOT)
+    os.environ["SELFE_SKIP_PRETRAINED"] = "1"
+    torch.set_num_threads(1)
+
+
+def _command(arguments: tuple[str, ...], out: Path) -> None:
+    _settle(out)
+    sys.argv = ["selfe", *arguments]
+    cli.main()
+
+
+def command(*arguments: str, code: int = 0) -> str:
+    """Run `selfe ARGUMENTS`; returns what it printed."""
+    out = Path(tempfile.mkdtemp()) / "out"
+    process = CONTEXT.Process(target=_command, args=(arguments, out), daemon=True)
+    process.start()
+    process.join(120)
+    assert process.exitcode == code, out.read_text()
+    return out.read_text()
+
+
+def finish(folder: Path, size: int, *overrides: str) -> str:
+    """A run to its end; what it said."""
+    run = Run(folder, size, *overrides)
+    codes = run.wait()
+    assert codes == [0] * size, (run.out, run.failures)
+    return run.out
+
+
+def lines(folder: Path) -> list[dict]:
+    """A run's metrics, without those that a clock measured."""
+    measured = ("time_", "samples_per", "tokens_per", "tflops", "peak_mem")
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith(measured)} for line in found]
+
+
+def files(checkpoint: Path) -> dict[str, list[int]]:
+    """Size and checksum of what every rank wrote of a checkpoint: its weights, EMA and optimizer."""
+    found = json.loads((checkpoint / "progress.json").read_text())["files"]
+    return {name: entry for name, entry in found.items() if name != ".metadata"}  # torch's index of them

@@ -1,0 +1,155 @@
+"""The arithmetic of a job: names, batches, shares, texts kept; and decoding within a memory bound."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from selfe.encoders.flux_vae import FluxVAE, patchify, starts
+from selfe.inference import job
+from selfe.inference.job import batches, plan, share
+from selfe.inference.prompt_cache import PromptCache
+from selfe.inference.prompts import Request, SamplingDefaults
+from selfe.samplers.euler import Euler
+from selfe.types import TextCond, UserError, packed
+
+
+def requests(*prompts: str, **settings) -> list[Request]:
+    return [Request(prompt, SamplingDefaults(**settings), f"line {i}") for i, prompt in enumerate(prompts)]
+
+
+def test_names_hold_what_decides_the_pixels():
+    (a,) = plan(requests("A red bird, on a branch!", num_steps=4), ["ema"], "flat", ".png")
+    assert a.file.startswith("a-red-bird-on-a-branch_00_")
+    assert a.file.endswith("_steps04.png")
+    changes = [
+        *({"seed": 1}, {"height": 128}, {"width": 128}, {"cfg_scale": 2.0}, {"s_ratio": 0.5}, {"first_sample": 1}),
+        *({"negative_prompt": "blurry"}, {"sampler": Euler()}),
+    ]
+    others = [plan(requests(a.prompt, num_steps=4, **change), ["ema"], "flat", ".png")[0].file for change in changes]
+    others += [
+        plan(requests(prompt, num_steps=4), ["ema"], "flat", ".png")[0].file for prompt in ("鳥", "🐦", a.prompt + ".")
+    ]
+    others += [picture.file for picture in plan(requests(a.prompt, num_steps=(1, 2)), ["live"], "flat", ".png")]
+    assert len({a.file, *others}) == 1 + len(others)
+    (again,) = plan(requests(a.prompt, num_steps=4), ["ema"], "flat", ".png")
+    assert again.file == a.file
+
+
+def test_a_prompt_given_again_is_another_sample():
+    found = plan(requests("a", "b", "a", num_samples=2, num_steps=4), ["ema"], "flat", ".png")
+    assert [(p.prompt, p.sample) for p in found] == [("a", 0), ("a", 1), ("b", 0), ("b", 1), ("a", 2), ("a", 3)]
+    (first, *_), (second, *_) = (plan(requests("a", num_steps=n), ["ema"], "flat", ".png") for n in (4, (4, 8)))
+    assert first.file == second.file
+
+
+def test_absurd_jobs_are_refused():
+    with pytest.raises(UserError, match=r"line 1: more than 2,000,000 pictures"):
+        plan(requests("a", "b", num_samples=100_000, num_steps=tuple(range(1, 20))), ["ema"], "flat", ".png")
+
+
+def test_batches_hold_one_group_and_no_more_than_the_budget():
+    sizes = [(256, 256), (512, 512), (256, 512)]
+    asked = [Request(f"p{i}", SamplingDefaults(height=h, width=w), "") for i in range(40) for h, w in [sizes[i % 3]]]
+    todo = plan(asked, ["ema", "live"], "flat", ".png")
+    made = batches(todo, 8, 4 * 512 * 512, 1)
+    assert sorted(p.file for batch in made for p in batch) == sorted(p.file for p in todo)
+    for batch in made:
+        assert len({p.group for p in batch}) == 1
+        assert len(batch) <= 8
+        assert sum(p.height * p.width for p in batch) <= 4 * 512 * 512
+    assert len(batches(todo, 8, 1, 1)) == len(todo)  # a picture above the budget is a batch of its own
+    assert batches(todo, 8, 4 * 512 * 512, 4) == made  # large enough: the same for any number of processes
+    assert len(batches(todo[:5:5], 8, 512 * 512, 4)) == 1
+    few = plan(requests(*"abcdefgh", num_steps=4), ["ema"], "flat", ".png")
+    assert [len(batch) for batch in batches(few, 16, 10**9, 4)] == [2] * 4  # else nobody waits for one
+
+
+@pytest.mark.parametrize("processes", [1, 3, 8])
+def test_no_process_waits_long(processes):
+    asked = [
+        Request(f"p{i}", SamplingDefaults(height=256 * (1 + i % 2), num_steps=(1, 2, 4, 8, 50)), "") for i in range(300)
+    ]
+    made = batches(plan(asked, ["ema"], "flat", ".png"), 8, 10**9, processes)
+    shares = share(made, processes)
+    assert sorted(id(batch) for part in shares for batch in part) == sorted(map(id, made))
+    loads = [sum(p.cost() for batch in part for p in batch) for part in shares]
+    assert max(loads) < 1.05 * sum(loads) / processes
+    for part in shares:  # the steps of the same prompts follow each other on the same process
+        prompts = [tuple(p.prompt for p in batch) for batch in part]
+        assert sum(a != b for a, b in pairwise(prompts)) == len(set(prompts)) - 1
+
+
+def test_guidance_one_costs_half():
+    (one, five) = plan(requests("a", num_steps=50, cfg_scale=(1, 5)), ["ema"], "flat", ".png")
+    assert one.cost() - job.DECODE * 256**2 == (five.cost() - job.DECODE * 256**2) / 2
+
+
+class Letters:
+    """A text encoder of one token per letter that keeps count."""
+
+    text_dim = pooled_dim = 1
+
+    def __init__(self):
+        self.seen = []
+
+    def load(self, device, shard=None):
+        pass
+
+    def __call__(self, captions):
+        self.seen += captions
+        codes = [torch.tensor([[float(ord(c))] for c in caption + "."]) for caption in captions]
+        return TextCond(packed(torch.cat(codes), [(1, len(c)) for c in codes]), torch.stack([c.sum(0) for c in codes]))
+
+
+def test_texts_are_encoded_once_while_there_is_room():
+    letters = Letters()
+    remembered = PromptCache(letters, max_tokens=12)
+    remembered.load(torch.device("cpu"))
+    for captions in (["abc", "", "abc"], ["de", "abc"], ["", "de"]):
+        found, expected = remembered(captions), Letters()(captions)
+        assert torch.equal(found.text.tokens, expected.text.tokens)
+        assert found.text.grids == expected.text.grids
+        assert torch.equal(found.pooled, expected.pooled)
+    assert letters.seen == ["abc", "", "de"]
+    remembered(["fghijk"])  # 7 tokens more: the longest unused goes, the null prompt stays
+    remembered(["", "de", "abc"])
+    assert letters.seen == ["abc", "", "de", "fghijk", "abc"]
+
+
+@pytest.fixture(scope="module")
+def vae():
+    vae = FluxVAE(skip_pretrained=True, width=32, dtype="fp32", decode_pixels=256 * 256)
+    vae.load(torch.device("cpu"))
+    return vae
+
+
+def test_no_decode_is_larger_than_its_bound(vae):
+    seen = []
+    hook = vae.net["decoder"].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    rng = torch.Generator().manual_seed(0)
+    latents = [torch.randn(16, h, w, generator=rng) for h, w in [(16, 16)] * 5 + [(40, 36)]]
+    pictures = vae.decode(patchify(latents))
+    hook.remove()
+    assert [tuple(p.shape) for p in pictures] == [(3, 128, 128)] * 5 + [(3, 320, 288)]
+    assert [shape[0] for shape in seen[:2]] == [4, 1]
+    assert all(b * h * w * 64 <= 256 * 256 for b, _, h, w in seen)
+    assert len(seen) == 2 + 4
+
+
+def test_tiles_join_without_a_seam(vae):
+    """The normalisations see a tile, not the whole: close, not equal. A seam would be a jump where tiles meet."""
+    z = torch.randn(16, 32, 44, generator=torch.Generator().manual_seed(0))
+    whole, tiled = vae.net["decoder"](z[None])[0], vae.decode_tiled(z)
+    assert (whole - tiled).abs().mean() < 0.2 * whole.std()
+    jumps = [(p[:, :, 1:] - p[:, :, :-1]).abs().mean(dim=(0, 1)) for p in (whole, tiled)]
+    edges = [8 * start for start in starts(44, 32)[1:]] + [8 * (start + 32) for start in starts(44, 32)[:-1]]
+    for edge in edges:
+        assert jumps[1][edge - 1] < 1.25 * jumps[0][edge - 1]
+
+
+def test_tiles_cover_a_line():
+    for length in range(1, 200):
+        found = starts(length, 32)
+        assert (found[0], found[-1]) == (0, max(length - 32, 0))
+        assert all(0 < b - a <= 32 - 8 for a, b in pairwise(found))

@@ -1,0 +1,153 @@
+"""Prompt files: what is read, and one clear line for each of many that cannot be."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from selfe.inference.prompts import SamplingDefaults, from_file, from_list
+from selfe.samplers.euler import Euler
+from selfe.types import UserError
+
+DEFAULTS = SamplingDefaults(num_steps=(1, 4), height=256, width=256)
+
+
+def read(folder: Path, name: str, content: str | bytes) -> list:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return from_file(path, DEFAULTS, 16)
+
+
+def line(**keys) -> str:
+    return json.dumps({"prompt": "a cat"} | keys)
+
+
+def test_text(tmp_path):
+    found = read(tmp_path, "p.txt", "\ufeff a cat \r\n\r\n{not json}\n🐦 Vögel, 鳥\n<img src=x onerror=alert(1)>")
+    assert [request.prompt for request in found] == [
+        "a cat",
+        "{not json}",
+        "🐦 Vögel, 鳥",
+        "<img src=x onerror=alert(1)>",
+    ]
+    assert [request.where.rpartition("line ")[2] for request in found] == ["1", "3", "4", "5"]
+    assert all(request.settings is not None and request.settings == DEFAULTS for request in found)
+
+
+def test_jsonl(tmp_path):
+    keys = {"seed": 3, "aspect": "16:9", "num_steps": 8, "cfg_scale": [1, 3.5], "s_ratio": 0.5, "num_samples": 4}
+    (full, plain) = read(tmp_path, "p.jsonl", line(sampler="euler", negative_prompt="blurry", **keys) + "\n" + line())
+    settings = full.settings
+    assert (settings.seed, settings.num_steps, settings.num_samples) == (3, (8,), 4)
+    assert (settings.cfg_scale, settings.s_ratio, settings.negative_prompt) == ((1.0, 3.5), (0.5,), "blurry")
+    assert (settings.height, settings.width) == (192, 336)
+    assert isinstance(settings.sampler, Euler)
+    assert plain.settings == DEFAULTS
+    (other,) = read(tmp_path, "p.jsonl", line(eta=0.25))
+    assert (type(other.settings.sampler), other.settings.sampler.eta) == (type(DEFAULTS.sampler), 0.25)
+
+
+def test_tsv(tmp_path):
+    table = "path\tprompt\tseed\tnum_steps\taspect\nx.jpg\ta cat\t\t[1, 2]\t2:1\nx.jpg\t12\t7\t3\t\n"
+    first, second = read(tmp_path, "p.TSV", table)
+    assert (first.prompt, first.settings.seed, first.settings.num_steps) == ("a cat", 0, (1, 2))
+    assert (first.settings.height, first.settings.width) == (176, 368)
+    assert (second.prompt, second.settings.seed, second.settings.num_steps) == ("12", 7, (3,))
+
+
+def test_geneval(tmp_path):
+    said = {"tag": "counting", "include": [{"class": "cup", "count": 3}], "exclude": [], "prompt": "three cups"}
+    (request,) = read(tmp_path, "evaluation_metadata.jsonl", json.dumps(said))
+    assert (request.prompt, request.extra, request.settings) == ("three cups", said, DEFAULTS)
+
+
+def test_a_list():
+    assert [request.prompt for request in from_list(["a", " b"], DEFAULTS, 16)] == ["a", "b"]
+
+
+MALFORMED = {
+    "nothing": ("p.txt", "", "is empty"),
+    "blank lines": ("p.txt", " \n\t\n\r\n", "is empty"),
+    "a byte order mark alone": ("p.txt", "\ufeff", "is empty"),
+    "UTF-16": ("p.txt", "a cat".encode("utf-16"), "UTF-16"),
+    "UTF-16, big end first": ("p.jsonl", b"\xfe\xff" + line().encode("utf-16-be"), "UTF-16"),
+    "Latin-1": ("p.txt", "a cat\nV\xf6gel".encode("latin-1"), "line 2: not UTF-8 at byte 1"),
+    "half a character": ("p.txt", "🐦".encode()[:3], "line 1: not UTF-8"),
+    "a picture": ("p.txt", b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", "line 1: not UTF-8"),
+    "zeros": ("p.txt", b"a\0cat", r"U\+0000"),
+    "an escape sequence": ("p.txt", "a \x1b[31mcat", r"U\+001B"),
+    "a table named .txt": ("p.txt", "x.jpg\ta cat", r"U\+0009 \(a table"),
+    "a line separator": ("p.txt", "a\u2028cat", r"U\+2028"),
+    "1 MB in a line of text": ("p.txt", "a" * 2**20, "1048576 characters"),
+    "1 MB in a line of JSON": ("p.jsonl", line(prompt="a" * 2**20), "1048604 characters|1048576 characters"),
+    "1 MB that is no JSON": ("p.jsonl", "[" * 2**20, "line 1: not JSON"),
+    "1 MB of an unknown key": ("p.jsonl", line(**{"k" * 2**20: 1}), "kkk ... wn key; valid keys: prompt"),
+    "1 MB of a number": ("p.jsonl", '{"prompt": "a", "seed": ' + "9" * 2**20 + "}", "line 1: not JSON"),
+    "another suffix": ("p.csv", "a cat", "a prompt file is .txt"),
+    "no JSON": ("p.jsonl", line() + "\na cat", "line 2: not JSON"),
+    "half a line": ("p.jsonl", line()[:-1], "line 1: not JSON"),
+    "a list": ("p.jsonl", '["a cat"]', "expected an object"),
+    "a number": ("p.jsonl", "3", "expected an object"),
+    "a key twice": ("p.jsonl", '{"prompt": "a", "prompt": "b"}', "given twice"),
+    "no prompt": ("p.jsonl", '{"seed": 1}', "prompt: missing"),
+    "an empty prompt": ("p.jsonl", line(prompt="  "), "prompt: it is empty"),
+    "a prompt that is a number": ("p.jsonl", line(prompt=3), "prompt: expected str"),
+    "a prompt of two lines": ("p.jsonl", line(prompt="a\nb"), r"U\+000A"),
+    "half of a surrogate pair": ("p.jsonl", '{"prompt": "\\ud83d"}', r"U\+D83D"),
+    "an unknown key": ("p.jsonl", line(num_step=3), "did you mean num_steps"),
+    "a word for a number": ("p.jsonl", line(seed="one"), "seed: expected int"),
+    "a truth for a number": ("p.jsonl", line(num_samples=True), "num_samples: expected int"),
+    "a fraction of steps": ("p.jsonl", line(num_steps=2.5), r"num_steps\[0\]: expected int"),
+    "negative steps": ("p.jsonl", line(num_steps=[4, -1]), "num_steps: -1 is not between 1 and"),
+    "no steps": ("p.jsonl", line(num_steps=0), "num_steps: 0 is not between 1 and"),
+    "a million steps": ("p.jsonl", line(num_steps=10**6), "num_steps: 1000000 is not between 1 and"),
+    "an empty sweep": ("p.jsonl", line(num_steps=[]), "num_steps: an empty list"),
+    "a sweep with a value twice": ("p.jsonl", line(cfg_scale=[3, 3]), "names a value twice"),
+    "a negative seed": ("p.jsonl", line(seed=-1), "seed: -1 is not between"),
+    "no samples": ("p.jsonl", line(num_samples=0), "num_samples: 0 is not between"),
+    "not a number": ("p.jsonl", '{"prompt": "a", "cfg_scale": NaN}', "NaN is not a number"),
+    "infinite guidance": ("p.jsonl", '{"prompt": "a", "cfg_scale": 1e999}', "cfg_scale: inf is not between"),
+    "an s ratio above 1": ("p.jsonl", line(s_ratio=1.5), "s_ratio: 1.5 is not between 0 and 1"),
+    "a size between patches": ("p.jsonl", line(height=250), "height: 250 is not a multiple of 16"),
+    "a negative size": ("p.jsonl", line(height=-16), "height -16"),
+    "an absurd size": ("p.jsonl", line(height=160000, width=160000), "at most 16777216 pixels"),
+    "an aspect that is none": ("p.jsonl", line(aspect="wide"), "expected width:height"),
+    "an absurd aspect": ("p.jsonl", line(aspect="1000:1"), "is not between 1:16 and 16:1"),
+    "aspect and size": ("p.jsonl", line(aspect="1:1", height=256), "either aspect, or"),
+    "an unknown sampler": ("p.jsonl", line(sampler="eulr"), "no sampler 'eulr'; euler and renoise"),
+    "a sampler from elsewhere": ("p.jsonl", line(sampler="os.system"), "no sampler 'os.system'"),
+    "eta for a sampler without": ("p.jsonl", line(sampler="euler", eta=1), "euler does not take eta"),
+    "eta out of range": ("p.jsonl", line(eta=2), "eta must be in"),
+    "a negative prompt without end": ("p.jsonl", line(negative_prompt="a" * 5000), "negative_prompt: 5000 characters"),
+    "columns without a prompt": ("p.tsv", "path\tcaption\nx.jpg\ta cat", "line 1: the first line must name"),
+    "a column twice": ("p.tsv", "prompt\tprompt\na\tb", "each once"),
+    "a manifest without a first line": ("p.tsv", "x.jpg\ta cat", "the first line must name the columns"),
+    "too few cells": ("p.tsv", "prompt\tseed\na cat\t1\na dog", "line 3: 1 cells, but the first line names 2"),
+    "a cell of the wrong type": ("p.tsv", "prompt\tseed\na cat\tone", "line 2: seed: expected int"),
+    "columns and nothing else": ("p.tsv", "prompt\tseed\n", "is empty"),
+    "GenEval without a prompt": ("p.jsonl", '{"tag": "x", "include": []}', "prompt: missing"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed(name, tmp_path):
+    file, content, words = MALFORMED[name]
+    with pytest.raises(UserError, match=words) as caught:
+        read(tmp_path, file, content)
+    message = str(caught.value)
+    assert message.startswith(str(tmp_path / file))
+    assert len(message.splitlines()) == 1
+    assert len(message) < 700
+
+
+def test_all_bad_lines_are_counted(tmp_path):
+    with pytest.raises(UserError, match=r"line 2: .* \(and 2 more bad lines\)"):
+        read(tmp_path, "p.jsonl", "\n".join([line(), "x", line(seed=-1), line(), "y"]))
+
+
+def test_files_that_are_not_there(tmp_path):
+    with pytest.raises(UserError, match="no such prompt file"):
+        from_file(tmp_path / "p.txt", DEFAULTS, 16)
+    (tmp_path / "folder.txt").mkdir()
+    with pytest.raises(UserError, match="no such prompt file"):
+        from_file(tmp_path / "folder.txt", DEFAULTS, 16)

@@ -1,0 +1,351 @@
+"""What selfe plan says of a run, against the run itself."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from selfe import cli, config
+from selfe.distributed import activation_checkpoint, fsdp
+from selfe.distributed.collectives import World
+from selfe.rng import SampleRNG
+from selfe.tools.plan import command as plan
+from selfe.tools.plan import job as plan_job
+from selfe.tools.plan import page as plan_page
+from selfe.tools.plan import ranks as plan_ranks
+from selfe.tools.plan import step as plan_step
+from selfe.tools.plan.step import META
+from selfe.train import Trainer
+from selfe.types import Batch, UserError
+from tests.helpers.ranks import on_ranks
+
+ROOT = Path(__file__).parents[2]
+TINY, SMOKE, MINI = "tests/helpers/tiny.yaml", "configs/debug/selfe_smoke.yaml", "configs/mini/selfe.yaml"
+RANDOM = [f"system.{part}.params.skip_pretrained=true" for part in ("text_encoder", "autoencoder")]
+SMALL = [*RANDOM, "trainer.total_batch_size=4", "trainer.micro_batch_size=4", "data.params.pixels=1024"]
+
+
+@pytest.fixture(autouse=True)
+def at_home(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def build(path: str, overrides: list[str]):
+    settings = config.load(path, overrides)
+    with META:
+        system = config.build(settings, "system")
+    return system, config.build(settings, "data"), config.build(settings, "trainer"), settings["seed"]
+
+
+def measured(path: str, overrides: list[str], batch: Batch, rng: SampleRNG, step: int) -> plan_step.Step:
+    """What the plan measures, of a batch that exists."""
+    system, _, trainer, _ = build(path, overrides)
+    system.load_encoders(META)
+    setting = {"precision": trainer.precision, "activation_checkpointing": trainer.activation_checkpointing}
+    return plan_step.measure(system, batch.to(META), rng, step, **setting)
+
+
+@pytest.mark.parametrize(
+    ("path", "overrides", "step", "parts"),
+    [
+        (SMOKE, SMALL, 5, {"self-evaluation", "recomputed", "autoencoder", "text_encoder.t5", "text_encoder.clip"}),
+        (SMOKE, [*SMALL, "trainer.activation_checkpointing=2"], 9, {"auxiliary", "auxiliary, backward", "recomputed"}),
+        (MINI, ["trainer.total_batch_size=8", "trainer.micro_batch_size=8"], 5, {"flow matching, backward"}),
+    ],
+    ids=["smoke", "auxiliary", "mini"],
+)
+def test_operations_are_those_of_a_training_step(path, overrides, step, parts, tmp_path, alone):
+    overrides = [*overrides, f"trainer.output_dir={tmp_path}"]
+    system, data, trainer, seed = build(path, overrides)
+    fit = Trainer(trainer, system, data, seed, alone)
+    order = [(step, 0)] * 2
+    fit.step(step, iter([fit.part("train")[at] for at in order[:1]]), lambda: 0)  # the first also counts for the clock
+    with FlopCounterMode(display=False) as counter:
+        fit.step(step, iter([fit.part("train")[at] for at in order[1:]]), lambda: 0)
+    batch = fit.part("train")[order[0]]
+    found = measured(path, overrides, batch, SampleRNG.of_step(seed, step, batch.positions), step)
+    assert sum(found.flops.values()) == counter.get_total_flops()
+    assert parts <= found.flops.keys()
+    assert ("recomputed" in found.flops) == bool(trainer.activation_checkpointing)
+
+
+# ---- memory and traffic ----
+
+
+class Collectives(TorchDispatchMode):
+    """Bytes that collective calls hand over: all that is gathered, all that is scattered, what is reduced in place."""
+
+    KINDS = {"_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter", "allreduce_": "all_reduce"}  # noqa: RUF012
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if kind := self.KINDS.get(function._schema.name.removeprefix("c10d::")):
+            whole = {"all_gather": 0, "reduce_scatter": 1, "all_reduce": 0}[kind]
+            tensors = arguments[whole] if isinstance(arguments[whole], (list, tuple)) else [arguments[whole]]
+            self.bytes[kind] += sum(tensor.nbytes for tensor in tensors)
+        return function(*arguments, **(keywords or {}))
+
+
+def bytes_of_a_rank(world: World, overrides: list[str], step: int) -> dict[str, int]:
+    """After a step of the real trainer: what this rank holds, and what forward and backward passes sent."""
+    system, data, trainer, seed = build(TINY, overrides)
+    fit = Trainer(trainer, system, data, seed, world)
+    fit.step(step, iter([fit.part("train")[step, 0]]), lambda: 0)
+    batch = fit.part("train")[step, 0]
+    with Collectives() as sent:
+        loss = system.loss(fit.net, fit.ema, batch, SampleRNG.of_step(seed, step, batch.positions), step)
+        loss.per_sample.mean().backward()
+    states = fit.optimizer.state.values()
+    held = {
+        "parameters": sum(fsdp.local(p).nbytes for p in fit.net.parameters()),
+        "gradients": sum(fsdp.local(p.grad).nbytes for p in fit.net.parameters()),
+        "optimizer": sum(fsdp.local(value).nbytes for state in states for value in state.values()),
+        "ema": sum(fsdp.local(p).nbytes for p in fit.ema.parameters()),
+        "encoders": sum(
+            fsdp.local(tensor).nbytes
+            for encoder in (system.text_encoder, system.autoencoder)
+            for network in plan_step.networks(encoder).values()
+            for tensor in (*network.parameters(), *network.buffers())
+        ),
+    }
+    return held | {f"sent {kind}": size for kind, size in sent.bytes.items()}
+
+
+@pytest.mark.parametrize(
+    ("size", "overrides", "step"),
+    [
+        (2, [], 5),
+        (2, ["trainer.shard_text_encoder=true", "trainer.activation_checkpointing=false"], 2),
+        (2, ["trainer.gathering={reshard_after_forward: false}"], 5),
+        (4, ["trainer.gathering={reshard_after_forward: 2}"], 5),
+        (4, ["trainer.shard_size=2"], 5),
+    ],
+    ids=["2", "2, T5 cut too", "2, blocks stay whole", "4, blocks stay cut over 2", "4 in groups of 2"],
+)
+def test_a_rank_holds_and_sends_what_the_plan_says(size, overrides, step, tmp_path):
+    overrides = [*RANDOM, f"trainer.output_dir={tmp_path}", f"trainer.total_batch_size={2 * size}", *overrides]
+    found = on_ranks(size, bytes_of_a_rank, overrides, step)
+    job = plan_job.load(TINY, overrides)
+    share = plan_ranks.share(job.system, job.trainer, size, job.loaded, job.later)
+    for name in ("parameters", "gradients", "optimizer", "ema", "encoders"):
+        assert getattr(share, name) == pytest.approx(found[name], rel=0.01), name
+        assert found[name] > 0
+    calls = plan_job.run(job, [((32, 32), 1)], 2, step, False).calls
+    payload = plan_ranks.payloads(share, calls)
+    assert payload == {kind: found.get(f"sent {kind}", 0) for kind in payload}
+    assert payload["all_gather"] > payload["reduce_scatter"] > 0
+
+
+def kept_and_peak(overrides: list[str], step: int) -> tuple[int, int]:
+    """Of a real micro-batch in this process: bytes that autograd keeps, by the storages it is handed, and the most that
+    the allocator has given out at once after the encoders are done, by torch's profiler."""
+    system, data, trainer, seed = build(TINY, overrides)
+    net = system.backbone.to_empty(device="cpu")
+    for name, parameter in net.named_parameters():
+        parameter.data.copy_(net.initial(name, parameter.shape, seed))
+    system.load_encoders(torch.device("cpu"))
+    activation_checkpoint.apply_activation_checkpointing(net, trainer.activation_checkpointing)
+    for parameter in net.parameters():
+        parameter.register_post_accumulate_grad_hook(plan_step.drop_grad)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
+    batch = data.batch(seed, step, range(4 * step, 4 * step + 4), range(4), "train").to(torch.device("cpu"))
+    rng, kept = SampleRNG.of_step(seed, step, batch.positions), {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.is_floating_point() and storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    conds = system.encode(system.objective.captions(batch.prompts, rng, step))
+    x0 = system.autoencoder.encode(batch.images, rng)
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = system.objective(net, net, x0, conds, rng, step).per_sample.mean()
+    loss.backward()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        system.objective(net, net, x0, conds, rng, step).per_sample.mean().backward()
+    now = peak = 0
+    for event in sorted(found.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return sum(kept.values()), peak
+
+
+def planned_kept_and_peak(every: str, step: int) -> tuple[plan_step.Step, int, int]:
+    overrides = [*SMALL, f"trainer.activation_checkpointing={every}"]
+    overrides += ["system.backbone.params.num_double_blocks=2", "system.backbone.params.num_single_blocks=3"]
+    _, data, _, seed = build(TINY, overrides)
+    batch = data.batch(seed, step, range(4 * step, 4 * step + 4), range(4), "train")
+    planned = measured(TINY, overrides, batch, SampleRNG.of_step(seed, step, batch.positions), step)
+    return planned, *kept_and_peak(overrides, step)
+
+
+@pytest.mark.parametrize(
+    ("step", "every"), [(0, "true"), (5, "false"), (5, "2"), (5, "true")], ids=lambda value: str(value)
+)
+def test_activations_are_what_autograd_keeps(every, step):
+    planned, kept, peak = planned_kept_and_peak(every, step)
+    assert planned.saved == pytest.approx(kept, rel=0.02)
+    assert planned.peak == pytest.approx(peak, rel=0.02)
+
+
+def test_the_peak_of_selective_checkpointing_is_the_allocators():
+    """What it keeps goes past autograd, so only the peak, which holds it, can be measured."""
+    planned, _, peak = planned_kept_and_peak("selective", 5)
+    assert planned.peak == pytest.approx(peak, rel=0.02)
+
+
+# ---- the whole plan ----
+
+
+@pytest.fixture(scope="module")
+def paper() -> dict:
+    """The 2B model on 8 GPUs of 80 GB, before its later phases."""
+    shorter = ["data.params.phases=[]", "trainer.phases=[]", "trainer.max_steps=300000"]
+    return plan.plan("configs/train/selfe.yaml", shorter, gpus=8)
+
+
+def test_the_plan_of_the_paper_names_a_micro_batch(paper):
+    """Neither pictures nor weights are here."""
+    assert paper["parameters"]["denoiser"] == 2_247_716_928
+    assert paper["parameters"]["text_encoder.t5"] == pytest.approx(4.762e9, rel=1e-3)
+    (own,) = (variant for variant in paper["memory"]["variants"] if variant["configured"])
+    most, divides = own["largest_micro_batch"], own["largest_that_divides"]
+    assert most >= divides >= 32
+    assert 1024 % (8 * divides) == 0
+    assert own["peak"] < paper["memory"]["usable"]
+    assert paper["memory"]["parameters"] == pytest.approx(2_247_716_928 * 4 / 8, rel=0.01)
+    assert paper["storage"]["latents_per_picture"]["256x256"] == {"cached": 65536, "one_sample": 32768}
+    assert paper["storage"]["text_per_token"] == 8192
+    (phase,) = paper["phases"]
+    assert phase["picture_tokens"] == 1024 * 256
+    assert phase["text_tokens"] == 1024 * 77
+    assert phase["calls"] == {"flow matching": 4, "self-evaluation": 8}
+    hours = phase["useful_flops"] * 300_000 / (989e12 * 0.35 * 3600)
+    assert paper["gpu_hours"] == pytest.approx(hours)
+    assert paper["days"] == pytest.approx(hours / 8 / 24)
+    assert any("encoders take" in line for line in paper["warnings"])
+
+
+def test_text_says_what_the_numbers_say(paper):
+    text = plan_page.text(paper)
+    for piece in (
+        "2,247.717 M",
+        "64 KiB",
+        "8 KiB",
+        "every block *",
+        f"{paper['gpu_hours']:,.0f} GPU-hours",
+        "warning: ",
+    ):
+        assert piece in text, piece
+
+
+def test_checkpointing_trades_operations_for_memory(paper):
+    off, second, selective, every = paper["memory"]["variants"]
+    assert off["activations"] > second["activations"] > 2 * every["activations"]
+    assert off["activations"] > selective["activations"] > 2 * every["activations"]
+    assert off["largest_micro_batch"] < selective["largest_micro_batch"] < every["largest_micro_batch"]
+    assert off["largest_micro_batch"] < second["largest_micro_batch"] < every["largest_micro_batch"]
+
+
+def mini(*overrides: str, **options) -> dict:
+    return plan.plan("configs/mini/selfe.yaml", overrides, **{"gpus": 1} | options)
+
+
+def test_warnings_appear_where_they_should(monkeypatch):
+    assert mini()["warnings"] == []
+    many = mini(gpus=1024)["warnings"]
+    for words in ("is not a multiple of micro_batch_size", "1023 of 1024 GPUs are idle", "ranks hold no parameter"):
+        assert any(words in line for line in many), (words, many)
+    monkeypatch.setitem(plan.GPUS, "a100", ("A100", 1e-6))
+    small = mini("trainer.micro_batch_size=1", gpu="a100")["warnings"]
+    for words in ("multiple of 2, got 1", "does not fit"):
+        assert any(words in line for line in small), (words, small)
+
+
+def test_phases_follow_objective_batch_and_data(tmp_path):
+    path = tmp_path / "later.yaml"
+    path.write_text(
+        f"base: {ROOT / TINY}\n"
+        "data: {params: {train_manifest: nowhere.tsv, val_manifest: null, "
+        "phases: [{step: 6, pixels: [1024, 4096], shares: [3, 1]}]}}\n"
+        "trainer: {phases: [{step: 8, total_batch_size: 16}]}\n"
+    )
+    found = plan.plan(str(path), RANDOM, gpus=2, caption_tokens=5)["phases"]
+    assert [(phase["start"], phase["end"], phase["batch"]) for phase in found] == [
+        (0, 4, 8),
+        (4, 6, 8),
+        (6, 8, 8),
+        (8, 12, 16),
+    ]
+    assert found[2]["pictures"] == {"32x32": 3, "64x64": 1}
+    assert found[2]["picture_tokens"] == 6 * 4 + 2 * 16
+    assert "auxiliary" not in found[0]["calls"]
+    assert found[3]["calls"]["auxiliary"] == 4
+    assert found[3]["flops"]["flow matching"] == 2 * found[2]["flops"]["flow matching"]
+
+
+def test_a_cached_run_loads_no_encoder(tmp_path):
+    system = config.load(TINY, RANDOM)["system"]
+    wrapped = {
+        "text_encoder": ("selfe.encoders.cached_text.CachedText", "encoder"),
+        "autoencoder": ("selfe.encoders.cached_latents.CachedLatents", "autoencoder"),
+    }
+    parts = {
+        name: {"module": module, "params": {"cache_dir": "nowhere", inner: config.plain(system[name])}}
+        for name, (module, inner) in wrapped.items()
+    }
+    path = tmp_path / "cached.yaml"
+    path.write_text(json.dumps({"base": str(ROOT / TINY), "system": parts}))
+    live, cached = plan.plan(TINY, RANDOM, gpus=2), plan.plan(str(path), gpus=2)
+    assert cached["memory"]["encoders"] == 0 < live["memory"]["encoders"]
+    assert cached["gpu_hours"] == pytest.approx(sum(phase["gpu_hours_cached"] for phase in live["phases"]))
+    assert cached["gpu_hours"] < live["gpu_hours"]
+    assert not any("encoders take" in line for line in cached["warnings"])
+
+
+def test_a_thousand_ranks_take_no_longer():
+    job = plan_job.load(TINY, [*RANDOM, "trainer.shard_size=8"])
+    calls = plan_job.run(job, [((32, 32), 1)], 2, 5, False).calls
+    found = {size: plan_ranks.share(job.system, job.trainer, size, job.loaded) for size in (8, 64, 1024)}
+    assert found[8].parameters == found[64].parameters == found[1024].parameters
+    sent = {size: plan_ranks.traffic(share, calls) for size, share in found.items()}
+    assert sent[8]["all_reduce"] == 0 < sent[64]["all_reduce"] < sent[1024]["all_reduce"]
+    assert sent[8]["all_gather"] == sent[1024]["all_gather"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"gpus": 0}, "--gpus: 0 is too small; must be at least 1"),
+        ({"gpu": "h1000"}, "--gpu: 'h1000' is unknown; choose one of b200"),
+        ({"mfu": 35.0}, "--mfu: 35.0 is not between 0 and 1"),
+        ({"caption_tokens": 0}, "--caption-tokens: 0 is not"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(options, words):
+    with pytest.raises(UserError, match=words) as error:
+        mini(**options)
+    assert "\n" not in str(error.value)
+
+
+def test_groups_that_cannot_be_formed_are_told():
+    with pytest.raises(UserError, match="8 processes cannot form groups of 3"):
+        mini("trainer.shard_size=3", gpus=8)
+
+
+def test_the_command(capsys):
+    cli.run(["plan", "configs/mini/selfe.yaml", "--gpus", "4", "trainer.micro_batch_size=24", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["phases"][0]["micro_batches"] == 1
+    assert plan_page.text(found).startswith("configs/mini/selfe.yaml on 4 x H100")

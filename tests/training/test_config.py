@@ -1,0 +1,281 @@
+"""Configuration: merging, typing and strictness, every mistake one line with file, key path and remedy."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+import yaml
+
+from selfe import config
+from selfe.objectives.self_evaluation import SelfEvaluation
+from selfe.samplers.renoise import Renoise
+from selfe.types import UserError
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = [path for path in sorted(ROOT.glob("configs/*/*.yaml")) if path.name != "short.yaml"]  # laid over others
+SMOKE = ROOT / "configs/debug/selfe_smoke.yaml"
+
+
+@dataclass(frozen=True)
+class Section:
+    size: int = 3
+
+
+class Part:
+    """What a swappable part may ask for."""
+
+    def __init__(
+        self,
+        needed: str,
+        rate: float = 0.5,
+        flag: bool = False,
+        mode: Literal["a", "b"] = "a",
+        pair: tuple[int, int] = (1, 2),
+        many: tuple[float, ...] = (),
+        maybe: int | None = None,
+        either: str | list[str] = "x",
+        table: dict[str, int] | None = None,
+        section: Section = Section(),
+    ):
+        self.given = locals()
+
+
+def write(folder: Path, **trees: dict) -> Path:
+    for name, tree in trees.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree))
+    return folder / f"{next(iter(trees))}.yaml"
+
+
+def part(**params) -> dict:
+    return {"data": {"module": "tests.training.test_config.Part", "params": {"needed": "yes"} | params}}
+
+
+def error(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        config.load(path, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- what is right
+
+
+@pytest.mark.parametrize("value", [True, False, 1, 0, 8])
+def test_of_two_types_it_is_the_one_that_it_has(value):
+    settings = config.load(SMOKE, [f"trainer.gathering={{reshard_after_forward: {value}}}"])
+    found = settings["trainer"]["gathering"]["reshard_after_forward"]
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_build_without_weights_or_cache(path, monkeypatch):
+    monkeypatch.delenv("SELFE_CACHE_DIR", raising=False)
+    settings = config.load(path)
+    with torch.device("meta"):
+        system = config.build(settings, "system")
+    assert system.backbone.image_in.weight.is_meta
+    for section in {"trainer", "inferencer"} & settings.keys():
+        config.build(settings, section)
+
+
+def test_resolved_settings_load_to_the_same(tmp_path):
+    settings = config.load(SMOKE, ["trainer.lr=1e-4"])
+    config.save(settings, tmp_path / "config.yaml")
+    assert config.load(tmp_path / "config.yaml") == settings
+
+
+def test_later_files_and_then_the_command_line_win(tmp_path):
+    path = write(
+        tmp_path,
+        top={"base": ["left.yaml", "right.yaml"], "data": {"params": {"rate": 3}}},
+        left=part(rate=1, pair=[1, 1], maybe=1),
+        right=part(rate=2, pair=[2, 2]),
+    )
+    params = config.load(path, ["data.params.maybe=7", "seed=5"])["data"]["params"]
+    assert params == {"needed": "yes", "rate": 3.0, "pair": (2, 2), "maybe": 7}
+    assert config.load(path, ["seed=5"])["seed"] == 5
+    assert config.load(path)["seed"] == 0
+
+
+def test_another_module_drops_the_params_of_the_one_it_replaces(tmp_path):
+    path = write(
+        tmp_path,
+        top={"base": "below.yaml", "inferencer": {"defaults": {"sampler": {"module": "selfe.samplers.euler.Euler"}}}},
+        below=yaml.safe_load((ROOT / "configs/infer/selfe.yaml").read_text()) | {"base": []},
+    )
+    sampler = config.load(path)["inferencer"]["defaults"]["sampler"]
+    assert sampler == {"module": "selfe.samplers.euler.Euler", "params": {}}
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({"rate": 2}, 2.0),
+        ({"flag": 1}, True),
+        ({"flag": False}, False),
+        ({"mode": "b"}, "b"),
+        ({"pair": [3, 4]}, (3, 4)),
+        ({"many": [1, 2.5]}, (1.0, 2.5)),
+        ({"maybe": None}, None),
+        ({"either": ["p", "q"]}, ["p", "q"]),
+        ({"table": {"k": 1}}, {"k": 1}),
+        ({"section": {"size": 9}}, Section(9)),
+    ],
+)
+def test_values_arrive_with_their_types(tmp_path, params, expected):
+    given = config.build(config.load(write(tmp_path, top=part(**params))), "data").given
+    (name,) = params
+    assert given[name] == expected
+    assert type(given[name]) is type(expected)
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("3", 3.0), (".inf", float("inf"))])
+def test_numbers_are_numbers(tmp_path, text, value):
+    path = tmp_path / "top.yaml"
+    path.write_text(f"data: {{module: tests.training.test_config.Part, params: {{needed: a, rate: {text}}}}}")
+    assert config.load(path)["data"]["params"]["rate"] == value
+    assert config.load(path, [f"data.params.rate={text}"])["data"]["params"]["rate"] == value
+
+
+def test_environment_is_read_through_the_file(tmp_path, monkeypatch):
+    path = write(tmp_path, top=part(needed="${oc.env:SELFE_TEST_NAME}"))
+    monkeypatch.setenv("SELFE_TEST_NAME", "from outside")
+    assert config.load(path)["data"]["params"]["needed"] == "from outside"
+    monkeypatch.delenv("SELFE_TEST_NAME")
+    assert "SELFE_TEST_NAME" in error(path)
+
+
+def test_ablations_of_table_2_are_overrides():
+    path, key = ROOT / "configs/train/selfe_0.5b.yaml", "system.objective.params"
+
+    def objective(*overrides: str) -> SelfEvaluation:
+        settings = config.load(path, overrides)
+        with torch.device("meta"):
+            return config.build(settings, "system").objective
+
+    paper = objective()
+    assert (paper.batch_multiple, paper.auxiliary(300_000), paper.energy_preserving) == (2, False, True)
+    assert objective(f"{key}.p_equal=1").eval_rows(8, 10) == []
+    assert not objective(f"{key}.energy_preserving=false").energy_preserving
+    assert objective(f"{key}.aux_start_step=0").auxiliary(1)
+
+
+# --- what is wrong
+
+
+def test_unknown_keys_name_their_nearest(tmp_path):
+    path = write(tmp_path, top=part(section={"sise": 3}), other=part(rat=3))
+    assert error(path) == f"{path}: data.params.section.sise: unknown key; did you mean size?"
+    assert "data.params.rat: unknown key; did you mean rate?" in error(tmp_path / "other.yaml")
+    assert "command line: trainer.max_stepz: unknown key; did you mean max_steps?" in error(
+        SMOKE, "trainer.max_stepz=3"
+    )
+    assert "trainerr: unknown section; did you mean trainer?" in error(SMOKE, "trainerr.lr=1")
+    assert "valid keys: needed, rate" in error(write(tmp_path, top=part(zzz=1)))
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"needed": 3}, "data.params.needed: expected str, got int 3"),
+        ({"rate": "fast"}, "data.params.rate: expected float, got str 'fast'"),
+        ({"rate": float("nan")}, "data.params.rate: expected float, got float nan"),
+        ({"rate": True}, "data.params.rate: expected float, got bool True"),
+        ({"flag": "yes"}, "data.params.flag: expected bool, got str 'yes'"),
+        ({"flag": 2}, "data.params.flag: expected bool, got int 2"),
+        ({"maybe": 1.5}, "data.params.maybe: expected int, got float 1.5"),
+        ({"mode": "c"}, "data.params.mode: expected one of 'a', 'b', got 'c'"),
+        ({"pair": [1]}, "data.params.pair: expected 2 values, got 1: [1]"),
+        ({"pair": 1}, "data.params.pair: expected tuple[int, int], got int 1"),
+        ({"many": [1, "x"]}, "data.params.many[1]: expected float, got str 'x'"),
+        ({"either": 3}, "data.params.either: expected str or list[str], got int 3"),
+        ({"table": {"k": "v"}}, "data.params.table.k: expected int, got str 'v'"),
+        ({"section": 3}, "data.params.section: expected a mapping of keys, got 3"),
+        ({"section": {"size": "big"}}, "data.params.section.size: expected int, got str 'big'"),
+    ],
+)
+def test_wrong_types_are_named(tmp_path, params, message):
+    path = write(tmp_path, top=part(**params))
+    assert error(path) == f"{path}: {message}"
+
+
+def test_missing_values_are_named(tmp_path):
+    path = write(tmp_path, top={"data": {"module": "tests.training.test_config.Part", "params": {}}})
+    assert "data.params.needed: missing" in error(path)
+    assert "data.params.needed: missing" in error(write(tmp_path, top=part(needed="???")))
+    with pytest.raises(UserError, match=r"trainer: this section is missing"):
+        config.build(config.load(write(tmp_path, top=part())), "trainer")
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("selfe.nowhere.Thing", "cannot import selfe.nowhere.Thing"),
+        ("selfe.flow.Thing", "'selfe.flow.Thing' is not the dotted path of a class"),
+        ("Thing", "'Thing' is not the dotted path of a class"),
+        (None, "expected a part {module: dotted.path.Class, params: {...}}"),
+    ],
+)
+def test_modules_that_cannot_be_had(tmp_path, module, message):
+    path = write(tmp_path, top={"data": {"module": module}})
+    assert message in error(path)
+    assert str(path) in error(path)
+
+
+def test_a_module_that_fails_to_import_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "fails.py").write_text("import nothing_of_this_name")
+    path = write(tmp_path, top={"data": {"module": "fails.Thing"}})
+    assert "data.module: cannot import fails.Thing: No module named 'nothing_of_this_name'" in error(path)
+
+
+def test_base_files(tmp_path):
+    write(tmp_path, a={"base": "b.yaml"}, b={"base": ["c.yaml"]}, c={"base": "a.yaml"}, lost={"base": "nowhere.yaml"})
+    assert "is a cycle" in error(tmp_path / "a.yaml")
+    assert "lost.yaml: base:" in error(tmp_path / "lost.yaml")
+    assert "nowhere.yaml: no such config file" in error(tmp_path / "lost.yaml")
+    assert "no such config file" in error(tmp_path / "nothing.yaml")
+    assert "give a file name or a list of file names" in error(write(tmp_path, odd={"base": 3}))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"data: [1, 2", "line 2: not valid YAML"),
+        (b"data: {a: 1}\n  b: 2", "line 2: not valid YAML"),
+        (b"- 1\n- 2", "must be a mapping of sections"),
+        (b"data: \xff\xfe", "not a YAML file in UTF-8"),
+        (b"seed: ${nowhere}", "nowhere"),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path, content, message):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    assert message in error(path)
+    assert str(path) in error(path)
+
+
+@pytest.mark.parametrize("override", ["trainer", "=3", "trainer.lr = 3", "trainer..lr=3", "trainer.betas=[1"])
+def test_overrides_that_are_none(override):
+    assert error(SMOKE, override).startswith(f"command line: {override!r}")
+
+
+def test_a_value_the_constructor_refuses_is_named(tmp_path):
+    path = write(tmp_path, top={"data": {"module": "selfe.samplers.renoise.Renoise", "params": {"eta": 2}}})
+    with pytest.raises(UserError, match=r"data.params: eta must be in \[0, 1\], got 2.0"):
+        config.build(config.load(path), "data")
+    assert Renoise(1.0).eta == 1
+
+
+def test_the_program_itself_answers_in_one_line(tmp_path):
+    path = write(tmp_path, top={"trainer": {"output_dir": "x", "max_step": 3}})
+    done = subprocess.run(
+        [sys.executable, "-m", "selfe.train", path], capture_output=True, text=True, cwd=ROOT, env=os.environ
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"selfe: error: {path}: trainer.max_step: unknown key; did you mean max_steps?\n"

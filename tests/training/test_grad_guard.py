@@ -1,0 +1,171 @@
+"""Sick gradients: what counts as a spike, and a run that meets two of them."""
+
+import json
+import math
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+from selfe.training.grad_guard import GradGuard, GradGuardConfig
+from selfe.types import UserError
+from tests.helpers.poisoned_objective import HUGE, NAN
+from tests.helpers.train_processes import Run, command, finish, lines
+
+POISONED = (
+    "system.objective.module=tests.helpers.poisoned_objective.PoisonedObjective",
+    "system.objective.params={start_step: 0, tau_steps: 4, aux_start_step: 4}",
+    "trainer.health={warmup: 3}",
+    "trainer.warmup_steps=1",
+    "trainer.checkpoints={keep_last: 9}",
+)
+
+
+def test_a_spike_is_judged_by_what_is_usual():
+    guard = GradGuard(GradGuardConfig(warmup=10, window=20, sigmas=6, factor=5))
+    usual = [1 + 0.1 * math.sin(n) for n in range(30)]
+    assert all(guard.accepts(norm, 1.0) for norm in usual[:9])
+    assert guard.limit() == math.inf  # too early to know
+    assert guard.accepts(1e3, 1.0)
+    assert all(guard.accepts(norm, 1.0) for norm in usual)  # one outlier does not move a median
+    assert 4.5 < guard.limit() < 5.5
+    assert not guard.accepts(6.0, 1.0)
+    assert not guard.accepts(math.nan, 1.0)
+    assert not guard.accepts(math.inf, 1.0)
+    assert guard.in_a_row == 3
+    twin = GradGuard(guard.health, json.loads(json.dumps(guard.memory)))
+    assert (twin.limit(), twin.in_a_row) == (guard.limit(), 3)
+    assert guard.accepts(4.0, 1.0)
+    assert guard.in_a_row == 0
+    assert len(guard.norms) == 20
+
+
+def test_wide_spread_makes_a_wide_limit():
+    guard = GradGuard(GradGuardConfig(warmup=10))
+    for n in range(100):
+        assert guard.accepts(math.exp(n % 7 - 3), 1.0)  # norms over a factor of 400
+    assert guard.limit() > 1e3
+    assert GradGuard(GradGuardConfig(sigmas=None), {"norms": [1.0] * 200, "in_a_row": 0}).limit() == math.inf
+
+
+def again(guard: GradGuard) -> GradGuard:
+    """The guard as a resumed run has it."""
+    return GradGuard(guard.health, json.loads(json.dumps(guard.memory)))
+
+
+@pytest.mark.parametrize("jump", [8.0, 1 / 8])
+def test_a_planned_change_of_level_costs_no_step(jump):
+    """And a spike is still one as soon as the new level is known; the same after resuming at every step."""
+    guard = GradGuard(GradGuardConfig(warmup=10))
+    for number, level in enumerate((1.0, jump, 1.0)):
+        assert (guard.enter(f"phase {number}") is None) == (number == 0)
+        for step in range(20):
+            assert guard.accepts(level * (1 + 0.1 * math.sin(step)), 1.0)
+            guard = again(guard)
+            assert guard.enter(f"phase {number}") is None
+        assert not guard.accepts(6 * level, 1.0)
+    assert guard.skipped == 3
+
+
+def test_an_unplanned_level_that_lasts_is_adopted():
+    guard = GradGuard(GradGuardConfig(warmup=10, adopt_after=5, max_skips=8))
+    assert all(guard.accepts(1.0, 0.5) for _ in range(20))
+    taken = []
+    for step in range(10):
+        taken.append(guard.accepts(8 + 0.1 * step, 0.6))
+        guard.check(step, 8.0)
+        guard = again(guard)
+    assert taken == [False] * 4 + [True] * 6
+    assert guard.skipped == 4
+
+
+@pytest.mark.parametrize("kind", ["risen loss", "growing norms", "not finite"])
+def test_divergence_ends_the_run(kind):
+    guard = GradGuard(GradGuardConfig(warmup=10, adopt_after=5, max_skips=8))
+    assert all(guard.accepts(1.0, 0.5) for _ in range(20))
+    outcomes = {
+        "risen loss": lambda step: (8.0, 3.0),
+        "growing norms": lambda step: (8.0 * 3**step, 0.5),
+        "not finite": lambda step: (8.0, math.nan),
+    }
+    for step in range(8):
+        guard.check(step, 8.0)
+        assert not guard.accepts(*outcomes[kind](step))
+    with pytest.raises(UserError, match="8 steps in a row were skipped"):
+        guard.check(8, 8.0)
+
+
+CHANGES = (
+    "system.objective.module=tests.helpers.poisoned_objective.JumpingObjective",
+    "system.objective.params={start_step: 5, tau_steps: 2, aux_start_step: 12}",
+    "trainer.phases=[{step: 18, total_batch_size: 16}]",
+    "data.params.phases=[{step: 24, pixels: [2304]}]",
+    "trainer.health={warmup: 4, max_skips: 1}",
+    "trainer.max_steps=30",
+    "trainer.log_every=1",
+)
+
+
+@pytest.mark.parametrize("jump", [8.0, 0.125])
+def test_a_run_whose_loss_batch_and_resolution_change_takes_every_step(tmp_path, jump):
+    """On two processes, and on one that is resumed in the middle of the warm-up of every phase."""
+    changes = (*CHANGES, f"system.objective.params.jump={jump}")
+    printed = finish(tmp_path / "two", 2, *changes)
+    for stop in (7, 14, 20, 26, 30):
+        printed += finish(tmp_path / "one", 1, *changes, f"trainer.stop_step={stop}")
+    for folder in ("one", "two"):
+        assert [line["skipped"] for line in lines(tmp_path / folder)] == [0] * 30
+        assert not (tmp_path / folder / "skipped").exists()
+    for step in (6, 12, 18, 24):
+        assert printed.count(f"step {step}: now ") == 2
+
+
+def test_a_spike_within_a_phase_is_skipped(tmp_path):
+    changes = (*CHANGES, "system.objective.params.spike=17", "trainer.health={warmup: 4, max_skips: 3}")
+    finish(tmp_path, 1, *changes, "trainer.stop_step=20")
+    assert [path.name for path in (tmp_path / "skipped").iterdir()] == ["step_00000017.json"]
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("poisoned")
+    finish(folder, 2, *POISONED)
+    return folder
+
+
+def test_a_run_skips_both_and_goes_on(poisoned, tmp_path):
+    assert [int(path.stem[5:]) for path in sorted((poisoned / "skipped").iterdir())] == [NAN[0], HUGE[0]]
+    found = {line["step"]: line for line in lines(poisoned)}
+    assert sorted(found) == list(range(12))
+    assert "loss" not in found[NAN[0]]
+    assert all(math.isfinite(line["loss"]) for step, line in found.items() if step not in (NAN[0], HUGE[0]))
+    assert found[11]["skipped"] == 2
+    # the same verdicts by one process, and a resumed run remembers what is usual
+    finish(tmp_path, 1, *POISONED, "trainer.stop_step=8")
+    finish(tmp_path, 1, *POISONED)
+    for one, two in zip(lines(tmp_path), lines(poisoned), strict=True):
+        assert ("loss" in one) == ("loss" in two)
+        assert one.get("loss", 0) == pytest.approx(two.get("loss", 0), rel=1e-4)
+
+
+def test_replay(poisoned):
+    """Losses of the skipped batch again, the one that is not a number included."""
+    for step in (NAN[0], HUGE[0]):
+        head, _, *rows, norms = command("replay", str(poisoned), str(step)).splitlines()
+        told = json.loads((poisoned / "skipped" / f"step_{step:08d}.json").read_text())
+        samples = list(chain(*told["micro_batches"]))
+        assert sorted(sample["position"] for sample in samples) == list(range(8))
+        for row, sample in zip(rows, samples, strict=True):
+            position, _, _, then, now = row.split()[:5]
+            assert int(position) == sample["position"]
+            if step == NAN[0]:  # a checkpoint lies just before this step
+                assert float(then) == pytest.approx(float(now), rel=1e-5, nan_ok=True)
+                assert math.isnan(float(now)) == (sample["position"] == NAN[1])
+        assert f"weights after {step // 2 * 2} steps" in head
+        assert f"recorded {told['grad_norm']:.7g}" in norms
+
+
+def test_too_many_in_a_row_stop_the_run(tmp_path):
+    run = Run(tmp_path, 1, *POISONED, "trainer.health={warmup: 3, max_skips: 1}")
+    assert run.wait() == [2]
+    assert "step 6: 1 steps in a row were skipped, gradient norm nan" in run.failures[0]["message"]

@@ -1,0 +1,128 @@
+"""A resumed run is the run: on the same number of processes to the bit, on another within rounding."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from selfe.checkpoint import verify
+from selfe.tools import verify_resume
+from tests.helpers.train_processes import Run, files, finish, lines
+
+HALF, LAST = Path("checkpoints/step_00000004"), Path("checkpoints/step_00000006")
+MEASURED = ("trainer.val_every=6", "trainer.cells_every=6", "trainer.stop_step=6")
+SIZES = (1, 2, 4)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> dict[int, Path]:
+    """The same run on one, two and four processes."""
+    found = {size: tmp_path_factory.mktemp(f"straight_{size}") for size in SIZES}
+    for size, folder in found.items():
+        finish(folder, size, *MEASURED)
+    return found
+
+
+def copy_until(half: Path, source: Path, folder: Path) -> None:
+    """The run folder as it was when it had come so far."""
+    shutil.copytree(source / half, folder / half)
+    shutil.copy(source / "metrics.jsonl", folder)
+    settings = (source / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(settings.replace(str(source), str(folder)))
+
+
+def test_the_same_on_any_number_of_processes(straight):
+    one = lines(straight[1])
+    assert [line["step"] for line in one] == list(range(6))
+    for size in (2, 4):
+        for a, b in zip(one, lines(straight[size]), strict=True):
+            assert a.keys() == b.keys()
+            for name in ("loss", "data_loss", "val_loss", "val_ema_loss"):
+                assert a.get(name) == pytest.approx(b.get(name), abs=1e-5)
+
+
+def test_sharded_in_groups_with_activations_of_every_second_block_kept(straight, tmp_path):
+    """HSDP, 2 x 2: parameters cut over two ranks and copied to two others."""
+    finish(tmp_path, 4, *MEASURED, "trainer.shard_size=2", "trainer.activation_checkpointing=2")
+    for a, b in zip(lines(straight[1]), lines(tmp_path), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+
+
+def test_batch_sizes_by_step(tmp_path):
+    """The sums of a step's parts are those of its whole, and a run goes on in the middle of a phase."""
+    phases = "trainer.phases=[{step: 2, total_batch_size: 4}, {step: 4, lr: 1e-4}]"
+    finish(tmp_path / "one", 1, phases, "trainer.stop_step=6")
+    finish(tmp_path / "two", 2, phases, "trainer.stop_step=3")
+    finish(tmp_path / "two", 2, phases, "trainer.stop_step=6")
+    one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+    assert one[4]["lr"] == 1e-4
+
+
+@pytest.mark.parametrize("load", SIZES)
+@pytest.mark.parametrize("save", SIZES)
+def test_save_on_some_load_on_others(save, load, straight, tmp_path):
+    copy_until(HALF, straight[save], tmp_path)
+    said = finish(tmp_path, load, *MEASURED)
+    assert f"resuming from {tmp_path / HALF}" in said
+    assert "config differs" not in said
+    resumed, expected = lines(tmp_path), lines(straight[save])
+    for a, b in zip(expected, resumed, strict=True):
+        assert a.keys() == b.keys()
+        for name in ("loss", "val_loss", "val_ema_loss"):
+            assert a.get(name) == pytest.approx(b.get(name), abs=1e-5)
+    if save == load:
+        assert resumed == expected
+        assert files(tmp_path / LAST) == files(straight[save] / LAST)
+
+
+def test_a_changed_config_is_shown_and_another_shape_refused(straight, tmp_path):
+    copy_until(HALF, straight[1], tmp_path)
+    said = finish(tmp_path, 1, *MEASURED, "trainer.stop_step=5", "trainer.lr=2e-3")
+    assert "config differs from the run so far: trainer.lr: 0.001 -> 0.002" in said.splitlines()
+    (start,) = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
+    assert set(start["config_changes"]) == {"trainer.stop_step: 6 -> 5", "trainer.lr: 0.001 -> 0.002"}
+    assert start["processes"] == 1
+    assert "torch==" in (tmp_path / "packages.txt").read_text()
+    wide = ("system.backbone.params.width=96", "system.backbone.params.rope_axes=[8, 16, 24]")
+    run = Run(tmp_path, 1, *wide)
+    assert run.wait() == [2]
+    assert "the checkpoint has" in run.failures[0]["message"]
+    assert verify.is_complete(tmp_path / HALF)
+
+
+def test_init_from_chosen_parts(straight, tmp_path):
+    """`step` counts on, `model` alone gives EMA the same weights, and the origin stays as it is."""
+    origin = straight[1] / HALF
+    parts = f"trainer.init_from={{path: {origin}, parts: [model, ema, optimizer, step]}}"
+    every = finish(tmp_path / "all", 1, *MEASURED, parts)
+    assert f"starting from model, ema, optimizer, step of {origin}" in every
+    assert files(tmp_path / "all" / LAST) == files(straight[1] / LAST)
+    start = f"trainer.init_from={{path: {origin.parent}, parts: [model]}}"
+    finish(tmp_path / "model", 1, start, "trainer.stop_step=1", "trainer.lr=1e-9", "trainer.ema_decay=0")
+    (line,) = lines(tmp_path / "model")
+    assert line["step"] == 0
+    assert line["ema_distance"] == 0
+    run = Run(tmp_path / "none", 1, f"trainer.init_from={{path: {tmp_path}/nowhere}}")
+    assert run.wait() == [2]
+    assert "no such checkpoint directory" in run.failures[0]["message"]
+
+
+def test_verify_resume_sees_what_differs(straight, tmp_path):
+    """The comparison at the heart of `selfe verify-resume`: nothing between equals, everything else by name."""
+    twin = tmp_path / "twin"
+    shutil.copytree(straight[1], twin)
+    assert verify_resume.compare(straight[1], twin, 6) == []
+    marker = twin / LAST / verify.MARKER
+    text = marker.read_text()
+    ((_, crc),) = files(twin / LAST).values()
+    marker.write_text(text.replace(str(crc), str(crc + 1)))
+    metrics = (twin / "metrics.jsonl").read_text().splitlines()
+    line = json.loads(metrics[3])
+    metrics[3] = json.dumps(line | {"loss": line["loss"] + 1e-7})
+    (twin / "metrics.jsonl").write_text("\n".join(metrics) + "\n")
+    checkpoint_differs, loss_differs = verify_resume.compare(straight[1], twin, 6)
+    assert checkpoint_differs == "__0_0.distcp of the last checkpoint differs"
+    assert loss_differs.startswith("step 3: loss ")

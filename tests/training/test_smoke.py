@@ -1,0 +1,165 @@
+"""The README's two commands on the bundled photographs, on one and two processes, stopped and resumed."""
+
+import json
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from PIL import Image
+
+from selfe.device import accelerator_count
+from tests.helpers import train_processes
+
+ROOT = Path(__file__).parents[2]
+SMOKE = "configs/debug/selfe_smoke.yaml"
+BARE = {key: value for key, value in os.environ.items() if not key.startswith("SELFE_")}
+ENV = BARE | {"SELFE_SKIP_PRETRAINED": "1"}
+
+
+def run(script: str, processes: int, *overrides: str, env: dict | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [ROOT / script, SMOKE, str(processes), *overrides],
+        cwd=ROOT,
+        env=env or ENV,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def train(folder: Path, processes: int, *overrides: str) -> str:
+    done = run("run.sh", processes, f"trainer.output_dir={folder}", *overrides)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def infer(folder: Path, output: Path, processes: int, *overrides: str) -> dict[str, np.ndarray]:
+    paths = f"inferencer.ckpt_dir={folder}/checkpoints", f"inferencer.output_dir={output}"
+    done = run("infer.sh", processes, *paths, *overrides)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (output / "metadata.jsonl").read_text().splitlines()]
+    assert {line["file"] for line in lines} == {path.name for path in output.glob("*.png")}
+    return {line["file"]: np.asarray(Image.open(output / line["file"]), dtype=int) for line in lines}
+
+
+def losses(folder: Path) -> list[dict]:
+    """The logged steps, without what a clock measured."""
+    return [line for line in train_processes.lines(folder) if "loss" in line]
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint: weights, EMA and optimizer moments."""
+    entries = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    state = {name: torch.empty(entry.size) for name, entry in entries.items() if hasattr(entry, "size")}
+    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    return state
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    said = train(folder, 1)
+    assert f"checkpoint: {folder}/checkpoints/step_00000012" in said
+    assert ("no GPU found" in said) == (accelerator_count() == 0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    train(folder, 2)
+    return folder
+
+
+def test_passes_through_all_phases(one):
+    lines = losses(one)
+    assert [line["step"] for line in lines] == list(range(12))
+    assert all("self_loss" not in line for line in lines[:4])
+    assert all(line["self_loss"] > 0 and line["aux_loss"] == 0 for line in lines[4:8])
+    assert all(line["self_loss"] > 0 and line["aux_loss"] > 0 for line in lines[8:])
+    assert (one / "samples" / "step_00000012.png").is_file()
+    assert (one / "config.yaml").is_file()
+
+
+def test_two_processes_agree_with_one(one, two):
+    for a, b in zip(losses(one), losses(two), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6 if a["step"] == 0 else 1e-4)
+
+
+def test_two_machines_agree_with_one(two, tmp_path):
+    """One process on each of two "machines", meeting over the loopback device by torchrun's variables."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = ENV | {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    command = [ROOT / "run.sh", SMOKE, "1", f"trainer.output_dir={tmp_path}", "trainer.stop_step=1"]
+    nodes = [
+        subprocess.Popen(command, cwd=ROOT, env=env | {"NODE_RANK": str(rank)}, stdout=subprocess.DEVNULL)
+        for rank in range(2)
+    ]
+    assert [node.wait(timeout=300) for node in nodes] == [0, 0]
+    (first,) = losses(tmp_path)
+    assert first["loss"] == losses(two)[0]["loss"]
+
+
+def test_stopped_and_resumed_equals_uninterrupted(two, tmp_path):
+    """Other numbers of processes, and a smaller system: test_resume.py."""
+    train(tmp_path, 2, "trainer.stop_step=6")
+    assert "resuming from" in train(tmp_path, 2)
+    for a, b in zip(losses(two), losses(tmp_path), strict=True):
+        assert a == b
+    expected, found = (weights(folder / "checkpoints" / "step_00000012") for folder in (two, tmp_path))
+    assert expected.keys() == found.keys()
+    assert len([name for name in expected if name.startswith("optimizer.")]) > 100
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+
+
+def test_finished_run_has_nothing_to_do(one):
+    assert "nothing to do" in train(one, 1)
+
+
+def test_pictures_do_not_depend_on_processes_or_batch(one, tmp_path):
+    """By the EMA and the live weights; each of the two on its own: test_infer.py."""
+    expected = infer(one, tmp_path / "a", 1, "inferencer.weights=both")
+    assert {name[-6:-4] for name in expected} == {"01", "02", "04"}
+    assert len({picture.tobytes() for picture in expected.values()}) == len(expected)
+    found = infer(one, tmp_path / "b", 2, "inferencer.weights=both", "inferencer.batch_size=1")
+    assert found.keys() == expected.keys()
+    assert max(np.abs(expected[file] - found[file]).max() for file in expected) <= 1
+
+
+def only_line(done: subprocess.CompletedProcess) -> str:
+    assert done.returncode == 2, done
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    return done.stderr
+
+
+def test_a_bad_picture_on_one_rank_is_one_line(tmp_path):
+    lines = (ROOT / "debug_data/t2i_smoke/manifest.tsv").read_text().splitlines()
+    bad = tmp_path / "bad.jpg"
+    good = (ROOT / "debug_data/t2i_smoke" / lines[0].split("\t")[0]).read_bytes()
+    bad.write_bytes(good[: len(good) // 2])
+    manifest = tmp_path / "manifest.tsv"
+    manifest.write_text("\n".join([f"{bad}\ta broken picture", *lines]))
+    done = run("run.sh", 2, f"trainer.output_dir={tmp_path}/run", f"data.params.train_manifest={manifest}")
+    assert str(bad) in only_line(done)
+    assert "line 1" in done.stderr
+
+
+def test_mistakes_before_the_first_step_are_one_line(tmp_path):
+    training = train_processes.Run(tmp_path / "run", 2, "trainer.shard_size=3")
+    assert training.wait() == [2, 2]
+    assert {"groups of 3" in failure["message"] for failure in training.failures.values()} == {True}
+    (tmp_path / "step_00000003").mkdir()
+    folders = f"inferencer.output_dir={tmp_path}/pictures", f"inferencer.ckpt_dir={tmp_path}/step_00000003"
+    assert "incomplete" in only_line(run("infer.sh", 1, *folders))
+
+
+def test_without_weights_and_without_the_variable_one_line_says_what_to_run(tmp_path):
+    assert "SELFE_CACHE_DIR" in only_line(run("run.sh", 1, f"trainer.output_dir={tmp_path}", env=BARE))

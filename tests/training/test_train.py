@@ -1,0 +1,167 @@
+"""The trainer's arithmetic: schedule, accumulation, who gets which sample. The loop itself runs in `test_smoke.py`."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from selfe import config
+from selfe.checkpoint import verify
+from selfe.data.loader import MicroBatches
+from selfe.distributed.collectives import World
+from selfe.inference import job
+from selfe.train import BatchPhase, TrainerConfig
+from selfe.training import ema, run_info
+from selfe.training.visuals import SampleGridConfig
+from selfe.types import Batch, UserError
+from tests.helpers import train_processes
+
+
+def trainer(**changes) -> TrainerConfig:
+    return TrainerConfig(
+        **{"output_dir": "x", "max_steps": 10_000, "total_batch_size": 16, "micro_batch_size": 2} | changes
+    )
+
+
+def test_schedule_of_the_paper():
+    """1000 steps of warm-up, then linearly from 3e-4 to 1e-5 (S.2)."""
+    paper = trainer(max_steps=710_000)
+    assert paper.lr_at(0) == pytest.approx(3e-7)
+    assert paper.lr_at(499) == pytest.approx(1.5e-4)
+    assert paper.lr_at(999) == paper.lr_at(1000) == 3e-4
+    assert paper.lr_at((1000 + 709_999) // 2) == pytest.approx((3e-4 + 1e-5) / 2, rel=1e-4)
+    assert paper.lr_at(709_999) == pytest.approx(1e-5)
+    assert all(trainer(warmup_steps=0, max_steps=n).lr_at(0) == 3e-4 for n in (1, 2, 5))
+
+
+def test_phases():
+    phases = (BatchPhase(3000, total_batch_size=8), BatchPhase(5000, lr=1e-4), BatchPhase(8000, total_batch_size=32))
+    phased = trainer(phases=phases)
+    assert [len(phased.samples_at(step)) for step in (0, 2999, 3000, 7999, 8000)] == [16, 16, 8, 8, 32]
+    assert phased.samples_at(3001) == range(3000 * 16 + 8, 3000 * 16 + 16)
+    assert phased.samples_at(8000).start == phased.samples_at(7999).stop == 3000 * 16 + 5000 * 8
+    assert [phased.micro_batches(2, 2, step) for step in (0, 3000, 8000)] == [4, 2, 8]
+    assert phased.lr_at(4999) == trainer().lr_at(4999)
+    assert phased.lr_at(5000) == 1e-4
+    assert phased.lr_at(7500) == pytest.approx((1e-4 + 1e-5) / 2, rel=1e-3)
+    assert phased.lr_at(9999) == pytest.approx(1e-5)
+    with pytest.raises(ValueError, match=r"sorted by step, each step once, got \[5, 3\]"):
+        trainer(phases=(BatchPhase(5), BatchPhase(3)))
+    with pytest.raises(UserError, match="24 is not a multiple"):
+        trainer(phases=(BatchPhase(5, total_batch_size=24),)).micro_batches(8, 2, 5)
+
+
+def test_micro_batches_per_step():
+    assert trainer().micro_batches(world_size=4, batch_multiple=2) == 2
+    with pytest.raises(UserError, match=r"16 is not a multiple of micro_batch_size 2 x 3 processes"):
+        trainer().micro_batches(3, 2)
+    with pytest.raises(UserError, match=r"trainer.micro_batch_size: the objective needs a multiple of 4, got 2"):
+        trainer().micro_batches(1, 4)
+
+
+@pytest.mark.parametrize("name", ["max_steps", "total_batch_size", "micro_batch_size", "log_every", "val_every"])
+def test_values_out_of_range_are_named(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        trainer(**{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lr": -1.0}, "lr must be at least 0, got -1.0"),
+        ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
+        ({"betas": (0.9, 1.0)}, "betas must be in"),
+        ({"ema_decay": 1.5}, "ema_decay in"),
+    ],
+)
+def test_values_that_would_fail_later_fail_at_once(changes, said):
+    with pytest.raises(ValueError, match=said):
+        trainer(**changes)
+
+
+@pytest.mark.parametrize("changes", [{"every": 0}, {"num_steps": ()}, {"num_steps": (0,)}, {"size": (0, 64)}])
+def test_samples_that_could_not_be_drawn(changes):
+    with pytest.raises(ValueError, match="must be at least 1"):
+        SampleGridConfig(**changes)
+
+
+def test_pictures_that_cannot_be_cut_to_patches():
+    settings = config.load("configs/mini/flow_matching.yaml", ["data.params.size=9"])
+    system, data = config.build(settings, "system"), config.build(settings, "data")
+    with pytest.raises(UserError, match=r"image sides are multiples of 9, but system.autoencoder needs .* of 2;"):
+        system.check_data(data)
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/run: cannot be written to .*; set trainer.output_dir"):
+        run_info.describe(tmp_path / "file" / "run", {}, [], 1)
+    said = r"file/run: cannot be written to .*; set inferencer.output_dir"
+    with pytest.raises(UserError, match=said), job.opened(tmp_path / "file" / "run", {}, [], "flat"):
+        pass
+
+
+def test_the_score_of_a_checkpoint_depends_on_its_weights_alone(tmp_path):
+    """With nothing learned, the objective changes its value over its phases; the score does not."""
+    still = "trainer.lr=0", "trainer.min_lr=0", "trainer.weight_decay=0", "trainer.val_every=4"
+    train_processes.finish(tmp_path, 1, *still)
+    found = [line for line in train_processes.lines(tmp_path) if "val_loss" in line]
+    assert len(found) == 3
+    assert len({line["val_ema_loss"] for line in found}) > 1
+    assert len({line["val_plain_loss"] for line in found}) == 1
+    scores = {verify.read_marker(path)["score"] for path in verify.list_checkpoints(tmp_path / "checkpoints")}
+    assert scores == {found[0]["val_plain_loss"], None}
+
+
+class Positions:
+    """A data set that tells what it was asked for."""
+
+    has_val, multiple = False, 1
+
+    def resolution(self, step: int) -> tuple[int, ...]:
+        return (1,)
+
+    def costs(self, seed: int, step: int, samples: range, split: str) -> tuple[int, ...]:
+        return tuple(1 + position // 5 for position in range(len(samples)))
+
+    def batch(self, seed: int, step: int, samples: range, positions: Sequence[int], split: str) -> Batch:
+        return Batch((), tuple(str(step) for _ in positions), tuple(positions), ())
+
+
+@pytest.mark.parametrize(("size", "micro"), [(1, 16), (1, 2), (2, 4), (4, 2), (8, 2)])
+def test_every_position_of_a_step_once_on_any_number_of_ranks(size, micro):
+    accumulation = 16 // size // micro
+    for step in range(3):
+        seen = []
+        for rank in range(size):
+            world = World(rank, size, torch.device("cpu"))
+            part = MicroBatches(Positions(), 0, trainer().samples_at, micro, 2, world, "train")
+            for place in range(accumulation):
+                batch = part[step, place]
+                assert batch.prompts == (str(step),) * micro
+                seen += batch.positions
+        assert sorted(seen) == list(range(16))
+
+
+def test_ema_decay():
+    assert ema.decay_at(0, 0.9999, warmup=False) == 0.9999
+    assert ema.decay_at(0, 0.9999, warmup=True) == 0.1
+    assert ema.decay_at(10**6, 0.9999, warmup=True) == 0.9999
+
+
+def test_ema_stays_in_full_precision():
+    """In bf16 a decay of 0.9999 would never move: one update is smaller than the rounding."""
+    average, net = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    torch.nn.init.ones_(average.weight), torch.nn.init.constant_(net.weight, 1.01)
+    ema.update(average, net, 0.9999)
+    assert average.weight.item() == pytest.approx(1 + 1e-6, abs=2e-7)
+    assert average.weight.item() != 1
+    assert average.weight.to(torch.bfloat16) == 1
+
+
+def test_configured_defaults_are_the_papers():
+    settings = config.load("configs/train/selfe.yaml")
+    paper = config.build(settings, "trainer")
+    assert (paper.lr, paper.min_lr, paper.warmup_steps, paper.betas) == (3e-4, 1e-5, 1000, (0.9, 0.95))
+    assert (paper.clip_norm, paper.ema_decay, paper.max_steps) == (1.0, 0.9999, 710_000)
+    assert [len(paper.samples_at(step)) for step in (0, 499_999, 500_000)] == [1024, 1024, 768]

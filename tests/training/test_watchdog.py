@@ -1,0 +1,38 @@
+"""What a process that waits says of the others."""
+
+import time
+
+import torch
+
+from selfe.distributed import collectives
+from selfe.distributed.collectives import World
+from selfe.training.watchdog import Watchdog
+
+
+def test_who_is_to_blame(alone):
+    """Notes of three processes: one silent, then one in another step, then all alike."""
+    watch = Watchdog(World(0, 3, torch.device("cpu")), 5, print)
+    watch.heartbeat(7, "training")
+    collectives.set_note("stuck_0", "step 7: training")
+    collectives.set_note("stuck_2", "step 7: training")
+    waited = "step 7: training: process 0 waited 5 minutes (trainer.timeout_minutes); "
+    assert watch.diagnosis() == waited + "no response from process 1"
+    collectives.set_note("stuck_1", "step 6: training")
+    assert watch.diagnosis() == waited + "process 1 is at step 6: training"
+    collectives.set_note("stuck_1", "step 7: training")
+    assert watch.diagnosis() == waited + "all processes respond"
+    watch.close()
+
+
+def test_a_wait_without_limit_is_let_be(alone):
+    said = []
+    watch = Watchdog(alone, 0.01, said.append)
+    watch.heartbeat(3, "saving", limited=False)
+    time.sleep(1.0)
+    assert said == []
+    watch.heartbeat(3, "training")
+    for _ in range(100):
+        if said:
+            break
+        time.sleep(0.05)
+    assert said == ["step 3: training: process 0 waited 0.01 minutes (trainer.timeout_minutes); all processes respond"]
