@@ -330,7 +330,7 @@ def test_a_thousand_ranks_take_no_longer():
         ({"gpus": 0}, "--gpus: 0 is too small; must be at least 1"),
         ({"gpu": "h1000"}, "--gpu: 'h1000' is unknown; choose one of b200"),
         ({"mfu": 35.0}, "--mfu: 35.0 is not between 0 and 1"),
-        ({"caption_tokens": 0}, "--caption-tokens: 0 is not"),
+        ({"caption_tokens": 0}, "--caption-tokens: 0 is too small"),
     ],
 )
 def test_mistakes_are_told_in_one_line(options, words):
