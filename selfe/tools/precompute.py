@@ -272,7 +272,7 @@ class Precompute:
             f"{size(text)}; {size(done)} already encoded, {size(free)} free"
         )
         if latents + text - done > free:
-            raise UserError(f"{self.folder}: {size(latents + text - done - free)} of disk lacking; use another --out")
+            raise UserError(f"{self.folder}: the disk lacks {size(latents + text - done - free)}; use another --out")
 
 
 def chunks(items: Sequence | DataLoader, length: int) -> Iterator[list]:

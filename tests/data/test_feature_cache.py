@@ -172,10 +172,10 @@ def test_one_sample_is_half_the_size(settings, tmp_path, capfd, monkeypatch):
     store = feature_cache.Store(tmp_path / "cache" / "latents")
     assert set(store.records["width"].tolist()) == {64}
     said = capfd.readouterr().out
-    assert "60 pictures" in said
+    assert "60 images" in said
     size = sum(path.stat().st_size for path in (tmp_path / "cache" / "latents").glob("*.safetensors"))
     tokens = int((store.records["rows"].astype(int) * store.records["columns"]).sum())
-    assert f"60 pictures {tokens * 64 * 2 / 1e6:.2f} MB" in said
+    assert f"60 images take {tokens * 64 * 2 / 1e6:.2f} MB" in said
     assert size - 60 * 200 < tokens * 64 * 2 < size
     assert json.loads((tmp_path / "cache" / "fingerprint.json").read_text())["precompute.one_sample"] == "True"
 

@@ -175,7 +175,7 @@ def test_infinite_numbers_name_the_caption_picture_or_prompt():
     arguments = {"sampler": Euler(), "num_steps": 1, "cfg_scale": 1.0, "s_ratio": 0.0}
     rng = SampleRNG.of_pictures([(0, "a cat", 0)])
     value = torch.nan
-    with pytest.raises(UserError, match=r"a cat: the denoiser gives infinite"):
+    with pytest.raises(UserError, match=r"a cat: the denoiser returns infinite"):
         system.generate(constant, ["a cat"], [(16, 16)], rng, **arguments)
     value = 0.0
     system.autoencoder.net["decoder"].conv_out.bias[0] = torch.inf
