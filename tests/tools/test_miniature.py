@@ -66,13 +66,13 @@ def hits(folder: Path, seed: int, num_steps: int = 2, max_steps: int = 500, **ob
     with torch.device("meta"):
         trained, fresh = system(**settings), system(**settings)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = TrainerConfig(
+    cfg = TrainerConfig(
         str(folder), max_steps, 64, 64, lr=2e-3, min_lr=1e-4, warmup_steps=40, decay_start=max_steps // 2,
         weight_decay=0.0, ema_decay=0.99, ema_warmup=True, precision="fp32", activation_checkpointing=False,
         num_workers=0, checkpoint_every=max_steps,
     )  # fmt: skip
     with collectives.process_group() as world:
-        Trainer(settings, trained, Pixels(), seed, world).run()
+        Trainer(cfg, trained, Pixels(), seed, world).run()
     net = fresh.backbone.to_empty(device="cpu").requires_grad_(False)
     state.load_weights(verify.find(folder / "checkpoints"), net, "ema")
     fresh.load_encoders(torch.device("cpu"))
