@@ -23,11 +23,11 @@ ABLATIONS = {
     "short_flow_matching": "flow matching",
     "short_selfe": "Self-E (the paper's form)",
     "short_floor": "Self-E with the floor",
-    "no_verdict": "floor, evaluator hears the null prompt twice (sabotage)",
-    "wrong_sign": "floor, sign of the classifier score swapped (sabotage)",
+    "no_self_evaluation": "floor, score difference set to 0 (negative control)",
+    "wrong_sign": "floor, sign of the classifier score reversed (negative control)",
     "selfe_late": "Self-E late, after flow matching",
-    "floor_aux": "floor, late auxiliary term at free weights (1, 0.3; loss 0.1)",
-    "aux_late": "Self-E, auxiliary term late (0.9, 0.1)",
+    "floor_aux": "floor, auxiliary term late (weights 1, 0.3; loss weight 0.1)",
+    "aux_late": "Self-E, auxiliary term late (weights 0.9, 0.1)",
     "aux_from_start": "Self-E, auxiliary term from the start",
     "no_normalisation": "Self-E without target normalisation",
     "lambda_1": "Self-E, lambda at most 1",
@@ -187,7 +187,7 @@ def plots(study, everything: dict, target: Path) -> None:
         rows = [(r, row["ok_seeds"][0]) for r, row in rows if row]
         if rows:
             axes[1, 0].plot(*zip(*rows, strict=True), "o-", color=COLOURS[config], label=LABELS[config])
-    axes[1, 0].set(title="one step, by its secondary time s", xlabel="s", ylabel="ok")
+    axes[1, 0].set(title="one step, by secondary time s", xlabel="s", ylabel="ok")
     for axis, title, y in zip(
         axes[0], ("guidance 1", "guidance 1", "N = 4, by guidance"), ("ok", "FD", "FD"), strict=True
     ):
@@ -221,7 +221,7 @@ def heat(study, left, right, figure) -> None:
     if not path.exists():
         return
     found = np.load(path)
-    for axis, name, title in ((left, "data", "data term"), (right, "verdict", "verdict on x0_hat")):
+    for axis, name, title in ((left, "data", "data term"), (right, "verdict", "self-evaluation term")):
         image = axis.imshow(np.log10(found[name]).T, origin="lower", extent=(0, 1, 0, 1))
         axis.set(title=f"log10 of the {title}, velocity units", xlabel="t", ylabel="s")
         figure.colorbar(image, ax=axis)
@@ -230,7 +230,8 @@ def heat(study, left, right, figure) -> None:
 # ---- the page ----
 
 
-FIRST_LOOK = "\n\nThis is a first look and not yet the proof: fewer than three seeds of the main models were run."
+FIRST_LOOK = "\n\nThese results are preliminary: the main models were run with fewer than three seeds."
+COST = "| model | CPU-seconds of one training run, one thread |\n| --- | --- |"
 PAGE = (Path(__file__).parent / "page.md").read_text()
 
 
@@ -239,7 +240,7 @@ def page(study, everything: dict) -> str:
     seconds, real = everything["cpu_seconds"], everything["real"][""]
     passed = sum(v["pass"] for v in everything["verdicts"])
     cost, contrast_cost = (
-        ", ".join(f"{label} {seconds[config]:.0f}" for config, label in labels.items() if seconds.get(config))
+        "\n".join(f"| {label} | {seconds[config]:.0f} |" for config, label in labels.items() if seconds.get(config))
         for labels in (LABELS, CONTRAST)
     )
     return PAGE.format(
@@ -247,8 +248,8 @@ def page(study, everything: dict) -> str:
         machine=everything["machine"], command=everything["command"],
         ablation_note="" if study.seeds("short_selfe") else "(Not run for this page.)",
         count=everything["pictures_per_cell"],
-        seeds=", ".join(f"{LABELS[c]}: {len(study.seeds(c))}" for c in LABELS),
-        cost=f"CPU-seconds of one training run on one thread: {cost}." if cost else "",
+        seeds="; ".join(f"{LABELS[c]}: {len(study.seeds(c))}" for c in LABELS),
+        cost=f"{COST}\n{cost}" if cost else "",
         missing="" if all(len(study.seeds(c)) > 2 for c in LABELS) else FIRST_LOOK,
         real_ok=real["ok"], real_fd=real["fd"], real_place=real["place"], real_spread=real["spread"],
         passed=passed, total=len(everything["verdicts"]),
@@ -257,7 +258,7 @@ def page(study, everything: dict) -> str:
         measures_1=measure_table(study, 1.0), measures_2=measure_table(study, 2.0),
         ablations=ablation_table(study, ABLATIONS),
         contrast=ablation_table(study, CONTRAST),
-        contrast_cost=f"CPU-seconds: {contrast_cost}." if contrast_cost else "(Not run for this page.)",
+        contrast_cost=f"{COST}\n{contrast_cost}" if contrast_cost else "(Not run for this page.)",
         contrast_norm=number(everything["real"].get("contrast", {}).get("log_norm")),
         compute=equal_compute_table(study, everything),
         s=s_table(study), mild=mild_table(study), eta=eta_table(study), trade=trade_table(study),

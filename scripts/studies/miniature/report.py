@@ -140,7 +140,7 @@ def verdicts(study: Study) -> list[dict]:
         found.append({"name": name, "value": number, "bound": f"{sign} {bound:g}", "pass": passed})
 
     fm = "flow_matching"
-    claim("real pictures: ok", lambda: study.real[""]["right"].all(axis=1).mean(), ">=", 0.99)
+    claim("real images: ok", lambda: study.real[""]["right"].all(axis=1).mean(), ">=", 0.99)
     forms = {
         "selfe": "Self-E (paper's form)",
         "selfe_floor": "Self-E with the floor",
@@ -161,7 +161,7 @@ def verdicts(study: Study) -> list[dict]:
         claim(f"N=4, each at its best guidance: {label} minus flow matching", gain_best(4), ">=", -0.02)
         claim(f"N=32, each at its best guidance: {label} minus flow matching", gain_best(32), ">=", -0.03)
         claim(
-            f"{label}: largest fall of ok from N=2 to 32, at best guidance",
+            f"{label}: largest drop of ok from N=2 to 32, at best guidance",
             lambda config=config: largest_fall([best(config, n) for n in STEPS[1:]]), "<=", 0.01,
         )  # fmt: skip
         for n, bound, least in ((2, 0.6, 0.20), (4, 1.0, 0.12)):
@@ -180,9 +180,12 @@ def verdicts(study: Study) -> list[dict]:
     # a quick study has no shorter runs of its own
     whole, base = ("short_floor", "short_flow_matching") if study.seeds("short_floor") else ("selfe_floor", fm)
     true_gain = lambda: ok(whole, 2, 1.0) - ok(base, 2, 1.0)  # noqa: E731
-    for config, label in {"wrong_sign": "verdict reversed", "no_verdict": "null prompt twice"}.items():
+    for config, label in {
+        "wrong_sign": "sign of the classifier score reversed",
+        "no_self_evaluation": "score difference set to 0",
+    }.items():
         claim(
-            f"N=2, guidance 1: share of the gain that is left with the {label}",
+            f"N=2, guidance 1: share of the gain that remains with the {label}",
             lambda config=config: (ok(config, 2, 1.0) - ok(base, 2, 1.0)) / true_gain(), "<=", 0.25,
         )  # fmt: skip
     return found
@@ -239,7 +242,8 @@ def report(out: Path, runs: list, count: int, command: str, docs: Path | None) -
     found = verdicts(study)
     for verdict in found:
         value = "missing" if verdict["value"] is None else f"{verdict['value']:.3f}"
-        print(f"{'pass' if verdict['pass'] else 'FAIL'}  {verdict['name']}: {value} ({verdict['bound']})")
+        outcome = "holds" if verdict["pass"] else "does not hold"
+        print(f"{outcome:13}  {verdict['name']}: {value} ({verdict['bound']})")
     target = docs or out
     target.mkdir(exist_ok=True)
     everything = {

@@ -1,7 +1,7 @@
 """The paper's ablation in miniature: train every variant, sample from each, score the images, write docs/miniature.*.
 
     .venv/bin/python scripts/studies/miniature/run.py            all variants, three seeds
-    .venv/bin/python scripts/studies/miniature/run.py --quick    one seed of the main variants, short runs
+    .venv/bin/python scripts/studies/miniature/run.py --quick    one seed, short runs, two negative controls
 
 Two runs in parallel, one thread each. Results are kept in runs/miniature; run the same command again to resume.
 """
@@ -54,7 +54,7 @@ class Run:
 QUICK = (1200, 48)  # steps, batch size; as in the ablations
 MAIN = ("flow_matching", "selfe", "selfe_floor", "floor_late")
 SHORT = (
-    "short_flow_matching", "short_selfe", "short_floor", "wrong_sign", "no_verdict", "lambda_1", "floor_aux",
+    "short_flow_matching", "short_selfe", "short_floor", "wrong_sign", "no_self_evaluation", "lambda_1", "floor_aux",
     "aux_late", "no_normalisation", "aux_from_start", "selfe_late",
 )  # fmt: skip
 CONTRAST = ("contrast_flow_matching", "contrast_selfe", "contrast_floor")
@@ -64,7 +64,7 @@ def plan(seeds: int, quick: bool) -> list[Run]:
     """All runs, the most important first."""
     runs = [Run(name, seed, cells(name, seed == 1 and not quick)) for seed in range(1, seeds + 1) for name in MAIN]
     if quick:
-        return runs + [Run(name, 1, (Cell(2),)) for name in ("wrong_sign", "no_verdict")]
+        return runs + [Run(name, 1, (Cell(2),)) for name in ("wrong_sign", "no_self_evaluation")]
 
     # ablations: one seed, fewer sampling settings
     few = [
