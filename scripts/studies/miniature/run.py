@@ -216,7 +216,7 @@ def work(run: Run, out: Path, count: int, short: tuple[int, int] | None) -> tupl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="shorter runs, one seed, no ablations")
+    parser.add_argument("--quick", action="store_true", help="one seed, shorter runs, two negative controls")
     parser.add_argument("--seeds", type=int, help="default 3, quick 1")
     parser.add_argument("--count", type=int, help="images per sampling setting (default 1024, quick 512)")
     parser.add_argument("--docs", action="store_true", help="write docs/ even with --quick")
