@@ -1,4 +1,4 @@
-"""A data set whose pictures were encoded before: the same order and shapes, latents from a cache instead of files."""
+"""A dataset of precomputed latents: order and shapes of its source dataset, latents from a cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from selfe.types import Batch, Split
 
 
 class CachedData:
-    """`source` says which pictures come when; its picture files are not opened. Goes with `CachedLatents`."""
+    """Samples as planned by `source`, whose image files are not opened. Use with the autoencoder `CachedLatents`."""
 
     def __init__(self, cache_dir: str, source: BucketedDataset):
         folder = Path(cache_dir)
@@ -29,7 +29,7 @@ class CachedData:
         return self.source.costs(seed, step, samples, split)
 
     def batch(self, seed: int, step: int, samples: range, positions: Sequence[int], split: Split) -> Batch:
-        """As of the source, with pictures (rows, columns, numbers per token) in bf16."""
+        """The batch of the source, with latents (rows, columns, values per token), bf16, in place of images."""
         return self.source.load(seed, step, samples, positions, split, self.read)
 
     def read(self, split: Split, row: SampleSpec, flipped: bool) -> Tensor:

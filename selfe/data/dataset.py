@@ -1,7 +1,7 @@
-"""From sources of captioned pictures to batches whose make-up is a function of seed, step and schedule.
+"""From sources of captioned images to batches whose composition is a function of seed, step and schedule.
 
-A step's global batch is planned from the pictures' sizes alone: which samples, in which shapes, at which positions.
-Only then are the pictures of some positions read, so that any number of processes and workers can share the work.
+A step's global batch is planned from image sizes alone: which samples, in which shapes, at which positions. Images are
+read only for the requested positions, so any number of processes and workers can share the work.
 """
 
 from __future__ import annotations
@@ -22,70 +22,70 @@ from selfe.io import image_decode
 from selfe.rng import philox
 from selfe.types import BadSample, Batch, Split, UserError
 
-BYTES_PER_TOKEN = 4  # of English captions, about
-MAX_CAPTION = 512  # tokens; longer ones are cut by the text encoder
+BYTES_PER_TOKEN = 4  # approximate, English captions
+MAX_CAPTION = 512  # tokens; the text encoder truncates longer captions
 
 
 class Source(Protocol):
-    """Captioned pictures by number. What it knows without reading them costs no memory: it lies in mapped files."""
+    """Captioned images by index. Sizes and lengths come from memory-mapped files, not from resident memory."""
 
     def __len__(self) -> int: ...
 
     def sizes(self, indices: np.ndarray) -> np.ndarray:
-        """(n,) -> (n, 2) height and width of the upright pictures; height 0: cannot be read."""
+        """Indices (n,) -> (n, 2) height and width in pixels after EXIF rotation; height 0 means unreadable."""
         ...
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
-        """(n,) -> (n,) bytes of the captions, about."""
+        """Indices (n,) -> (n,) approximate caption lengths in bytes."""
         ...
 
     def prompt(self, index: int) -> str: ...
 
     def name(self, index: int) -> str:
-        """How an error message calls the picture."""
+        """Name of the image in error messages."""
         ...
 
     def image(self, index: int, enough: int | None) -> Image.Image:
-        """The picture as RGB; see `images.read`."""
+        """The image as RGB; see `image_decode.read`."""
         ...
 
     def digest(self) -> str:
-        """Changes when the source does."""
+        """Changes whenever the content of the source changes."""
         ...
 
 
 @dataclass(frozen=True)
 class WeightedManifest:
-    """One of several manifests: `weight` samples of every sum of weights come from it."""
+    """One of several manifests, which contributes `weight` of every sum-of-weights samples."""
 
     manifest: str
     weight: int = 1
-    base_dir: str | None = None  # by default that of all
+    base_dir: str | None = None  # default: the `base_dir` of the dataset
 
     def __post_init__(self):
         if self.weight < 1:
-            raise ValueError(f"weight is a whole number of at least 1, got {self.weight}")
+            raise ValueError(f"weight must be an integer of at least 1, got {self.weight}")
 
 
 class SampleSpec(NamedTuple):
-    """What a plan says of a sample."""
+    """A planned sample."""
 
     source: int
-    index: int  # in its source
-    place: int  # in the stream of its source
-    budget: int  # number of its pixel budget in the phase
+    index: int  # within its source
+    place: int  # position in the shuffled, endless stream of its source
+    budget: int  # index of its pixel budget in the phase
     shape: tuple[int, int]  # height, width
-    cost: int  # tokens of picture and caption, about
+    cost: int  # approximate number of image and caption tokens
 
 
-ReadImage = Callable[[Split, SampleSpec, bool], Tensor]  # (split, row, flipped) -> picture or what stands for it
+ReadImage = Callable[[Split, SampleSpec, bool], Tensor]  # (split, row, flipped) -> image or its latents
 
 
 class BucketedDataset:
-    """Every picture once per epoch, in a new order each epoch; of several manifests, each has its own epochs.
+    """Every image once per epoch, reshuffled each epoch; with several manifests, each has its own epochs.
 
-    Positions of a global batch are sorted by shape: neighbours are alike, which is what objectives that treat
-    neighbouring rows differently and dealing to ranks both want.
+    Positions of a global batch are sorted by shape, so that neighbouring rows have similar shapes. Objectives that
+    treat neighbouring rows differently and balancing over ranks both rely on this.
     """
 
     def __init__(
@@ -104,34 +104,38 @@ class BucketedDataset:
     ):
         """
         Args:
-            train_manifest: a file, or several with weights.
-            base_dir: where relative picture paths start.
-            val_manifest: for validation, used in the file's order and at the first pixel budget.
-            pixels: height x width of a bucket is at most this, from the start.
-            phases: later changes of the budget, or several that share each batch.
+            train_manifest: a manifest file, or several with weights.
+            base_dir: directory that relative image paths start from.
+            val_manifest: for validation; read in file order and at the first pixel budget.
+            pixels: maximum height x width of a bucket, from step 0.
+            phases: later changes of the pixel budget, or several budgets within each batch.
             multiple: height and width are multiples of this: 8 (autoencoder) x 2 (patches).
-            max_aspect: of the longest bucket.
-            flip: every second picture, by chance, is mirrored.
-            max_pixels: larger picture files are bad: a safeguard against decompression bombs.
-            on_bad_image: stop, or take the next sample of the same bucket; that is counted and listed.
-            index_dir: where indices of manifests are kept, by default beside them.
+            max_aspect: largest ratio of the longer to the shorter side of a bucket.
+            flip: mirror training images horizontally with probability 0.5.
+            max_pixels: images with more pixels are rejected; protects against decompression bombs.
+            on_bad_image: `error` stops; `replace` uses the next sample of the same bucket, counts and lists it.
+            index_dir: directory for manifest indices; default: next to each manifest.
         """
         self.phases = (ResolutionPhase(0, (pixels,)), *phases)
         if list(self.phases) != sorted(self.phases, key=lambda phase: phase.step):
             raise ValueError(f"phases must be in the order of their steps, got {[phase.step for phase in phases]}")
+
         self.multiple, self.max_aspect, self.flip, self.on_bad_image = multiple, max_aspect, flip, on_bad_image
         self.buckets = {p: Buckets(p, multiple, max_aspect) for phase in self.phases for p in phase.pixels}
+
+        # one source per manifest
         parts = (WeightedManifest(train_manifest),) if isinstance(train_manifest, str) else train_manifest
         if not parts:
             raise ValueError("train_manifest: the list is empty; name a file")
         self.max_pixels, self.index_dir = max_pixels, Path(index_dir) if index_dir else None
         self.weights = tuple(part.weight for part in parts)
         self.sources = {"train": [self.open(Path(part.manifest), Path(part.base_dir or base_dir)) for part in parts]}
+
         if val_manifest:
             self.sources["val"] = [self.open(Path(val_manifest), Path(base_dir))]
 
     def open(self, path: Path, base_dir: Path) -> Source:
-        """The source behind a name in the configuration."""
+        """The source for a path in the config."""
         raise NotImplementedError
 
     @property
@@ -139,7 +143,7 @@ class BucketedDataset:
         return "val" in self.sources
 
     def facts(self) -> dict[str, str]:
-        """What a cache of encoded pictures depends on, by key path."""
+        """Settings that a cache of encoded images depends on, by key path."""
         facts = {"pixels": sorted(self.buckets), "multiple": self.multiple, "max_aspect": self.max_aspect}
         facts["flip"] = self.flip
         for split, sources in self.sources.items():
@@ -151,21 +155,29 @@ class BucketedDataset:
         return self.phase(step, "train").pixels
 
     def costs(self, seed: int, step: int, samples: range, split: Split) -> tuple[int, ...]:
-        """Tokens of picture and caption at each position of the step's global batch; captions by their length."""
+        """Approximate number of image and caption tokens at each position of the global batch of a step."""
         return tuple(row.cost for row in plan(self, seed, step, samples, split))
 
     def batch(self, seed: int, step: int, samples: range, positions: Sequence[int], split: Split) -> Batch:
-        """These positions of the step's global batch."""
+        """The given positions of the global batch of a step."""
         return self.load(seed, step, samples, positions, split, self.read)
 
     def load(
         self, seed: int, step: int, samples: range, positions: Sequence[int], split: Split, read: ReadImage
     ) -> Batch:
-        """As `batch`, with pictures by `read`."""
+        """As `batch`, with images read by `read`.
+
+        Raises:
+            BadSample: an image cannot be read and `on_bad_image` is `error`.
+            UserError: no readable image of the same shape is left to replace one.
+        """
         rows = plan(self, seed, step, samples, split)
         found, problems = [], []
+
         for position in positions:
             flipped = self.flip and split == "train" and philox(seed, step, position, "flip").random() < 0.5
+
+            # the planned sample first, then its replacements
             for row in self.replacements(seed, self.phase(step, split), split, rows[position]):
                 source = self.sources[split][row.source]
                 try:
@@ -176,28 +188,31 @@ class BucketedDataset:
                         raise
                     problems.append(str(problem))
             else:
-                raise UserError(f"{problems[-1]}; and no picture of shape {rows[position].shape} can stand in for it")
+                raise UserError(f"{problems[-1]}; no readable image of shape {rows[position].shape} can replace it")
+
         pictures, prompts, names = zip(*found, strict=True)
         return Batch(pictures, prompts, tuple(positions), names, tuple(problems))
 
     def read(self, split: Split, row: SampleSpec, flipped: bool) -> Tensor:
-        """(3, height, width) uint8."""
+        """The image, (3, height, width) uint8."""
         image = self.sources[split][row.source].image(row.index, enough=2 * max(row.shape))
         picture = image_decode.fit(image, row.shape)
         return picture.flip(-1) if flipped else picture
 
     def phase(self, step: int, split: Split) -> ResolutionPhase:
-        """Validation stays in the first phase, so that only the weights change its value."""
+        """The phase of a step. Validation stays in the first phase, so that its loss is comparable over a run."""
         return [phase for phase in self.phases if phase.step <= step or phase is self.phases[0]][
             -1 if split == "train" else 0
         ]
 
     def indices(self, seed: int, split: Split, source: int, places: np.ndarray) -> np.ndarray:
-        """Places (n,) in the endless stream of a source -> which of its pictures come there."""
+        """Places (n,) in the endless stream of a source -> indices (n,) of its images."""
         length = len(self.sources[split][source])
         epochs, places = np.divmod(places, length)
         if split == "val":
             return places
+
+        # a new permutation in each epoch
         found = np.empty_like(places)
         for epoch in np.unique(epochs):
             now = epochs == epoch
@@ -205,15 +220,17 @@ class BucketedDataset:
         return found
 
     def sizes(self, split: Split, source: int, indices: np.ndarray) -> np.ndarray:
-        """(n, 2); unreadable pictures count as squares until they are read."""
+        """Heights and widths (n, 2); unreadable images count as square until they are read."""
         sizes = self.sources[split][source].sizes(indices)
         return np.where(sizes > 0, sizes, 1)
 
     def replacements(self, seed: int, phase: ResolutionPhase, split: Split, row: SampleSpec) -> Iterator[SampleSpec]:
-        """A row and then those that may stand in for it: of the same shape, in the order of its source's stream."""
+        """The row, then its possible replacements: samples of the same shape, in stream order."""
         yield row
+
         buckets = self.buckets[phase.pixels[row.budget]]
-        end = row.place + 2 * len(self.sources[split][row.source])  # a whole epoch lies in between
+        end = row.place + 2 * len(self.sources[split][row.source])  # covers at least one complete epoch
+
         for first in range(row.place + 1, end, 256):
             places = np.arange(first, min(first + 256, end))
             indices = self.indices(seed, split, row.source, places)
@@ -222,9 +239,10 @@ class BucketedDataset:
                 yield row._replace(index=int(indices[i]), place=int(places[i]))
 
 
-@lru_cache(maxsize=4)  # asked for by every micro-batch of a step
+@lru_cache(maxsize=4)  # called for every micro-batch of a step
 def plan(feed: BucketedDataset, seed: int, step: int, samples: range, split: Split) -> tuple[SampleSpec, ...]:
-    """The step's global batch, position by position."""
+    """The global batch of a step, position by position."""
+    # which sample of which source
     numbers = np.arange(samples.start, samples.stop)
     weights = feed.weights if split == "train" else (1,)
     sources, places = interleave(numbers, weights)
@@ -234,11 +252,15 @@ def plan(feed: BucketedDataset, seed: int, step: int, samples: range, split: Spl
         indices[its] = feed.indices(seed, split, source, places[its])
         sizes[its] = feed.sizes(split, source, indices[its])
         lengths[its] = feed.sources[split][source].lengths(indices[its])
+
+    # bucket shape of each sample, within the pixel budget assigned to it
     phase = feed.phase(step, split)
     budgets = dealt_budgets(phase, samples, sizes)
     shapes = np.empty_like(sizes)
     for number, pixels in enumerate(phase.pixels):
         shapes[budgets == number] = feed.buckets[pixels].nearest(sizes[budgets == number])
+
+    # sort by shape, largest first
     order = np.lexsort((shapes[:, 0], -shapes.prod(axis=1)))
     costs = shapes.prod(axis=1) // feed.multiple**2 + (lengths // BYTES_PER_TOKEN).clip(max=MAX_CAPTION)
     columns = (column[order].tolist() for column in (sources, indices, places, budgets, shapes, costs))
@@ -246,8 +268,10 @@ def plan(feed: BucketedDataset, seed: int, step: int, samples: range, split: Spl
 
 
 def dealt_budgets(phase: ResolutionPhase, samples: range, sizes: np.ndarray) -> np.ndarray:
-    """A pixel budget's number for each picture (n,): shares as the phase says, and pictures that are too small for a
-    larger budget get the smaller ones first, so that as few as possible are enlarged."""
+    """Sizes (n, 2) -> index of the pixel budget (n,) for each image, in the shares of the phase.
+
+    The smallest images get the smallest budgets, so that as few images as possible are upscaled.
+    """
     filled = np.searchsorted(phase.pixels, sizes.prod(axis=1), side="right").clip(1)
     budgets = np.empty(len(sizes), np.int64)
     budgets[np.argsort(filled, kind="stable")] = np.repeat(np.arange(len(phase.pixels)), phase.counts(samples))

@@ -1,8 +1,8 @@
-"""Index files: what a pass over a large file found, a record per sample, mapped into memory from then on.
+"""Index files: one fixed-size record per sample of a large file, built in one pass and memory-mapped afterwards.
 
-An index lies beside its file (or in a folder of choice) as `NAME.STAMP.index`, raw records and nothing else. The stamp
-changes with the file, so a stale index is never opened. It is written aside and renamed; of several processes that need
-it, one builds and the others wait.
+An index is stored next to its file (or in `index_dir`) as `NAME.STAMP.index` and contains raw records only. The stamp
+changes with the file, so a stale index is never opened. It is written under a temporary name and renamed. When several
+processes need the same index, one builds it and the others wait.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from tqdm import tqdm
 
 from selfe.types import BadSample, UserError
 
-THREADS = 32  # that wait for storage most of the time
-PATIENCE = 100  # bad pictures, after which no more are looked for
-BAD = (0, 1)  # height and width of a picture that cannot be read; 0, 0 is one that nobody has looked at
+THREADS = 32  # mostly waiting for storage
+PATIENCE = 100  # number of unreadable images after which the scan stops
+BAD = (0, 1)  # height and width of an unreadable image; (0, 0) means not measured yet
 
 
 class Mapped:
-    """Records (n,) in a file, read-only."""
+    """Records (n,) of a file, memory-mapped and read-only."""
 
     def __init__(self, path: Path, dtype: np.dtype):
         with path.open("rb") as file:
@@ -42,18 +42,19 @@ class Mapped:
         return self.records[index]
 
     def take(self, indices: np.ndarray) -> np.ndarray:
-        """Copies (n,). The pages go back to the system at once, or random reading would in time make all resident."""
+        """Copies of records (n,). Releases mapped pages, because random reads would make all of them resident."""
         found = self.records[indices]
         self.map.madvise(mmap.MADV_DONTNEED)
         return found
 
     def sizes(self, indices: np.ndarray) -> np.ndarray:
-        """(n, 2) heights and widths."""
+        """Heights and widths (n, 2) in pixels."""
         found = self.take(indices)
         return np.stack([found["height"], found["width"]], axis=1).astype(np.int64)
 
 
 def stamp(*facts: object) -> str:
+    """A short digest of everything that an index depends on."""
     return hashlib.blake2b(repr(facts).encode(), digest_size=6).hexdigest()
 
 
@@ -65,13 +66,16 @@ def load(
     scan: Callable[[Path], None],
     measure: Callable[[np.ndarray], None],
 ) -> Mapped:
-    """The records of a file.
+    """The records of a file, indexed on first use.
 
     Args:
-        key: the stamp.
-        folder: where the index is kept, by default beside the file.
-        scan: writes the records to a path.
-        measure: fills in what records do not know yet; may be interrupted, and goes on where it was.
+        key: the stamp of the index.
+        folder: directory of the index; default: next to the file.
+        scan: writes all records to a path.
+        measure: fills in missing image sizes in place; resumes after an interruption.
+
+    Raises:
+        UserError: the index cannot be written.
     """
     folder = folder or path.parent
     final = folder / f"{path.name}.{key}.index"
@@ -83,8 +87,8 @@ def load(
                     build(path.name, final, dtype, scan, measure)
         except OSError as error:
             raise UserError(
-                f"{folder}: cannot write the index of {path.name} here ({error.strerror}); set data.params.index_dir "
-                "to a folder of yours"
+                f"{folder}: cannot write the index of {path.name} ({error.strerror}); set data.params.index_dir "
+                "to a writable directory"
             ) from error
     return Mapped(final, dtype)
 
@@ -92,14 +96,20 @@ def load(
 def build(
     name: str, final: Path, dtype: np.dtype, scan: Callable[[Path], None], measure: Callable[[np.ndarray], None]
 ) -> None:
+    """Scan, measure and rename to `final`; an interrupted build resumes after the scan."""
     scanned, partial = (final.with_suffix(suffix) for suffix in (".scanned", ".partial"))
+
     if not scanned.exists():
         try:
             scan(partial)
             partial.rename(scanned)
         finally:
             partial.unlink(missing_ok=True)
+
+    # sizes are written into the file, so that an interrupted measurement resumes
     measure(np.memmap(scanned, dtype, "r+"))
+
+    # remove indices of earlier versions of the file
     for suffix in ("index", "scanned"):
         for stale in set(final.parent.glob(f"{glob.escape(name)}.*.{suffix}")) - {scanned}:
             stale.unlink()
@@ -108,21 +118,21 @@ def build(
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process at a time, on file systems that know locks."""
+    """One process at a time, on file systems that support locks."""
     try:
         with path.open("w") as file:
             with suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
     finally:
-        path.unlink(missing_ok=True)  # whoever waited for it finds the work done
+        path.unlink(missing_ok=True)  # waiting processes find the index complete
 
 
 def measure(records: np.ndarray, header: Callable[[int], tuple[int, int]], name: str, strict: bool) -> None:
-    """Fill in `height` and `width` of records that lack them, by many threads.
+    """Fill in missing `height` and `width` of records in place, with a thread pool.
 
     Raises:
-        BadSample: with `strict`, the first picture that cannot be read; otherwise its record says `BAD`.
+        BadSample: with `strict`, the first unreadable image; without it, unreadable images are recorded as `BAD`.
     """
 
     def look(index: int) -> BadSample | None:
@@ -137,6 +147,7 @@ def measure(records: np.ndarray, header: Callable[[int], tuple[int, int]], name:
 
     todo = np.flatnonzero((records["height"] == 0) & (records["width"] == 0))
     problems = []
+
     with ThreadPoolExecutor(THREADS) as pool:
         bar = tqdm(total=len(todo), desc=f"sizes of {name}", disable=not sys.stderr.isatty() or not len(todo))
         for first in range(0, len(todo), 4096):
@@ -146,6 +157,7 @@ def measure(records: np.ndarray, header: Callable[[int], tuple[int, int]], name:
             if len(problems) >= PATIENCE:
                 break
         bar.close()
+
     if problems:
-        more = f" ({len(problems) - 1} more like it; selfe check-data lists them)" if len(problems) > 1 else ""
+        more = f" ({len(problems) - 1} more; selfe check-data lists them)" if len(problems) > 1 else ""
         raise BadSample(problems[0].kind, f"{problems[0]}{more}")

@@ -1,4 +1,4 @@
-"""From a data set to this rank's micro-batches, loaded ahead by worker processes."""
+"""This rank's micro-batches of a dataset, prefetched by worker processes."""
 
 from __future__ import annotations
 
@@ -16,37 +16,38 @@ from selfe.types import Batch, Split, UserError
 
 
 def make_loader(part: MicroBatches, order: Iterable[tuple[int, int]], num_workers: int) -> Iterator[Batch | UserError]:
-    """The micro-batches of (step, place) pairs."""
+    """Iterate over the micro-batches of (step, place) pairs, in order."""
     loader = DataLoader(
         part,
         sampler=order,
         batch_size=None,
         num_workers=num_workers,
         worker_init_fn=signals.ignore,
-        generator=torch.Generator(),  # the loader would otherwise draw from the global one
+        generator=torch.Generator(),  # keeps DataLoader from advancing the global generator
     )
     return iter(loader)
 
 
 @dataclass(frozen=True)
 class MicroBatches(Dataset):
-    """One rank's micro-batches by step and place, dealt so that all ranks have equal work.
+    """One rank's micro-batches by (step, place), balanced over ranks. Stateless.
 
-    A user's mistake is handed over, not raised: an exception that crosses processes arrives as a traceback.
+    A `UserError` is returned, not raised: DataLoader would wrap an exception of a worker in its traceback.
     """
 
     data: Data
     seed: int
-    samples_at: Callable[[int], range]  # step of training -> its global batch, numbered over the run
+    samples_at: Callable[[int], range]  # training step -> sample numbers of its global batch, counted over the run
     micro: int
-    multiple: int  # positions that stay together
+    multiple: int  # neighbouring positions that stay on one rank
     world: World
     split: Split
 
     def __getitem__(self, index: tuple[int, int]) -> Batch | UserError:
-        """This rank's micro-batch number `place` of a step."""
+        """Micro-batch `place` of a step on this rank."""
         step, place = index
         samples = self.samples(step)
+
         try:
             costs = self.data.costs(self.seed, step, samples, self.split)
             positions = balance(costs, self.world.size, self.micro, self.multiple)[self.world.rank][place]
@@ -55,13 +56,17 @@ class MicroBatches(Dataset):
             return error
 
     def samples(self, step: int) -> range:
+        """Sample numbers of the global batch of a step."""
         if self.split == "train":
             return self.samples_at(step)
-        total = len(self.samples_at(0))  # validation keeps the first size, so that only the weights change its value
+
+        # validation keeps the batch size of step 0, so that its loss is comparable over a run
+        total = len(self.samples_at(0))
         return range(step * total, (step + 1) * total)
 
 
 def raise_if_error(batch: Batch | UserError) -> Batch:
+    """The batch, or raise the error that a worker returned."""
     if isinstance(batch, UserError):
         raise batch
     return batch

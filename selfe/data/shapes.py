@@ -1,7 +1,7 @@
-"""Procedural pictures of one coloured shape on a plain ground, with captions that say all there is to know.
+"""Procedural images of one coloured shape on a plain background, with captions that name shape and colours.
 
-No files, no licence, no end: picture number i is a function of (seed, i) alone. Some combinations are kept out of
-training, so that what a model makes of them shows whether it composes or remembers.
+Needs no files: image number i is a function of (seed, i). Some combinations are held out of training, so that samples
+for them show whether the model composes attributes or memorizes training images.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from selfe.rng import philox
 from selfe.types import Batch, Split
 
 SHAPES = {"square": [(0.8, 0.8)], "cross": [(1.0, 0.33), (0.33, 1.0)], "plank": [(1.0, 0.4)], "pole": [(0.4, 1.0)]}
-"""Each a union of rectangles, half width and half height in units of the radius."""
+"""Each shape is a union of rectangles (half width, half height), in units of the radius."""
 COLOURS = {"red": (0.7, -0.7, -0.7), "green": (-0.7, 0.7, -0.7), "blue": (-0.7, -0.7, 0.7), "yellow": (0.7, 0.7, -0.7)}
 """RGB in [-1, 1]."""
-JITTER = 0.12  # every picture's colours move by up to so much per channel
+JITTER = 0.12  # maximum colour offset per channel and image
 
 
 @dataclass(frozen=True)
 class Combination:
-    """What a caption tells."""
+    """The attributes that a caption describes."""
 
     shape: str
     foreground: str
@@ -43,16 +43,16 @@ COMBINATIONS = tuple(Combination(*c) for c in product(SHAPES, COLOURS, COLOURS) 
 
 @dataclass(frozen=True)
 class Look:
-    """What a caption does not tell, of B pictures."""
+    """The attributes of B images that captions do not describe."""
 
-    centre: np.ndarray  # (B, 2) column and row in pixels
-    radius: np.ndarray  # (B,) in pixels
-    jitter: np.ndarray  # (B, 2, 3) added to the colours of shape and ground
-    contrast: np.ndarray  # (B,) the whole picture is multiplied by it
+    centre: np.ndarray  # (B, 2) column and row, pixels
+    radius: np.ndarray  # (B,) pixels
+    jitter: np.ndarray  # (B, 2, 3) added to the colours of shape and background
+    contrast: np.ndarray  # (B,) factor on all pixel values
 
 
 class ShapesData:
-    """A fresh picture for every sample of a run; validation draws the held-out combinations."""
+    """A new image for every sample of a run; validation uses the held-out combinations."""
 
     has_val = True
 
@@ -65,35 +65,38 @@ class ShapesData:
     ):
         """
         Args:
-            size: height and width in pixels.
-            held_out: how many of the 48 combinations never occur in training.
-            radius: smallest and largest, in units of `size`.
-            contrast: smallest and largest factor on the picture, drawn log-uniformly: varies the pictures' norms.
+            size: height and width, pixels.
+            held_out: number of the 48 combinations that never occur in training.
+            radius: smallest and largest radius, in units of `size`.
+            contrast: smallest and largest factor on pixel values, drawn log-uniformly; varies the image norms.
         """
         if not 0 <= held_out < len(COMBINATIONS):
             raise ValueError(f"held_out must be at least 0 and below {len(COMBINATIONS)}, got {held_out}")
         for name, (low, high) in {"radius": radius, "contrast": contrast}.items():
             if not 0 < low <= high:
-                raise ValueError(f"{name} is a range of positive numbers, got {low} to {high}")
+                raise ValueError(f"{name} must be a range of positive numbers, got {low} to {high}")
         if radius[1] > 0.5:
-            raise ValueError(f"radius: the largest shape must fit, so at most 0.5 of the size, got {radius[1]}")
+            raise ValueError(f"radius must be at most 0.5 for the largest shape to fit, got {radius[1]}")
+
         self.size = self.multiple = size
         self.radius, self.contrast = radius, contrast
+
+        # the same held-out combinations in every run, independent of its seed
         shuffled = [COMBINATIONS[i] for i in philox("held out").permutation(len(COMBINATIONS))]
         self.combinations = {"val": tuple(shuffled[:held_out]), "train": tuple(shuffled[held_out:])}
         if not held_out:
             self.combinations["val"] = self.combinations["train"]
 
     def resolution(self, step: int) -> tuple[int, ...]:
-        """Pixels of an image."""
+        """Pixel budgets of the training images at a step."""
         return (self.size**2,)
 
     def costs(self, seed: int, step: int, samples: range, split: Split) -> tuple[int, ...]:
-        """All pictures are alike."""
+        """Equal for all samples."""
         return (1,) * len(samples)
 
     def batch(self, seed: int, step: int, samples: range, positions: Sequence[int], split: Split) -> Batch:
-        """These positions of the step's global batch."""
+        """The given positions of the global batch of a step."""
         numbers = [samples[position] for position in positions]
         uniform = np.stack([philox(seed, split, number).random(12) for number in numbers])
         combinations = self.combinations[split]
@@ -106,7 +109,7 @@ class ShapesData:
         )
 
     def look(self, uniform: np.ndarray) -> Look:
-        """Uniform numbers (B, 11) in [0, 1) -> looks."""
+        """Uniform random numbers (B, 11) in [0, 1) -> `Look` of B images."""
         radius = self.size * (self.radius[0] + (self.radius[1] - self.radius[0]) * uniform[:, 0])
         low, high = map(math.log, self.contrast)
         return Look(
@@ -117,17 +120,21 @@ class ShapesData:
         )
 
     def draw(self, combinations: list[Combination], look: Look) -> Tensor:
-        """Pictures (B, 3, size, size), float32 in [-1, 1]."""
+        """Render images (B, 3, size, size), float32 in [-1, 1]."""
         grid = np.arange(self.size) + 0.5
         away = np.abs(grid - look.centre[:, :, None]) / look.radius[:, None, None]  # (B, 2, size)
         pixel = 1 / look.radius
+
+        # coverage mask of the shapes (B, size, size), antialiased
         mask = np.zeros((len(combinations), self.size, self.size))
         for name, rectangles in SHAPES.items():
             rows = np.array([c.shape == name for c in combinations])
             for half in rectangles:
-                # the part of a pixel that a rectangle covers, column by column and row by row
+                # fraction of each column and row of pixels that the rectangle covers
                 inside = [np.clip((half[i] - away[rows, i]) / pixel[rows, None] + 0.5, 0, 1) for i in range(2)]
                 mask[rows] = np.maximum(mask[rows], inside[1][:, :, None] * inside[0][:, None])
+
+        # blend foreground over background
         colours = np.array([(COLOURS[c.foreground], COLOURS[c.background]) for c in combinations]) + look.jitter
         front, back = (colours[:, i, :, None, None] for i in range(2))
         pictures = back + mask[:, None] * (front - back)

@@ -1,6 +1,6 @@
-"""Tar files in WebDataset's layout: a picture and a text file with the same name up to the first dot make a sample.
+"""Tar files in the WebDataset layout: an image and a text file with the same name up to the first dot form a sample.
 
-Read by random access through an index of all members, so that order, mixing and resuming are those of a manifest.
+Read by random access through an index of all members, so that order, mixing and resuming work as for a manifest.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ PROMPT = "txt"
 
 
 class ShardData(BucketedDataset):
-    """As `ManifestData`, but `train_manifest` and `val_manifest` are patterns such as `shards/train-*.tar`."""
+    """As `ManifestData`, with glob patterns such as `shards/train-*.tar` as `train_manifest` and `val_manifest`."""
 
     def open(self, path: Path, base_dir: Path) -> Shards:
         return Shards(path, self.max_pixels, self.index_dir, strict=self.on_bad_image == "error")
 
 
 class Shards:
-    """The samples of all tar files that a pattern names, by number, in the order of their names."""
+    """The samples of all tar files that match a pattern, by index, files in the order of their names."""
 
     def __init__(self, pattern: Path, max_pixels: int, index_dir: Path | None = None, strict: bool = True):
         self.pattern, self.max_pixels, self.index_dir, self.strict = pattern, max_pixels, index_dir, strict
@@ -46,7 +46,9 @@ class Shards:
             raise UserError(
                 f"{pattern}: no such tar file; set data.params.train_manifest to a pattern such as a/b-*.tar"
             )
+
         self.opened = lru_cache(maxsize=64)(lambda number: self.tars[number].open("rb", buffering=0))
+
         facts = [(tar.name, tar.stat().st_size, tar.stat().st_mtime_ns) for tar in self.tars]
         key = index.stamp(RECORD, facts, max_pixels)
         self.records = index.load(self.tars[0], key, index_dir, RECORD, self.scan, self.measure)
@@ -67,48 +69,56 @@ class Shards:
         try:
             prompt = self.bytes_of(index, "prompt").decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
-            message = f"{self.name(index)}: its text is not UTF-8 at byte {error.start}; write the shard again"
+            message = f"{self.name(index)}: the text is not UTF-8 at byte {error.start}; write the shard again"
             raise BadSample("invalid UTF-8", message) from error
         if not prompt:
-            raise BadSample("empty caption", f"{self.name(index)}: has no text; write the shard again without it")
+            raise BadSample("empty caption", f"{self.name(index)}: empty text; write the shard without it")
         return prompt
 
     def name(self, index: int) -> str:
         record = self.records[index]
-        return f"{self.tars[record['shard']]}, picture at byte {record['image']}"
+        return f"{self.tars[record['shard']]}, image at byte {record['image']}"
 
     def image(self, index: int, enough: int | None) -> Image.Image:
         return image_decode.read(BytesIO(self.bytes_of(index, "image")), self.name(index), self.max_pixels, enough)
 
     def size(self, index: int) -> tuple[int, int]:
-        """(height, width) from the header of the picture."""
+        """(height, width) in pixels, from the image header."""
         return image_decode.size(BytesIO(self.bytes_of(index, "image")), self.name(index), self.max_pixels)
 
     def digest(self) -> str:
-        """Of the names and sizes of the tar files and of up to 1024 samples, evenly spread."""
+        """Digest of the names and sizes of the tar files and of up to 1024 evenly spaced records."""
         some = np.unique(np.linspace(0, len(self) - 1, 1024).astype(np.int64))
         return index.stamp([(tar.name, tar.stat().st_size) for tar in self.tars], self.records.take(some).tolist())
 
     def bytes_of(self, index: int, part: str) -> bytes:
+        """The content of one member of a sample; `part` is `image` or `prompt`."""
         record = self.records[index]
         file = self.opened(int(record["shard"]))
         return os.pread(file.fileno(), int(record[f"{part}_bytes"]), int(record[part]))
 
     def measure(self, records: np.ndarray) -> None:
-        self.records = records  # what there is so far
+        self.records = records  # needed by `size`, which reads members by index
         index.measure(records, self.size, self.pattern.name, self.strict)
 
     def scan(self, out: Path) -> None:
-        """Write a record per sample from the headers of all members."""
+        """Write one record per sample, from the tar headers of all members."""
         with out.open("wb") as file:
             for number, tar in enumerate(tqdm(self.tars, desc="tar files", disable=not sys.stderr.isatty())):
                 np.array(list(self.samples(number, tar)), RECORD).tofile(file)
         if not out.stat().st_size:
-            raise UserError(f"{self.pattern}: no pictures; a sample is NAME.jpg (or .png, .webp ...) and NAME.{PROMPT}")
+            raise UserError(f"{self.pattern}: no images; a sample is NAME.jpg (or .png, .webp ...) and NAME.{PROMPT}")
 
     def samples(self, number: int, tar: Path) -> Iterator[tuple]:
-        """The records of one tar file, in the order of the first member of each sample."""
+        """The records of one tar file, in the order of the first member of each sample.
+
+        Raises:
+            UserError: the tar file is truncated or compressed.
+            BadSample: kind `incomplete`, in strict mode: a sample has no image or no text.
+        """
         found: dict[str, dict[str, tuple[int, int]]] = {}
+
+        # read member headers only
         try:
             with tarfile.open(tar, "r:") as members:
                 for member in members:
@@ -119,9 +129,13 @@ class Shards:
                     if part and member.isfile():
                         found.setdefault(f"{folder}/{stem}", {})[part] = (member.offset_data, member.size)
         except (tarfile.TarError, OSError) as error:
-            raise UserError(f"{tar}: not a whole, uncompressed tar file ({error}); write or fetch it again") from error
+            raise UserError(
+                f"{tar}: not a complete, uncompressed tar file ({error}); write or download it again"
+            ) from error
+
+        # incomplete samples are recorded with zero bytes unless strict
         for stem, parts in found.items():
             if self.strict and (missing := {"image", "prompt"} - parts.keys()):
-                lacks = "picture" if "image" in missing else f".{PROMPT}"
+                lacks = "image" if "image" in missing else f".{PROMPT}"
                 raise BadSample("incomplete", f"{tar}: {stem.lstrip('/')}: has no {lacks}; write the shard again")
             yield (number, *parts.get("image", (0, 0)), *parts.get("prompt", (0, 0)), 0, 0)

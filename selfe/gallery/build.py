@@ -1,7 +1,7 @@
-"""One page that shows a job's pictures at any number of steps: `selfe gallery FOLDER [FOLDER ...]`.
+"""One HTML page that shows the images of a job at any number of steps: `selfe gallery FOLDER [FOLDER ...]`.
 
-A small job's pictures are inside the page; a large job's stay beside it, with thumbnails. It opens from disk, needs no
-network and runs no text as code.
+Images of a small job are embedded in the page; a large job's stay in separate files, with thumbnails. The page opens
+from disk, makes no network requests and never interprets prompts as markup or code.
 """
 
 from __future__ import annotations
@@ -22,23 +22,25 @@ from PIL import Image
 from selfe.io import image_encode
 from selfe.types import UserError
 
-EMBED_BYTES = 24 * 2**20  # jobs up to this size are inside the page
-MOST = 20_000  # pictures that a page is made for without being asked
-THUMBNAIL = 384  # pixels of the longer side
+EMBED_BYTES = 24 * 2**20  # jobs up to this size are embedded in the page
+MOST = 20_000  # maximum number of images for a gallery that is built automatically
+THUMBNAIL = 384  # longer side, pixels
 MIME = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
 FACTS = (
     *("prompt", "negative_prompt", "seed", "sample", "height", "width", "cfg_scale", "s_ratio", "sampler", "weights"),
     "fingerprint",
 )
-NOT_PARAMETERS = {*FACTS, "file", "num_steps", "step", "checkpoint"}  # all else in a record belongs to the sampler
+NOT_PARAMETERS = {*FACTS, "file", "num_steps", "step", "checkpoint"}  # all other keys are sampler parameters
 
 
 def build(folders: Sequence[Path], output: Path, embed_bytes: int = EMBED_BYTES) -> None:
-    """Write the gallery of one job, or of several side by side."""
+    """Write the gallery of one job, or of several jobs side by side."""
     jobs = [read(folder) for folder in folders]
     sources = [folder / record["file"] for folder, job in zip(folders, jobs, strict=True) for record in job]
     embed = sum(path.stat().st_size for path in sources) <= embed_bytes
     thumbs = {} if embed else thumbnails(sources, output.parent / "thumbs")
+
+    # group images that differ only in the number of steps: one sweep per group
     prompts: dict[str, int] = {}
     sweeps: dict[tuple, dict] = {}
     for number, (folder, job) in enumerate(zip(folders, jobs, strict=True)):
@@ -51,48 +53,59 @@ def build(folders: Sequence[Path], output: Path, embed_bytes: int = EMBED_BYTES)
             sweep["files"][record["num_steps"]] = inline(path) if embed else relative(path, output)
             if path in thumbs:
                 sweep.setdefault("thumbs", {})[record["num_steps"]] = relative(thumbs[path], output)
+
     data = {
         "title": " and ".join(names(folders)) if len(folders) > 1 else "/".join(folders[0].resolve().parts[-2:]),
         "about": ", ".join(dict.fromkeys(f"step {job[0]['step']:,}" for job in jobs)),
         "folders": [about(*each) for each in zip(folders, names(folders), jobs, strict=True)],
         "prompts": list(prompts),
-        # what is compared lies side by side: the same sample of the folders, then of the weights
+        # images to compare are adjacent: the same sample of all folders, then of all weights
         "sweeps": sorted(sweeps.values(), key=lambda s: (s["sample"], s["cfg_scale"], s["s_ratio"], s["sampler"])),
     }
     image_encode.write(output, page(data).encode())
 
 
 def page(data: dict) -> str:
-    """The page around its data. No character of the data can end the element that holds it, and no other script runs
-    than the one whose digest the page's policy names."""
+    """The page with its data and script inserted.
+
+    Characters that could end the JSON element are escaped, and the Content Security Policy allows only the script with
+    the given digest.
+    """
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
+
     template, code = ((files("selfe.gallery") / name).read_text(encoding="utf-8") for name in ("page.html", "page.js"))
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+
     before, _, rest = template.replace("{{hash}}", f"sha256-{digest}").partition("{{data}}")
     between, _, after = rest.partition("{{code}}")
     return before + text + between + code + after
 
 
 def read(folder: Path) -> list[dict]:
-    """The records of a job's `metadata.jsonl`."""
+    """The records of `metadata.jsonl` whose images exist.
+
+    Raises:
+        UserError: the file is missing or invalid, or none of its images exist.
+    """
     path = folder / "metadata.jsonl"
     try:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         there = [record for record in records if (folder / record["file"]).is_file()]
         if not there or any(name not in record for record in there for name in (*FACTS, "num_steps", "step")):
-            raise UserError(f"{path}: describes no pictures that are there; draw the folder again with infer.sh")
+            raise UserError(f"{path}: no images that exist, or incomplete records; run infer.sh again")
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; name the output folder of a finished infer.sh") from error
+        raise UserError(f"{path}: {error.strerror}; give the output directory of a completed infer.sh") from error
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path}: not a metadata file of infer.sh ({error}); draw the folder again") from error
+        raise UserError(f"{path}: not a metadata file of infer.sh ({error}); run infer.sh again") from error
     return there
 
 
 def about(folder: Path, name: str, job: Sequence[dict]) -> dict:
+    """The facts of a job that the page shows."""
     return {
         "name": name,
         "path": str(folder),
@@ -103,22 +116,24 @@ def about(folder: Path, name: str, job: Sequence[dict]) -> dict:
 
 
 def names(folders: Sequence[Path]) -> list[str]:
-    """Folders by as many of their last parts as it takes to tell them apart."""
+    """The shortest trailing paths that distinguish the folders."""
     parts = [folder.resolve().parts for folder in folders]
     depth = next((n for n in range(1, max(map(len, parts))) if len({p[-n:] for p in parts}) == len(parts)), 1)
     return ["/".join(p[-depth:]) for p in parts]
 
 
 def inline(path: Path) -> str:
+    """An image file as a data URL."""
     return f"data:{MIME[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def relative(path: Path, output: Path) -> str:
+    """The URL of a file relative to the page."""
     return quote(Path(os.path.relpath(path.resolve(), output.parent.resolve())).as_posix())
 
 
 def thumbnails(paths: Iterable[Path], home: Path) -> dict[Path, Path]:
-    """Small copies of the large pictures among these, made where they are missing or old; picture -> copy."""
+    """Write thumbnails of images larger than `THUMBNAIL` that are missing or outdated; returns image -> thumbnail."""
 
     def small(path: Path) -> tuple[Path, Path] | None:
         place = Path(os.path.relpath(path.with_suffix(".webp").resolve(), home.parent.resolve()))

@@ -1,4 +1,4 @@
-// The gallery's page. All text comes from prompts, which are not to be trusted: it is set as text, never as markup.
+// Script of the gallery page. Prompts are untrusted: they are set as text content, never as markup.
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
@@ -14,7 +14,7 @@ const words = (n) => `${n} ${n === 1 ? "step" : "steps"}`;
 const state = { at: Math.max(steps.findIndex((n) => n >= 4), 0), query: "", hidden: new Set(), open: null };
 const current = () => steps[state.at];
 
-// What may differ between the pictures of a prompt, and how to call it.
+// Settings in which the images of a prompt may differ, and their labels.
 const sides = [
   ["folder", (sweep) => data.folders[sweep.folder].name],
   ["weights", (sweep) => (sweep.weights === "ema" ? "EMA" : sweep.weights)],
@@ -30,7 +30,7 @@ const rows = data.prompts.map((prompt) => ({ prompt, sweeps: [] }));
 for (const sweep of data.sweeps) rows[sweep.prompt].sweeps.push(sweep);
 const visible = (sweep) => sides.every((side) => !state.hidden.has(`${side.name}\n${side.of(sweep)}`));
 
-// ---- rows: empty shells, filled while they are near the window ----
+// ---- rows: empty placeholders, filled while they are near the viewport ----
 
 const near = new IntersectionObserver((entries) => {
   for (const { target, isIntersecting } of entries) isIntersecting ? fill(target) : clear(target);
@@ -39,6 +39,8 @@ const near = new IntersectionObserver((entries) => {
 function layout() {
   near.disconnect();
   const query = state.query.toLowerCase().split(/\s+/).filter(Boolean);
+
+  // one placeholder per prompt that matches the search and has visible sweeps
   const shells = [];
   for (const row of rows) {
     const shown = row.sweeps.filter(visible);
@@ -53,17 +55,22 @@ function layout() {
     shell.append(label, make("div", shown.length === 1 ? "cells single" : "cells"));
     shells.push(shell);
   }
-  const nothing = make("p", "", "No prompt has all of these words.");
+
+  const nothing = make("p", "", "No prompt contains all of these words.");
   nothing.id = "nothing";
   $("rows").replaceChildren(...(shells.length ? shells : [nothing]));
+
+  // cards if every prompt shows one image, columns otherwise
   const strips = document.body.classList.contains("strips");
   const most = shells.reduce((most, shell) => Math.max(most, shell.sweeps.length), 1);
   document.body.classList.toggle("cards", most === 1 && !strips);
   document.body.style.setProperty("--n", strips ? steps.length : Math.min(most, 6));
   shells.forEach((shell) => near.observe(shell));
+
+  // summary line
   const pictures = data.sweeps.reduce((sum, sweep) => sum + Object.keys(sweep.files).length, 0);
   const part = shells.length < rows.length ? `${shells.length.toLocaleString("en")} of ` : "";
-  $("about").textContent = `${part}${rows.length.toLocaleString("en")} prompts, ${pictures.toLocaleString("en")} pictures · ${data.about}`;
+  $("about").textContent = `${part}${rows.length.toLocaleString("en")} prompts, ${pictures.toLocaleString("en")} images · ${data.about}`;
   $("about").title = $("about").textContent;
 }
 
@@ -104,6 +111,7 @@ function shot(sweep, n) {
     button.textContent = `no ${words(n)}`;
     return button;
   }
+
   const image = make("img", sweep.width <= 64 ? "tiny" : "");
   image.loading = "lazy";
   image.decoding = "async";
@@ -125,6 +133,8 @@ function setStep(at) {
   $("slider").setAttribute("aria-valuetext", words(current()));
   $("number").replaceChildren(make("b", "", current()), ` ${current() === 1 ? "step" : "steps"}`);
   [...$("ticks").children].forEach((tick, i) => tick.setAttribute("aria-pressed", i === state.at));
+
+  // only the images change; rows keep their position
   if (!document.body.classList.contains("strips")) {
     for (const figure of document.querySelectorAll(".cell")) figure.firstChild.replaceChildren(shot(figure.sweep, current()));
   }
@@ -136,12 +146,16 @@ function controls() {
   $("slider").max = steps.length - 1;
   $("track").hidden = $("strips").hidden = steps.length < 2;
   $("slider").addEventListener("input", () => setStep(Number($("slider").value)));
+
+  // slider ticks
   steps.forEach((n, i) => {
     const tick = make("button", "", n);
     tick.title = words(n);
     tick.addEventListener("click", () => setStep(i));
     $("ticks").append(tick);
   });
+
+  // search, and a filter chip for every value of a setting that differs
   $("search").addEventListener("input", () => { state.query = $("search").value; layout(); });
   for (const side of sides.filter((side) => side.values.length <= 12)) {
     const group = make("fieldset");
@@ -160,10 +174,13 @@ function controls() {
     $("chips").append(group);
   }
   $("chips").hidden = !sides.length;
+
   $("strips").addEventListener("click", () => {
     $("strips").setAttribute("aria-pressed", document.body.classList.toggle("strips"));
     layout();
   });
+
+  // colour scheme: that of the system until the button is pressed
   const dark = (on) => document.documentElement.classList.toggle("dark", on);
   const preference = matchMedia("(prefers-color-scheme: dark)");
   dark(preference.matches);
@@ -171,7 +188,7 @@ function controls() {
   $("theme").addEventListener("click", () => dark());
 }
 
-// ---- one picture ----
+// ---- image viewer ----
 
 function show(sweep, n) {
   state.open = sweep;
@@ -179,6 +196,8 @@ function show(sweep, n) {
   $("full").className = sweep.width <= 64 ? "tiny" : "";
   $("full").src = sweep.files[n];
   $("full").alt = $("words").textContent = data.prompts[sweep.prompt];
+
+  // thumbnails of all step counts
   $("sizes").replaceChildren(...steps.filter((m) => sweep.files[m]).map((m) => {
     const button = make("button");
     const image = make("img");
@@ -190,6 +209,8 @@ function show(sweep, n) {
     button.addEventListener("click", () => setStep(steps.indexOf(m)));
     return button;
   }));
+
+  // settings, and the command that generates the image again
   const folder = data.folders[sweep.folder];
   const facts = {
     steps: n, guidance: sweep.cfg_scale, "s ratio": sweep.s_ratio, sampler: sweep.sampler, ...sweep.parameters,
@@ -200,6 +221,7 @@ function show(sweep, n) {
   $("facts").replaceChildren(...Object.entries(facts).flatMap(([name, value]) => [make("dt", "", name), make("dd", "", value)]));
   $("command").textContent = command(sweep, n);
   $("copy").textContent = "Copy command";
+
   if (!$("viewer").open) {
     $("viewer").showModal();
     document.body.classList.add("busy");
@@ -216,7 +238,7 @@ function move(by) {
   setStep(state.at);
 }
 
-// The shell line that draws a picture again. The prompt passes three readers: the shell, YAML and ${...} of the settings.
+// The shell command that generates an image again. Values are escaped for the shell, for YAML and for ${...} interpolation.
 function command(sweep, n) {
   const folder = data.folders[sweep.folder];
   const text = (value) => JSON.stringify(value.replace(/(\\*)\$\{/g, (_, slashes) => slashes + slashes + "\\${"))

@@ -1,7 +1,8 @@
-"""A sampling job: its pictures and their names, the batches they are drawn in, who draws which, what is there already.
+"""A sampling job: its images and file names, batches, the split over processes, and the images that already exist.
 
-A picture's name holds a digest of everything that decides its pixels but the step count and the weights' numbers, so a
-job may grow (more prompts, samples, step counts), and what is drawn stays. A file that is there is whole and is done.
+A file name contains a digest of all settings that determine the pixels, except the step count and the weight values. A
+job can therefore be extended (prompts, samples, step counts) and keeps its existing images. Files are written
+atomically: a file that exists is complete and is not generated again.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from selfe.types import UserError
 
 Weights = Literal["ema", "live"]
 Layout = Literal["flat", "geneval", "npz"]
-MOST = 2_000_000  # pictures of a job
-DECODE = 2.0  # cost of encoders and files per picture, in passes of the denoiser; only for sharing work out
+MOST = 2_000_000  # maximum number of images of a job
+DECODE = 2.0  # cost of encoders and files per image, in denoiser passes; used for load balancing
 
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """One file to draw."""
+    """One image to generate: its file and all settings."""
 
-    file: str  # relative to the job's folder
+    file: str  # relative to the output directory
     prompt: str
     negative_prompt: str
     seed: int
@@ -49,13 +50,13 @@ class ImageSpec:
     weights: Weights
 
     def record(self) -> dict:
-        """All that decides the pixels, for people and machines; the weights' own facts are added by who loads them."""
+        """All settings that determine the pixels, as stored in metadata; the caller adds the facts of the weights."""
         facts = {name: value for name, value in vars(self).items() if name not in ("file", "sampler")}
         return facts | sampler_record(self.sampler)
 
     @property
     def group(self) -> str:
-        """Pictures that may share a batch; also the name of their folder or array."""
+        """Images with the same group may share a batch; also the name of their directory or array."""
         sampler = "_".join(f"{value:g}" if isinstance(value, float) else str(value) for value in self.sampler_values)
         return f"{self.weights}_steps{self.num_steps:02d}_cfg{self.cfg_scale:g}_s{self.s_ratio:g}_{sampler}"
 
@@ -64,27 +65,33 @@ class ImageSpec:
         return tuple(sampler_record(self.sampler).values())
 
     def cost(self) -> float:
-        """Work, in pixels through the denoiser; guidance 1 is at half."""
+        """Approximate work, in pixels x denoiser passes; guidance scale 1 needs one pass per step, others two."""
         return self.height * self.width * (self.num_steps * (1 if self.cfg_scale == 1 else 2) + DECODE)
 
 
 def sampler_record(sampler: Sampler) -> dict:
-    """The sampler as the file of selfe/samplers that holds it, and its parameters."""
+    """The module name of the sampler in `selfe.samplers` and its parameters."""
     return {"sampler": type(sampler).__module__.rpartition(".")[2]} | vars(sampler)
 
 
-# ---- what to draw ----
+# ---- plan ----
 
 
 def plan(requests: Sequence[Request], weights: Sequence[Weights], layout: Layout, suffix: str) -> list[ImageSpec]:
-    """Every picture of a job, prompt by prompt. A line that is given twice goes on counting samples."""
+    """All images of a job, prompt by prompt. A repeated line continues the sample numbers of its first occurrence.
+
+    Raises:
+        UserError: more images than the limit.
+    """
     found: dict[str, ImageSpec] = {}
     taken: Counter = Counter()
     check_number(requests, len(weights))
+
     for number, request in enumerate(requests):
         settings = request.settings
         same = (request.prompt, repr(vars(settings) | sampler_record(settings.sampler)))
         first = settings.first_sample
+
         for i, kind, cfg_scale, s_ratio, num_steps in product(range(settings.num_samples), weights, *sweeps(settings)):
             facts = {
                 "prompt": request.prompt,
@@ -99,11 +106,15 @@ def plan(requests: Sequence[Request], weights: Sequence[Weights], layout: Layout
                 "sampler": settings.sampler,
                 "weights": kind,
             }
+
+            # GenEval names files by prompt and sample number
             picture = ImageSpec(flat_name(ImageSpec("", **facts), suffix), **facts)
             if layout == "geneval":
                 picture = ImageSpec(f"{picture.group}/{number:05d}/samples/{first + i:04d}{suffix}", **facts)
             found.setdefault(picture.file, picture)
+
         taken[same] += settings.num_samples
+
     return list(found.values())
 
 
@@ -112,15 +123,18 @@ def sweeps(settings: SamplingDefaults) -> tuple[tuple, tuple, tuple]:
 
 
 def check_number(requests: Sequence[Request], num_weights: int) -> None:
+    """Raise `UserError` at the request that exceeds the maximum number of images."""
     asked = 0
     for request in requests:
         asked += request.settings.num_samples * num_weights * math.prod(map(len, sweeps(request.settings)))
         if asked > MOST:
-            raise UserError(f"{request.where}: more than {MOST:,} pictures up to here; share the prompts among jobs")
+            raise UserError(
+                f"{request.where}: more than {MOST:,} images up to here; split the prompts into several jobs"
+            )
 
 
 def flat_name(picture: ImageSpec, suffix: str) -> str:
-    """Prompt, sample number, digest, step count: files sort so that a sweep lies together."""
+    """File name from prompt, sample number, digest and step count, so that a sweep sorts together."""
     identity = {name: value for name, value in picture.record().items() if name != "num_steps"}
     digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=6).hexdigest()
     plain = unicodedata.normalize("NFKD", picture.prompt).encode("ascii", "ignore").decode().lower()
@@ -129,32 +143,36 @@ def flat_name(picture: ImageSpec, suffix: str) -> str:
 
 
 def batches(todo: Sequence[ImageSpec], most: int, most_pixels: int, processes: int) -> list[list[ImageSpec]]:
-    """All pictures of a job in batches of one group, similar sizes side by side.
+    """Batches of images of the same group, sorted by size, at most `most` images and `most_pixels` pixels each.
 
-    Made of the whole job, not of what is missing, so that a job that goes on has the batches that it had. The number of
-    processes matters only for groups too small to give each process a full batch.
+    Computed from the complete job, not from the missing images, so that a resumed job has the same batches. The number
+    of processes matters only for groups too small to give each process a full batch.
     """
     place = {picture.file: i for i, picture in enumerate(todo)}
     groups = defaultdict(list)
     for picture in todo:
         groups[picture.group].append(picture)
+
     made: list[list[ImageSpec]] = []
     for group in groups.values():
         limit = min(most, -(-len(group) // processes))
-        pixels = most_pixels + 1  # of the batch being filled; so that the first picture opens one
+        pixels = most_pixels + 1  # of the current batch; the initial value starts a new one
         for picture in sorted(group, key=lambda p: (p.height * p.width, p.height)):
             pixels += picture.height * picture.width
             if pixels > most_pixels or len(made[-1]) == limit:
                 made.append([])
                 pixels = picture.height * picture.width
             made[-1].append(picture)
-    # the step counts of the same prompts one after the other, so that their text is still at hand
+
+    # different step counts of the same prompts follow each other, so that their text encodings are still cached
     return sorted(made, key=lambda batch: (batch[0].weights, place[batch[0].file]))
 
 
 def share(made: Sequence[list[ImageSpec]], processes: int) -> list[list[list[ImageSpec]]]:
-    """Batches for each process: the costliest first, each to who has least. Batches of the same prompts stay together
-    where there are enough others to balance."""
+    """Assign batches to processes greedily: most expensive first, each to the process with the lowest load.
+
+    Batches of the same prompts stay on one process if there are enough of them to balance the load.
+    """
     units = defaultdict(list)
     for number, batch in enumerate(made):
         units[tuple(picture.prompt for picture in batch)].append(number)
@@ -171,68 +189,83 @@ def share(made: Sequence[list[ImageSpec]], processes: int) -> list[list[list[Ima
         least = loads.index(min(loads))
         loads[least] += cost(part)
         shares[least] += part
+
     return [[made[number] for number in sorted(numbers)] for numbers in shares]
 
 
-# ---- what is there ----
+# ---- output directory ----
 
 
 @contextmanager
 def opened(folder: Path, facts: dict, todo: Sequence[ImageSpec], layout: Layout) -> Iterator[None]:
-    """Keep a folder for this job, on one process: nobody else draws into it, no half-written file is left, and all that
-    it holds belongs to the job.
+    """Lock the output directory for this job, remove partial files and check that existing images belong to the job.
+
+    Called on one process.
 
     Args:
-        facts: what all pictures share, weights' fingerprints and the like; `job.json` keeps them.
+        facts: settings shared by all images, such as the fingerprint of the weights; stored in `job.json`.
+
+    Raises:
+        UserError: the directory is not writable, locked, or contains images with other settings.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written to ({error.strerror}); set inferencer.output_dir") from error
-    with lock:  # let go of when the process ends, however it ends
+
+    with lock:  # released when the process ends, even if killed
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"{folder}: another process draws into it; wait, or set inferencer.output_dir") from error
+            raise UserError(
+                f"{folder}: another process is writing to it; wait, or set inferencer.output_dir"
+            ) from error
+
+        # partial files of an interrupted job
         for place in (".", "thumbs", "*_steps*/*", "*_steps*/*/samples"):
             for leftover in folder.glob(f"{place}/*{image_encode.PARTIAL}"):
-                if leftover.is_file():  # a folder of that name is somebody else's
+                if leftover.is_file():  # a directory of that name is not ours
                     leftover.unlink()
+
+        # the same weights and shared settings as before
         path = folder / "job.json"
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if changed := differences(known, facts):
-            raise UserError(f"{folder}: was drawn with {changed}; set another inferencer.output_dir, or go back")
+            raise UserError(f"{folder}: contains images with {changed}; set another inferencer.output_dir, or revert")
         check_leftovers(folder, todo, layout)
         image_encode.write(path, (json.dumps(known | facts, indent=1, ensure_ascii=False) + "\n").encode())
+
         yield
 
 
 def differences(there: dict, here: dict) -> str:
-    """What two descriptions say differently; what only one of them says is no difference."""
+    """Describe the keys whose values differ; keys that only one side has are ignored."""
     names = [name for name in there if name in here and there[name] != here[name]]
     return ", ".join(f"{name} {there[name]!r}, this job has {here[name]!r}" for name in names)
 
 
 def check_leftovers(folder: Path, todo: Sequence[ImageSpec], layout: Layout) -> None:
-    """A picture in the folder that the job would not draw is a changed setting, and the line says which."""
+    """Reject existing images that are not part of the job; the message names the setting that changed."""
     planned = {picture.file: picture.record() for picture in todo}
     for file in drawn(folder):
         if file in planned and layout != "geneval":
-            continue  # its name holds its settings
+            continue  # its name contains a digest of the settings
         record = image_encode.read_record(folder / file)
         if record is None or (file in planned and not differences(record, planned[file])):
             continue
+
+        # report the difference to the most similar image of the job
         alike = [differences(record, other) for other in planned.values() if other["prompt"] == record.get("prompt")]
         change = min(alike, key=len, default=f"prompt {shorten(str(record.get('prompt')), 60)!r}, which this job lacks")
         raise UserError(
-            f"{folder}: {file} is there with {change}; set another inferencer.output_dir, or go back "
-            "(prompts and list entries may be added, not taken away)"
+            f"{folder}: {file} exists with {change}; set another inferencer.output_dir, or revert the change "
+            "(prompts and list entries can be added, not removed)"
         )
 
 
 def drawn(folder: Path) -> Iterator[str]:
-    """The picture files of a job's folder."""
+    """The image files in an output directory, as relative paths."""
     for pattern in ("*_steps*", "*_steps*/*/samples/*"):
         for path in folder.glob(pattern):
             if path.suffix in image_encode.SUFFIXES.values() and path.stat().st_size:

@@ -1,4 +1,4 @@
-"""Captions that come again are not encoded again: a text encoder with a memory, for sampling."""
+"""A text encoder with an LRU cache, so that repeated captions are encoded once. For sampling."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from selfe.types import TextCond, packed
 
 
 class PromptCache:
-    """Around another encoder. Keeps what was used last, on the host; the null prompt always."""
+    """Wraps a text encoder. Caches recently used captions in CPU memory; the null prompt is never evicted."""
 
     def __init__(self, encoder: TextEncoder, max_tokens: int = 65536):
         """
         Args:
-            max_tokens: how much is kept; 65536 tokens of T5-XXL are 1 GiB.
+            max_tokens: size of the cache; 65536 tokens of T5-XXL take 1 GiB.
         """
         self.encoder, self.max_tokens = encoder, max_tokens
         self.text_dim, self.pooled_dim = encoder.text_dim, encoder.pooled_dim
@@ -36,15 +36,17 @@ class PromptCache:
             for caption, text, pooled in zip(new, cond.text.split(), cond.pooled, strict=True):
                 self.codes[caption] = text.cpu(), pooled.cpu()
                 self.num_tokens += len(text)
+
         for caption in captions:
             self.codes.move_to_end(caption)
+
         texts, pooled = zip(*(self.codes[caption] for caption in captions), strict=True)
         self.forget(set(captions) | {""})
         text = packed(torch.cat(texts).to(self.device), [(1, len(t)) for t in texts])
         return TextCond(text, torch.stack(pooled).to(self.device))
 
     def forget(self, needed: set[str]) -> None:
-        """Down to `max_tokens`, the longest unused first."""
+        """Evict least recently used captions, except `needed`, until the cache holds at most `max_tokens`."""
         for caption in list(self.codes):
             if self.num_tokens <= self.max_tokens:
                 break

@@ -1,7 +1,6 @@
-"""What to draw, as people write it down: a prompt file (.txt, .tsv, .jsonl) or a list, each prompt with its settings.
+"""Sampling requests: a prompt file (.txt, .tsv, .jsonl) or a list of prompts, each with its settings.
 
-Every line is read and checked before any weight is loaded; the first bad one stops the program with file, line and
-reason.
+All lines are read and checked before weights are loaded. The first invalid line is reported with file, line and reason.
 """
 
 from __future__ import annotations
@@ -19,24 +18,24 @@ from selfe.protocols import Sampler
 from selfe.samplers.renoise import Renoise
 from selfe.types import UserError
 
-MAX_PROMPT = 4000  # characters; T5 reads 512 tokens, and a JPEG's EXIF block holds 64 KB
+MAX_PROMPT = 4000  # characters; T5 reads 512 tokens, and a JPEG's EXIF block is limited to 64 KB
 MAX_PIXELS = 4096 * 4096
 MAX_STEPS = 1000
 MAX_SAMPLES = 100_000
 CONTROL = re.compile("[\x00-\x1f\x7f\u2028\u2029\ud800-\udfff]")
-TEXT_KEYS = ("prompt", "negative_prompt", "aspect", "sampler", "path")  # cells of a TSV that are not JSON
+TEXT_KEYS = ("prompt", "negative_prompt", "aspect", "sampler", "path")  # TSV columns that are plain text, not JSON
 GENEVAL_KEYS = ("tag", "include", "exclude")
 
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """How pictures are drawn where a prompt's own line does not say. A list makes a sweep from the same noise."""
+    """Sampling settings for prompts whose line does not set them. A list makes a sweep from the same noise."""
 
     prompt_file: str | None = None
-    negative_prompt: str = ""  # takes the place of the null prompt in guidance
+    negative_prompt: str = ""  # replaces the null prompt in guidance
     num_steps: int | tuple[int, ...] = (1, 2, 4, 8, 50)
-    num_samples: int = 1  # pictures per prompt
-    first_sample: int = 0  # the number of the first of them
+    num_samples: int = 1  # images per prompt
+    first_sample: int = 0  # number of the first sample
     seed: int = 0
     height: int = 256
     width: int = 256
@@ -55,32 +54,33 @@ class SamplingDefaults:
         ):
             values = sweep(getattr(self, name))
             if not values:
-                raise ValueError(f"{name}: an empty list; give a number, or several for a sweep")
+                raise ValueError(f"{name}: the list is empty; give one number, or several for a sweep")
             for value in values:
                 if not low <= value <= high:
                     raise ValueError(f"{name}: {value} is not between {low} and {high}")
             if len(set(values)) < len(values):
-                raise ValueError(f"{name}: {list(values)} names a value twice; name each once")
+                raise ValueError(f"{name}: {list(values)} repeats a value; list each once")
+
         if self.height < 1 or self.width < 1 or self.height * self.width > MAX_PIXELS:
             raise ValueError(
-                f"height {self.height} and width {self.width} must be positive and at most {MAX_PIXELS} pixels together"
+                f"height {self.height} and width {self.width} must be positive and at most {MAX_PIXELS} pixels"
             )
         check_text("negative_prompt", self.negative_prompt)
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, how to draw it, and what else its line said."""
+    """A prompt, its sampling settings, and additional keys of its line."""
 
     prompt: str
     settings: SamplingDefaults
     where: str  # "FILE, line N"
-    extra: dict = field(default_factory=dict)  # GenEval's description of what must be seen
+    extra: dict = field(default_factory=dict)  # GenEval metadata: the objects that the image must contain
 
 
 @dataclass(frozen=True)
 class Line:
-    """The keys that a line of JSONL, or a column of a TSV, may have. What is missing is taken from the defaults."""
+    """The valid keys of a JSONL line or columns of a TSV file. Missing values are taken from the defaults."""
 
     prompt: str
     negative_prompt: str | None = None
@@ -90,43 +90,45 @@ class Line:
     seed: int | None = None
     height: int | None = None
     width: int | None = None
-    aspect: str | None = None  # "16:9", width to height, at the defaults' area
+    aspect: str | None = None  # "16:9", width to height, with the area of the defaults
     cfg_scale: tuple[float, ...] | None = None
     s_ratio: tuple[float, ...] | None = None
-    sampler: str | None = None  # euler, renoise: a file of selfe/samplers
+    sampler: str | None = None  # euler, renoise: a module of selfe.samplers
     eta: float | None = None
-    path: str | None = None  # of a training manifest; not used
+    path: str | None = None  # column of a training manifest; ignored
 
 
 def sweep(value: Any) -> tuple:
+    """A single value or a list as a tuple."""
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 def from_list(prompts: Sequence[str], defaults: SamplingDefaults, multiple: int) -> list[Request]:
-    """Prompts written into the configuration or on the command line."""
+    """Requests for prompts from the config or the command line."""
     lines = ((f"inferencer.prompts[{i}]", {"prompt": prompt}) for i, prompt in enumerate(prompts))
     return collect(lines, defaults, multiple)
 
 
 def from_file(path: Path, defaults: SamplingDefaults, multiple: int) -> list[Request]:
-    """The requests of a prompt file; sizes must be multiples of `multiple` pixels. Blank lines are left out.
+    """The requests of a prompt file. Sizes must be multiples of `multiple` pixels; blank lines are skipped.
 
     Raises:
-        UserError: the file cannot be read, or a line cannot be drawn.
+        UserError: the file cannot be read, or a line is invalid.
     """
     parsers = {".txt": parse_text, ".tsv": parse_tsv, ".jsonl": parse_jsonl}
     if path.suffix.lower() not in parsers:
-        raise UserError(f"{path}: a prompt file is .txt (a prompt per line), .tsv or .jsonl; rename or convert it")
+        raise UserError(f"{path}: a prompt file is .txt (one prompt per line), .tsv or .jsonl; rename or convert it")
     if not path.is_file():
         raise UserError(f"{path}: no such prompt file; set inferencer.defaults.prompt_file, or inferencer.prompts")
+
     requests = collect(parsers[path.suffix.lower()](path, lines(path)), defaults, multiple)
     if not requests:
-        raise UserError(f"{path}: the prompt file is empty; write a prompt per line")
+        raise UserError(f"{path}: the prompt file is empty; write one prompt per line")
     return requests
 
 
 def collect(found: Iterator[tuple[str, dict | str]], defaults: SamplingDefaults, multiple: int) -> list[Request]:
-    """(where, keys or what is wrong) -> requests, or one line about the first bad one."""
+    """(where, keys or error message) -> requests, or `UserError` for the first invalid line."""
     requests, problems = [], []
     for where, keys in found:
         try:
@@ -135,14 +137,15 @@ def collect(found: Iterator[tuple[str, dict | str]], defaults: SamplingDefaults,
             requests.append(request(where, keys, defaults, multiple))
         except (ValueError, config.Problem) as error:
             problems.append(f"{where}: {shorten(str(error).lstrip('.'))}")
+
     if problems:
-        more = f" (and {len(problems) - 1} more bad lines)" if len(problems) > 1 else ""
+        more = f" (and {len(problems) - 1} more invalid lines)" if len(problems) > 1 else ""
         raise UserError(problems[0] + more)
     return requests
 
 
 def request(where: str, keys: dict, defaults: SamplingDefaults, multiple: int) -> Request:
-    """One line's keys over the defaults."""
+    """The request of one line: its keys override the defaults."""
     extra = {}
     if all(key in keys for key in GENEVAL_KEYS[:2]):  # a line of GenEval's evaluation_metadata.jsonl
         extra = keys
@@ -150,11 +153,15 @@ def request(where: str, keys: dict, defaults: SamplingDefaults, multiple: int) -
     for name in ("num_steps", "cfg_scale", "s_ratio"):
         if name in keys and keys[name] is not None:
             keys = keys | {name: sweep(keys[name])}
+
+    # check keys and types against `Line`
     line = config.call(Line, keys, "", build=True)
     prompt = line.prompt.strip()
     if not prompt:
-        raise ValueError("prompt: it is empty; write what to draw")
+        raise ValueError("prompt: must not be empty")
     check_text("prompt", prompt)
+
+    # sampler and aspect set other fields; the rest are fields of SamplingDefaults
     given = {name: value for name, value in vars(line).items() if value is not None}
     for name in ("prompt", "path"):
         given.pop(name, None)
@@ -165,6 +172,7 @@ def request(where: str, keys: dict, defaults: SamplingDefaults, multiple: int) -
         if "height" in given or "width" in given:
             raise ValueError("aspect: give either aspect, or height and width")
         given |= size_of(aspect, defaults.height * defaults.width, multiple)
+
     settings = replace(defaults, **given)
     for name in ("height", "width"):
         if getattr(settings, name) % multiple:
@@ -176,12 +184,12 @@ def check_text(name: str, text: str) -> None:
     if len(text) > MAX_PROMPT:
         raise ValueError(f"{name}: {len(text)} characters; at most {MAX_PROMPT}, of which the encoder reads 512 tokens")
     if control := CONTROL.search(text):
-        hint = " (a table? name the file .tsv)" if control[0] == "\t" else ""
-        raise ValueError(f"{name}: holds the control character U+{ord(control[0]):04X}{hint}; remove it")
+        hint = " (for a table, name the file .tsv)" if control[0] == "\t" else ""
+        raise ValueError(f"{name}: contains the control character U+{ord(control[0]):04X}{hint}; remove it")
 
 
 def sampler_of(name: str | None, eta: float | None, default: Sampler) -> Sampler:
-    """The sampler that a line names, or the default one with another eta."""
+    """The sampler that a line names, or the default sampler with another eta."""
     kind = type(default)
     if name is not None:
         try:
@@ -190,6 +198,8 @@ def sampler_of(name: str | None, eta: float | None, default: Sampler) -> Sampler
             kind = config.named(f"selfe.samplers.{name}.{name.title().replace('_', '')}", "sampler")
         except config.Problem as error:
             raise config.Problem("sampler", f"no sampler {name!r}; euler and renoise come with Self-E") from error
+
+    # keep the parameters of the default sampler if the type is the same
     parameters = dict(vars(default)) if kind is type(default) else {}
     try:
         return config.call(kind, parameters | ({} if eta is None else {"eta": eta}), "sampler", build=True)
@@ -198,13 +208,14 @@ def sampler_of(name: str | None, eta: float | None, default: Sampler) -> Sampler
 
 
 def size_of(aspect: str, pixels: int, multiple: int) -> dict[str, int]:
-    """Height and width of about so many pixels, width : height as "16:9" says."""
+    """Height and width with about `pixels` pixels and the aspect ratio width:height, multiples of `multiple`."""
     match = re.fullmatch(r"([1-9]\d{0,3}) ?: ?([1-9]\d{0,3})", aspect)
     if not match:
         raise ValueError(f"aspect: expected width:height such as 16:9, got {aspect!r}")
     ratio = int(match[1]) / int(match[2])
     if not 1 / 16 <= ratio <= 16:
         raise ValueError(f"aspect: {aspect} is not between 1:16 and 16:1")
+
     height, width = math.sqrt(pixels / ratio), math.sqrt(pixels * ratio)
     return {name: max(round(side / multiple), 1) * multiple for name, side in (("height", height), ("width", width))}
 
@@ -213,13 +224,14 @@ def size_of(aspect: str, pixels: int, multiple: int) -> dict[str, int]:
 
 
 def lines(path: Path) -> Iterator[tuple[str, str]]:
-    """("FILE, line N", text) of the lines that are not blank."""
+    """("FILE, line N", text) of all non-blank lines."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{path}: this is UTF-16; save the file as UTF-8")
+        raise UserError(f"{path}: the file is UTF-16; save it as UTF-8")
+
     for number, line in enumerate(data.splitlines(), start=1):
         where = f"{path}, line {number}"
         try:
@@ -249,7 +261,7 @@ def parse_jsonl(path: Path, found: Iterator[tuple[str, str]]) -> Iterator[tuple[
 
 
 def parse_tsv(path: Path, found: Iterator[tuple[str, str]]) -> Iterator[tuple[str, dict | str]]:
-    """The first line names the columns. Empty cells are not given; numbers and lists are written as in JSON."""
+    """The first line names the columns. Empty cells take the default; numbers and lists are written as in JSON."""
     columns: list[str] = []
     for where, text in found:
         cells = [cell.strip() for cell in text.split("\t")]
@@ -259,7 +271,7 @@ def parse_tsv(path: Path, found: Iterator[tuple[str, str]]) -> Iterator[tuple[st
             wrong = [name for name in columns if name not in known]
             if wrong or "prompt" not in columns or len(set(columns)) < len(columns):
                 raise UserError(
-                    f"{where}: the first line must name the columns, one of them prompt, each once; got "
+                    f"{where}: the first line must name the columns, each once, including prompt; got "
                     f"{shorten(repr(columns))}; valid: {', '.join(known)}"
                 )
         elif len(cells) != len(columns):
@@ -274,13 +286,13 @@ def cell_value(name: str, cell: str) -> Any:
     try:
         return json.loads(cell)
     except (ValueError, RecursionError):
-        return cell  # of the wrong type, which the schema will say
+        return cell  # `config.call` reports the wrong type
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict:
     keys = dict(pairs)
     if len(keys) < len(pairs):
-        raise ValueError("a key is given twice")
+        raise ValueError("a key occurs twice")
     return keys
 
 

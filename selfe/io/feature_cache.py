@@ -1,8 +1,8 @@
-"""A cache of what frozen encoders give: bf16 tensors by key in safetensors files, and an index to read one by offset.
+"""A cache of frozen encoder outputs: bf16 tensors by key in safetensors files, with an index of their offsets.
 
-DIR/fingerprint.json    what it was made from; training compares
-DIR/config.yaml         the configuration to train from it
-DIR/latents/  text/  pooled/    a `Store` each
+DIR/fingerprint.json            settings the cache was built with; checked before training
+DIR/config.yaml                 config for training from the cache
+DIR/latents/  text/  pooled/    one `Store` each
 """
 
 from __future__ import annotations
@@ -24,29 +24,30 @@ from torch import Tensor
 
 from selfe.types import BadSample, UserError
 
-FIELDS = "high:<u8 low:<u8 offset:<u8 shard:<u4 width:<u4 rows:<u2 columns:<u2"  # the first two are the key
+FIELDS = "high:<u8 low:<u8 offset:<u8 shard:<u4 width:<u4 rows:<u2 columns:<u2"  # high and low: the 128-bit key
 RECORD = np.dtype([tuple(field.split(":")) for field in FIELDS.split()])
 PLAIN = (str, int, float, bool, tuple, type(None), torch.dtype)
-ELSEWHERE = {"cache_dir", "decode_pixels"}  # where weights lie, or how much is decoded at a time, changes no entry
+ELSEWHERE = {"cache_dir", "decode_pixels"}  # no effect on the entries
 AGAIN = "run selfe precompute again"
 
 
 def digest(text: str) -> str:
-    """The key of an entry: a caption, or what `latent_key` says of a picture."""
+    """The key of an entry: 32 hex digits of a caption, or of the string that `latent_key` forms for an image."""
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def latent_key(split: str, source: int, index: int, shape: tuple[int, int], flipped: bool) -> str:
+    """The key of the latents of an image at a bucket shape (height, width)."""
     return digest(f"{split} {source} {index} {shape[0]}x{shape[1]}{' flipped' if flipped else ''}")
 
 
 class Store:
-    """Tensors (rows, columns, width) of a folder by key."""
+    """Read-only tensors (rows, columns, width) of a directory, by key."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         if not (folder / "entries.index").is_file():
-            raise UserError(f"{folder}: no finished cache; {AGAIN}")
+            raise UserError(f"{folder}: no complete cache; {AGAIN}")
         self.records = np.memmap(folder / "entries.index", RECORD, "r")
         self.opened = lru_cache(maxsize=64)(lambda number: shard_path(folder, number).open("rb", buffering=0))
 
@@ -54,23 +55,27 @@ class Store:
         return Store, (self.folder,)
 
     def read(self, key: str, name: str) -> Tensor:
-        """The entry of a key, bf16.
+        """The entry of a key, (rows, columns, width), bf16. `name` describes it in error messages.
 
         Raises:
-            BadSample: kind `not cached`; `name` is how the message calls it.
+            BadSample: kind `not cached`.
+            UserError: a shard is truncated.
         """
+        # binary search for the first half of the key, then a scan for the second
         high, low = int(key[:16], 16), int(key[16:], 16)
         at = bisect_left(self.records["high"], high)
         while at < len(self.records) and self.records["high"][at] == high and self.records["low"][at] != low:
             at += 1
         if at == len(self.records) or self.records["high"][at] != high:
-            raise BadSample("not cached", f"{self.folder}: does not hold {name}; {AGAIN}")
+            raise BadSample("not cached", f"{self.folder}: does not contain {name}; {AGAIN}")
+
+        # read the tensor by its offset
         record = self.records[at]
         shape = [int(record[name]) for name in ("rows", "columns", "width")]
         size = 2 * shape[0] * shape[1] * shape[2]
         found = os.pread(self.opened(int(record["shard"])).fileno(), size, int(record["offset"]))
         if len(found) < size:
-            raise UserError(f"{shard_path(self.folder, record['shard'])}: cut short; remove this file and {AGAIN}")
+            raise UserError(f"{shard_path(self.folder, record['shard'])}: truncated; remove this file and {AGAIN}")
         return torch.frombuffer(bytearray(found), dtype=torch.bfloat16).reshape(shape)
 
 
@@ -79,7 +84,7 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def write_shard(folder: Path, number: int, entries: Mapping[str, Tensor]) -> None:
-    """Key -> (rows, columns, width), written aside and renamed."""
+    """Write entries, key -> (rows, columns, width), as bf16 under a temporary name, then rename the file."""
     folder.mkdir(parents=True, exist_ok=True)
     aside = shard_path(folder, number).with_suffix(".partial")
     save_file({key: tensor.to(torch.bfloat16).contiguous().cpu() for key, tensor in entries.items()}, aside)
@@ -87,7 +92,7 @@ def write_shard(folder: Path, number: int, entries: Mapping[str, Tensor]) -> Non
 
 
 def write_index(folder: Path, num_shards: int) -> None:
-    """Index all entries of a folder of whole shards, by the headers of the files."""
+    """Write the index of a directory of complete shards, from the safetensors headers."""
     found = []
     for number in range(num_shards):
         with shard_path(folder, number).open("rb") as file:
@@ -97,17 +102,19 @@ def write_index(folder: Path, num_shards: int) -> None:
             rows, columns, width = entry["shape"]
             offset = 8 + length + entry["data_offsets"][0]
             found.append((int(key[:16], 16), int(key[16:], 16), offset, number, width, rows, columns))
+
+    # sorted by key, for binary search
     records = np.array(found, RECORD)
     aside = folder / "entries.partial"
     records[np.argsort(records["high"], kind="stable")].tofile(aside)
     aside.rename(folder / "entries.index")
 
 
-# ---- what a cache was made from ----
+# ---- fingerprint: the settings a cache was built with ----
 
 
 def describe(name: str, part: Any) -> dict[str, str]:
-    """The settings of a part that is built but not loaded, by key path."""
+    """The settings of a component before its weights are loaded, by key path."""
     plain = {k: v for k, v in vars(part).items() if isinstance(v, PLAIN) or is_dataclass(v)}
     return {f"{name}.module": type(part).__qualname__} | {
         f"{name}.{key}": str(value) for key, value in plain.items() if key not in ELSEWHERE
@@ -115,14 +122,15 @@ def describe(name: str, part: Any) -> dict[str, str]:
 
 
 def check(folder: Path, facts: Mapping[str, str]) -> None:
-    """Facts must be those of the cache, as far as both speak of the same parts.
+    """Compare settings with those of the cache. Only components named in `facts` are compared.
 
     Raises:
-        UserError: there is no cache, or it says otherwise; names what changed.
+        UserError: there is no cache, or it is stale; the message lists the changed settings.
     """
     path = folder / "fingerprint.json"
     if not path.is_file():
-        raise UserError(f"{folder}: no such cache; make it with selfe precompute CONFIG --out {folder}")
+        raise UserError(f"{folder}: no such cache; create it with selfe precompute CONFIG --out {folder}")
+
     parts = {key.split(".")[0] for key in facts}
     stored = {key: value for key, value in json.loads(path.read_text()).items() if key.split(".")[0] in parts}
     changed = [
@@ -130,5 +138,6 @@ def check(folder: Path, facts: Mapping[str, str]) -> None:
         for key in sorted(stored.keys() | facts.keys())
         if stored.get(key) != facts.get(key)
     ]
+
     if changed:
-        raise UserError(f"{folder}: the cache is stale: {'; '.join(changed)}; make another with selfe precompute")
+        raise UserError(f"{folder}: the cache is stale: {'; '.join(changed)}; create a new one with selfe precompute")

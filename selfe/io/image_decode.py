@@ -1,6 +1,7 @@
-"""Picture files as the world has them: decoded to RGB, cut to a shape, as tensors.
+"""Decode image files to RGB, resize and crop them to a shape, convert them to tensors.
 
-Upright as their EXIF data say; the first frame of an animation; transparency on white; 16-bit grey scaled to 8.
+EXIF rotation is applied, animations yield their first frame, transparency is blended onto white, and 16-bit greyscale
+is scaled to 8 bits.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from torch import Tensor
 from selfe.types import BadSample
 
 Image.init()
-# no format that runs a program (EPS) or that is not for pictures
+# only raster image formats; excludes EPS, which runs an interpreter
 FORMATS = {"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP"}
-FORMATS = sorted(FORMATS & set(Image.OPEN))  # AVIF is an option of Pillow
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, replaced by `max_pixels`
+FORMATS = sorted(FORMATS & set(Image.OPEN))  # AVIF support is optional in Pillow
+Image.MAX_IMAGE_PIXELS = None  # replaced by `max_pixels`
 MAX_PIXELS = 178_956_970  # 512 MB as RGB
-SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
 
 def read(file: Path | BinaryIO, name: str, max_pixels: int = MAX_PIXELS, enough: int | None = None) -> Image.Image:
-    """A whole picture as RGB.
+    """Decode an image to RGB.
 
     Args:
-        name: how an error calls it.
-        max_pixels: larger pictures are refused before they are decoded.
-        enough: a JPEG may be decoded at 1/2, 1/4 or 1/8, its shorter side still at least so many pixels.
+        name: of the image, in error messages.
+        max_pixels: larger images are rejected before decoding.
+        enough: allows decoding a JPEG at 1/2, 1/4 or 1/8 scale while its shorter side keeps at least this many pixels.
 
     Raises:
         BadSample: kind `missing`, `too large`, `truncated` or `undecodable`.
@@ -42,49 +43,51 @@ def read(file: Path | BinaryIO, name: str, max_pixels: int = MAX_PIXELS, enough:
         if enough and image.format == "JPEG":
             shrink = max(min(image.size) // enough, 1)
             image.draft(None, (image.width // shrink, image.height // shrink))
+
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         return to_rgb(image)
 
 
 def size(file: Path | BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(height, width) of the upright picture, from the header alone.
+    """(height, width) in pixels after EXIF rotation, read from the header.
 
     Raises:
         BadSample: as `read`.
     """
     with naming(name), Image.open(regular(file), formats=FORMATS) as image:
         limit(image, name, max_pixels)
-        # Pillow would decode a whole PNG to look for EXIF data behind the pixels
+        # check image.info first: getexif() would decode a complete PNG to look for EXIF data behind the pixels
         sideways = "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
         return (image.width, image.height) if sideways else (image.height, image.width)
 
 
 def fit(image: Image.Image, shape: tuple[int, int]) -> Tensor:
-    """(3, height, width) uint8: scaled so that it just covers the shape, then cut at the centre."""
+    """Resize to cover `shape` (height, width) and center-crop -> (3, height, width) uint8."""
     image = ImageOps.fit(image, shape[::-1], method=Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def whole(file: Path | BinaryIO) -> Image.Image:
-    """An opened picture. Of a PNG the checksums are compared first: its decoder makes grey of what does not unpack."""
+    """Open an image. Verifies PNG checksums first, because the decoder silently fills corrupt data with grey."""
     image = Image.open(regular(file), formats=FORMATS)
     if image.format != "PNG":
         return image
-    image.verify()  # ends this object, and closes a file of its own
+    image.verify()  # invalidates this object and closes a file that it opened
     if not isinstance(file, Path):
         file.seek(0)
     return Image.open(file, formats=FORMATS)
 
 
 def regular(file: Path | BinaryIO) -> Path | BinaryIO:
-    """Opening a pipe would wait for ever."""
+    """Reject paths that are not regular files; opening a pipe would block forever."""
     if isinstance(file, Path) and not file.is_file():
         raise FileNotFoundError
     return file
 
 
 def limit(image: Image.Image, name: str, max_pixels: int) -> None:
+    """Raise `BadSample`, kind `too large`, above `max_pixels`."""
     if image.width * image.height > max_pixels:
         raise BadSample(
             "too large",
@@ -95,13 +98,13 @@ def limit(image: Image.Image, name: str, max_pixels: int) -> None:
 
 @contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Whatever a picture file does to its decoder becomes a `BadSample`."""
+    """Turn any exception of a decoder into a `BadSample` with the name of the image."""
     try:
         yield
     except BadSample:
         raise
     except FileNotFoundError as error:
-        raise BadSample("missing", f"{name}: no such image; mend the line or data.params.base_dir") from error
+        raise BadSample("missing", f"{name}: no such image; correct the line or data.params.base_dir") from error
     except Exception as error:  # decoders of damaged files raise anything from KeyError to MemoryError
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, UnidentifiedImageError):
@@ -112,9 +115,10 @@ def naming(name: str) -> Iterator[None]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any mode to RGB, with transparency on white."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
-    if image.mode.startswith("I"):  # 16 bits, which `convert` would clip
+    if image.mode.startswith("I"):  # 16 bits, which `convert` would clip instead of scaling
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("32-bit floating point pixels have no known range")

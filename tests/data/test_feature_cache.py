@@ -112,7 +112,7 @@ def test_the_cache_holds_each_caption_once_and_null_and_fake_prompts(cached):
     assert len(latents.records) == 12 * (2 * 2 + 1)  # two budgets, mirrored or not; validation at one
     system, _, _ = build(cached)
     system.load_encoders(CPU)
-    with pytest.raises(BadSample, match=r"does not hold the caption 'never seen'; run selfe precompute"):
+    with pytest.raises(BadSample, match=r"does not contain the caption 'never seen'; run selfe precompute"):
         system.text_encoder(["picture 3", "never seen"])
 
 
@@ -149,7 +149,7 @@ def test_interrupted_and_continued_by_two_processes_is_the_same_cache(settings, 
     first = feature_cache.shard_path(whole / "latents", 0)
     (out / "latents" / first.name).write_bytes(first.read_bytes())
     stamp = (out / "latents" / first.name).stat().st_mtime_ns
-    with pytest.raises(UserError, match="no finished cache"):
+    with pytest.raises(UserError, match="no complete cache"):
         feature_cache.Store(out / "latents")
     on_ranks(2, encode_on, settings, str(out))
     assert (out / "latents" / first.name).stat().st_mtime_ns == stamp

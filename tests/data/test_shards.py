@@ -88,12 +88,12 @@ def test_foreign_tars_are_read_whatever_the_order_names_and_extras(tmp_path):
 @pytest.mark.parametrize(
     ("members", "said"),
     [
-        ([], "no pictures; a sample is"),
+        ([], "no images; a sample is"),
         ([("a.jpg", jpeg(0))], "x.tar: a: has no .txt"),
-        ([("a.txt", b"text")], "x.tar: a: has no picture"),
-        ([("a.jpg", jpeg(0)[:300]), ("a.txt", b"text")], "x.tar, picture at byte 512: cannot be decoded"),
-        ([("a.jpg", jpeg(0)), ("a.txt", b" ")], "x.tar, picture at byte 512: has no text"),
-        ([("a.jpg", jpeg(0)), ("a.txt", b"caf\xe9")], "x.tar, picture at byte 512: its text is not UTF-8"),
+        ([("a.txt", b"text")], "x.tar: a: has no image"),
+        ([("a.jpg", jpeg(0)[:300]), ("a.txt", b"text")], "x.tar, image at byte 512: cannot be decoded"),
+        ([("a.jpg", jpeg(0)), ("a.txt", b" ")], "x.tar, image at byte 512: empty text"),
+        ([("a.jpg", jpeg(0)), ("a.txt", b"caf\xe9")], "x.tar, image at byte 512: the text is not UTF-8"),
     ],
 )
 def test_what_is_wrong_in_a_tar_is_one_line(tmp_path, members, said):
@@ -115,7 +115,7 @@ def test_no_tar_or_not_a_tar_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no such tar file"):
         ShardData(str(tmp_path / "*.tar"))
     (tmp_path / "x.tar").write_bytes(jpeg(0))
-    with pytest.raises(UserError, match="not a whole, uncompressed tar file"):
+    with pytest.raises(UserError, match="not a complete, uncompressed tar file"):
         ShardData(str(tmp_path / "x.tar"))
 
 

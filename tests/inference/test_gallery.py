@@ -110,7 +110,7 @@ def test_search_filters_and_all_steps(driver, folders):
     show(driver, folders[0] / "gallery.html")
     press(driver, "/", "SUIT astronaut", Keys.ESCAPE)
     assert len(all_of(driver, ".row")) == 1
-    assert text(driver, "#about").startswith("1 of 8 prompts, 80 pictures")
+    assert text(driver, "#about").startswith("1 of 8 prompts, 80 images")
     until(driver, "document.querySelectorAll('.shot img').length == 2")
     assert [caption.text for caption in all_of(driver, "figcaption")] == ["EMA", "live"]
     press(driver, "a")
@@ -230,7 +230,7 @@ def test_ten_thousand_pictures_stay_usable(driver, tmp_path):
     assert (tmp_path / "gallery.html").stat().st_size < 4_000_000
     resize(driver, 1440, 900)
     show(driver, tmp_path / "gallery.html")
-    assert text(driver, "#about").startswith("2,000 prompts, 10,000 pictures")
+    assert text(driver, "#about").startswith("2,000 prompts, 10,000 images")
     assert len(all_of(driver, ".row")) == 2000
     assert len(all_of(driver, ".shot img")) < 60
     assert "/thumbs/" in sources(driver)[0]
@@ -250,5 +250,5 @@ def test_what_is_no_job_is_one_line(tmp_path):
             cli.run(["gallery", str(tmp_path)])
         assert len(str(raised.value).splitlines()) == 1
     (tmp_path / "metadata.jsonl").write_text('{"file": "gone.png"}\n')
-    with pytest.raises(UserError, match="no pictures that are there"):
+    with pytest.raises(UserError, match="no images that exist"):
         build.build([tmp_path], tmp_path / "gallery.html")

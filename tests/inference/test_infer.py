@@ -241,7 +241,7 @@ def test_a_job_may_grow_but_not_change(trained, tmp_path):
     assert "ema_fingerprint" in refused(f"inferencer.ckpt_dir={other}")
     with (output / ".lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another process draws" in refused()
+        assert "another process is writing" in refused()
 
 
 def test_negative_prompts_settings_of_a_line_and_sizes(trained, tmp_path):
@@ -299,12 +299,12 @@ def test_layouts_that_evaluators_read(trained, tmp_path):
 def test_mistakes_stop_before_any_weight_is_loaded(tmp_path):
     nowhere = tmp_path / "no checkpoint"
     for overrides, words in (
-        (["inferencer.prompts=['']"], r"inferencer.prompts\[0\]: prompt: it is empty"),
+        (["inferencer.prompts=['']"], r"inferencer.prompts\[0\]: prompt: must not be empty"),
         (["inferencer.prompts=[a]", "inferencer.defaults.height=33"], "33 is not a multiple of 16"),
         (["inferencer.defaults.prompt_file=null"], "no prompts; give a list"),
         (["inferencer.layout=geneval", "inferencer.format=webp"], "geneval needs png"),
         (["inferencer.defaults.num_steps=0"], "num_steps: 0 is not between"),
-        (["inferencer.defaults.cfg_scale=[]"], "cfg_scale: an empty list"),
+        (["inferencer.defaults.cfg_scale=[]"], "cfg_scale: the list is empty"),
         (["inferencer.prompts=[a]"], "no such checkpoint directory"),
     ):
         with pytest.raises(UserError, match=words):

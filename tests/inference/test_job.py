@@ -44,7 +44,7 @@ def test_a_prompt_given_again_is_another_sample():
 
 
 def test_absurd_jobs_are_refused():
-    with pytest.raises(UserError, match=r"line 1: more than 2,000,000 pictures"):
+    with pytest.raises(UserError, match=r"line 1: more than 2,000,000 images"):
         plan(requests("a", "b", num_samples=100_000, num_steps=tuple(range(1, 20))), ["ema"], "flat", ".png")
 
 

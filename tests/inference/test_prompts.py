@@ -76,7 +76,7 @@ MALFORMED = {
     "a picture": ("p.txt", b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", "line 1: not UTF-8"),
     "zeros": ("p.txt", b"a\0cat", r"U\+0000"),
     "an escape sequence": ("p.txt", "a \x1b[31mcat", r"U\+001B"),
-    "a table named .txt": ("p.txt", "x.jpg\ta cat", r"U\+0009 \(a table"),
+    "a table named .txt": ("p.txt", "x.jpg\ta cat", r"U\+0009 \(for a table"),
     "a line separator": ("p.txt", "a\u2028cat", r"U\+2028"),
     "1 MB in a line of text": ("p.txt", "a" * 2**20, "1048576 characters"),
     "1 MB in a line of JSON": ("p.jsonl", line(prompt="a" * 2**20), "1048604 characters|1048576 characters"),
@@ -88,9 +88,9 @@ MALFORMED = {
     "half a line": ("p.jsonl", line()[:-1], "line 1: not JSON"),
     "a list": ("p.jsonl", '["a cat"]', "expected an object"),
     "a number": ("p.jsonl", "3", "expected an object"),
-    "a key twice": ("p.jsonl", '{"prompt": "a", "prompt": "b"}', "given twice"),
+    "a key twice": ("p.jsonl", '{"prompt": "a", "prompt": "b"}', "occurs twice"),
     "no prompt": ("p.jsonl", '{"seed": 1}', "prompt: missing"),
-    "an empty prompt": ("p.jsonl", line(prompt="  "), "prompt: it is empty"),
+    "an empty prompt": ("p.jsonl", line(prompt="  "), "prompt: must not be empty"),
     "a prompt that is a number": ("p.jsonl", line(prompt=3), "prompt: expected str"),
     "a prompt of two lines": ("p.jsonl", line(prompt="a\nb"), r"U\+000A"),
     "half of a surrogate pair": ("p.jsonl", '{"prompt": "\\ud83d"}', r"U\+D83D"),
@@ -101,8 +101,8 @@ MALFORMED = {
     "negative steps": ("p.jsonl", line(num_steps=[4, -1]), "num_steps: -1 is not between 1 and"),
     "no steps": ("p.jsonl", line(num_steps=0), "num_steps: 0 is not between 1 and"),
     "a million steps": ("p.jsonl", line(num_steps=10**6), "num_steps: 1000000 is not between 1 and"),
-    "an empty sweep": ("p.jsonl", line(num_steps=[]), "num_steps: an empty list"),
-    "a sweep with a value twice": ("p.jsonl", line(cfg_scale=[3, 3]), "names a value twice"),
+    "an empty sweep": ("p.jsonl", line(num_steps=[]), "num_steps: the list is empty"),
+    "a sweep with a value twice": ("p.jsonl", line(cfg_scale=[3, 3]), "repeats a value"),
     "a negative seed": ("p.jsonl", line(seed=-1), "seed: -1 is not between"),
     "no samples": ("p.jsonl", line(num_samples=0), "num_samples: 0 is not between"),
     "not a number": ("p.jsonl", '{"prompt": "a", "cfg_scale": NaN}', "NaN is not a number"),
@@ -141,7 +141,7 @@ def test_malformed(name, tmp_path):
 
 
 def test_all_bad_lines_are_counted(tmp_path):
-    with pytest.raises(UserError, match=r"line 2: .* \(and 2 more bad lines\)"):
+    with pytest.raises(UserError, match=r"line 2: .* \(and 2 more invalid lines\)"):
         read(tmp_path, "p.jsonl", "\n".join([line(), "x", line(seed=-1), line(), "y"]))
 
 

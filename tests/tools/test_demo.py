@@ -47,7 +47,7 @@ def test_the_picture_is_that_of_the_inferencer(painter, trained, tmp_path):  # n
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ((" ", "", 4, 5, 0, "renoise", 1, 0), "prompt: it is empty"),
+        ((" ", "", 4, 5, 0, "renoise", 1, 0), "prompt: must not be empty"),
         (("a", "", 0, 5, 0, "renoise", 1, 0), "num_steps: 0 is not between"),
         (("a", "", 4, 5, -1, "renoise", 1, 0), "seed: -1 is not between"),
         (("a", "", 4, 5, None, "renoise", 1, 0), "int"),
