@@ -49,18 +49,18 @@ class GradGuard:
         self.phase: str | None = memory.get("phase")
         self.norms = deque(memory.get("norms", ()), maxlen=health.window)  # of accepted steps of this phase
         self.losses = deque(memory.get("losses", ()), maxlen=health.window)
-        self.rejected: list[list[float]] = memory.get("rejected", [])  # (norm, loss) of skipped steps in a row
+        self.rejected = list(memory.get("rejected", ()))  # [norm, loss] of the skipped steps in a row, all finite
         self.in_a_row = memory.get("in_a_row", 0)
         self.skipped = memory.get("skipped", 0)  # in the entire run
 
     @property
     def memory(self) -> dict:
-        """State for a checkpoint, as JSON types."""
+        """State for a checkpoint, as JSON types; a copy, because checkpoints are written in the background."""
         return {
             "phase": self.phase,
             "norms": list(self.norms),
             "losses": list(self.losses),
-            "rejected": self.rejected,
+            "rejected": list(self.rejected),
             "in_a_row": self.in_a_row,
             "skipped": self.skipped,
         }
@@ -94,11 +94,10 @@ class GradGuard:
 
         if finite and not good:
             self.rejected.append([norm, loss])
-            if self.is_new_level():
-                # a lasting change: restart the statistics from the skipped norms
+            if good := self.is_new_level():
+                # a lasting change: restart the statistics from the norms that agree
                 self.norms.clear()
-                self.norms.extend(norm for norm, _ in self.rejected)
-                good = True
+                self.norms.extend(norm for norm, _ in self.recent())
         elif finite:
             self.norms.append(norm)
 
@@ -110,12 +109,15 @@ class GradGuard:
         self.skipped += not good
         return good
 
+    def recent(self) -> list[list[float]]:
+        """The last `adopt_after` skipped steps in a row."""
+        return self.rejected[-self.health.adopt_after :]
+
     def is_new_level(self) -> bool:
         """Whether recent skipped norms agree and the loss has not risen. A risen loss means that training diverged."""
-        recent = self.rejected[-self.health.adopt_after :]
-        if len(recent) < self.health.adopt_after:
+        if len(self.recent()) < self.health.adopt_after:
             return False
-        norms, losses = zip(*recent, strict=True)
+        norms, losses = zip(*self.recent(), strict=True)
         return max(norms) <= self.health.factor * min(norms) and median(losses) <= 2 * median(self.losses)
 
     def check(self, step: int, norm: float) -> None:
@@ -131,6 +133,6 @@ def record(folder: Path, step: int, norm: float, limit: float, micro_batches: li
     """Write a skipped step's samples (for `selfe replay`), gradient norm and limit to a JSON file; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}.json"
-    told = {"step": step, "grad_norm": norm, "limit": limit, "micro_batches": micro_batches}
-    path.write_text(json.dumps(told, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    entry = {"step": step, "grad_norm": norm, "limit": limit, "micro_batches": micro_batches}
+    path.write_text(json.dumps(entry, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return path

@@ -79,6 +79,27 @@ def test_an_unplanned_level_that_lasts_is_adopted():
     assert guard.skipped == 4
 
 
+def test_only_the_norms_that_agree_become_the_new_level():
+    guard = GradGuard(GradGuardConfig(warmup=10, adopt_after=5, max_skips=20))
+    assert all(guard.accepts(1.0, 0.5) for _ in range(20))
+    assert not any(guard.accepts(norm, 0.5) for norm in (1e3, 1e5, 1e4))  # spikes, then a level that lasts
+    assert [guard.accepts(8.0, 0.5) for _ in range(6)] == [False] * 4 + [True] * 2
+    assert max(guard.norms) == 8.0
+
+
+def test_memory_is_a_snapshot():
+    """A checkpoint is written in the background, while later steps change the guard."""
+    guard = GradGuard(GradGuardConfig(warmup=10))
+    assert all(guard.accepts(1.0, 0.5) for _ in range(20))
+    assert not guard.accepts(9.0, 0.5)
+    memory = guard.memory
+    saved = json.dumps(memory)
+    resumed = GradGuard(guard.health, memory)
+    assert not guard.accepts(9.0, 0.5)
+    assert not resumed.accepts(7.0, 0.5)
+    assert json.dumps(memory) == saved
+
+
 @pytest.mark.parametrize("kind", ["risen loss", "growing norms", "not finite"])
 def test_divergence_ends_the_run(kind):
     guard = GradGuard(GradGuardConfig(warmup=10, adopt_after=5, max_skips=8))
