@@ -130,7 +130,7 @@ def check_data(parser: argparse.ArgumentParser) -> None:
 
 
 def precompute(parser: argparse.ArgumentParser) -> None:
-    workers = min(4, os.cpu_count() or 1)
+    workers = min(4, len(os.sched_getaffinity(0)))
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--out", type=Path, required=True, help="cache folder")

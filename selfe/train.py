@@ -172,11 +172,8 @@ class Trainer:
         self.guard = GradGuard(cfg.health, verify.read_marker(found)["guard"] if found else None)
 
         # statistics since the last logged step
-        self.measured, self.cells, self.clock = (
-            MetricAccumulator(),
-            TimeGrid(),
-            StepTimer(world.device, cfg.peak_tflops),
-        )
+        self.measured, self.cells = MetricAccumulator(), TimeGrid()
+        self.clock = StepTimer(world.device, cfg.peak_tflops)
         self.steps_logged, self.replaced = self.start, 0
 
         if found and world.is_main:
@@ -215,7 +212,7 @@ class Trainer:
 
         loggers = Loggers(self.folder, self.start, cfg.wandb, cfg.tensorboard, main)
         progress = log.Progress("training", end, self.start, quiet=not main)
-        ear, watch = StopSignal(), Watchdog(self.world, cfg.timeout_minutes, partial(launch.end, 1))
+        stop_signal, watch = StopSignal(), Watchdog(self.world, cfg.timeout_minutes, partial(launch.end, 1))
 
         # one data loader for the run; workers prefetch micro-batches in this order
         order = ((step, place) for step in range(self.start, end) for place in range(self.num_micro(step)))
@@ -228,7 +225,7 @@ class Trainer:
                 fsdp.compare_replicas(self.net, self.world, cfg.shard_size, f"step {step}")
 
             # train; the stop signal is the same on all ranks, so all leave the loop after the same step
-            grad_norm, stop = self.step(step, micro_batches, lambda: ear.received)
+            grad_norm, stop = self.step(step, micro_batches, lambda: stop_signal.received)
             done, last = step + 1, step + 1 == end or stop > 0
 
             # metrics and validation
@@ -258,7 +255,7 @@ class Trainer:
         # wait for the last checkpoint, then close everything that runs in the background
         watch.heartbeat(step, "saving", limited=False)
         path = self.saver.finish()
-        for part in (progress, watch, ear, loggers):
+        for part in (progress, watch, stop_signal, loggers):
             part.close()
         self.finish(f"{done} steps done; checkpoint: {path}", stop)
 
@@ -302,9 +299,9 @@ class Trainer:
 
             # FSDP averages gradients over ranks; this division averages them over micro-batches too
             clock.mark("backward")
-            share = loss.per_sample.mean() / num_micro
-            share.backward()
-            losses.append(share.detach())
+            mean_loss = loss.per_sample.mean() / num_micro
+            mean_loss.backward()
+            losses.append(mean_loss.detach())
             measured.add(loss, batch)
 
         # clip, and agree with all ranks on norm, loss and stop signal

@@ -1,4 +1,4 @@
-"""A FLUX file fills sharded denoisers. Apart from test_flux_format.py because its processes need no diffusers."""
+"""A FLUX file fills sharded denoisers. Apart from test_flux.py because its processes need no diffusers."""
 
 from pathlib import Path
 

@@ -92,8 +92,11 @@ class Handler(BaseHTTPRequestHandler):
             etag = hashlib.sha256(content).hexdigest()
         else:
             etag = hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
+
+        # a file that is not what its hash says, and the part of it that is asked for
         content = self.hub.wrong.get(path.name, content)
         start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
+
         self.send_response(206 if start else 200)
         self.send_header("ETag", f'"{etag}"')
         self.send_header("X-Repo-Commit", COMMIT)
@@ -103,6 +106,8 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if not body:
             return
+
+        # some files stop half way, until the hub closes
         content = content[start:]
         stalls = path.name == self.hub.stall
         self.wfile.write(content[: len(content) // 2] if stalls else content)

@@ -29,8 +29,8 @@ class JumpingObjective(SelfEvaluation):
         super().__init__(start_step=start_step, tau_steps=tau_steps, aux_start_step=aux_start_step)
         self.jump, self.spike = jump, spike
 
-    def __call__(self, net, ema, x0, conds, draws, step) -> Loss:
-        loss = super().__call__(net, ema, x0, conds, draws, step)
+    def __call__(self, net, ema, x0, conds, rng, step) -> Loss:
+        loss = super().__call__(net, ema, x0, conds, rng, step)
         changes = sum(step >= first for first in (6, 12, 18, 24))
         factor = self.jump if changes % 2 else 1.0
         factor *= 100 if step == self.spike else 1

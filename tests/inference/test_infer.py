@@ -147,18 +147,23 @@ def test_killed_three_times_and_gone_on_with(trained, reference, tmp_path):
         while len(list(output.glob("*.png"))) < goal and time.monotonic() < deadline:
             time.sleep(0.002)
         time.sleep(chance.random() / 20)
+
         for process in processes:  # all at the same moment, or one could end for want of the other
             os.kill(process.pid, signal.SIGSTOP)
         for process in processes:
             process.kill()
             process.join()
             assert process.exitcode == -signal.SIGKILL
+
+        # what is there stays, and the killed processes have left no half images under a final name
         there = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in output.glob("*.png")}
         assert goal <= len(there) < 72
         assert there.items() >= seen.items()  # nothing is drawn twice: a file that is there stays what it is
         if not seen:
             assert_all_but_the_running_batch(command, set(there))
         seen = there
+
+    # the same command finishes the job
     (output / "half.png.partial").write_bytes(b"half")
     wait(infer_processes.start(2, command))
     last = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in output.glob("*.png")}

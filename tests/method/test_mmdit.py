@@ -1,4 +1,4 @@
-"""The denoiser: sizes, packing and the second clock. Its equality with FLUX stands in test_flux_format.py."""
+"""The denoiser: sizes, packing and the second clock. Its equality with FLUX is in tests/checkpoint/test_flux.py."""
 
 import pytest
 import torch

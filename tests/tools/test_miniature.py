@@ -71,11 +71,14 @@ def hits(folder: Path, seed: int, num_steps: int = 2, max_steps: int = 500, **ob
         weight_decay=0.0, ema_decay=0.99, ema_warmup=True, precision="fp32", activation_checkpointing=False,
         num_workers=0, checkpoint_every=max_steps,
     )  # fmt: skip
+
     with collectives.process_group() as world:
         Trainer(cfg, trained, Pixels(), seed, world).run()
     net = fresh.backbone.to_empty(device="cpu").requires_grad_(False)
     state.load_weights(verify.find(folder / "checkpoints"), net, "ema")
     fresh.load_encoders(torch.device("cpu"))
+
+    # as many images of every caption
     each = 256
     prompts = np.repeat(CAPTIONS, each).tolist()
     drawn = fresh.generate(

@@ -239,11 +239,15 @@ def rows(study: Study) -> list[dict]:
 def report(out: Path, runs: list, count: int, command: str, docs: Path | None) -> None:
     """Print the verdicts; with a folder `docs`, write results.json beside the study, the page and the images there."""
     study = Study(out, runs, count)
+
+    # the claims, each with its value
     found = verdicts(study)
     for verdict in found:
         value = "missing" if verdict["value"] is None else f"{verdict['value']:.3f}"
         outcome = "holds" if verdict["pass"] else "does not hold"
         print(f"{outcome:13}  {verdict['name']}: {value} ({verdict['bound']})")
+
+    # everything that the page and the plots show, as JSON
     target = docs or out
     target.mkdir(exist_ok=True)
     everything = {
@@ -263,6 +267,8 @@ def report(out: Path, runs: list, count: int, command: str, docs: Path | None) -
     }  # fmt: skip
     results = Path(__file__).with_name("results.json") if docs else out / "results.json"
     results.write_text(json.dumps(everything, indent=1, default=rounded) + "\n")
+
+    # images, plots, and in `docs` the page and the table of the README
     picture_grid(study, target / "miniature_grid.png")
     plots(study, everything, target)
     if docs:
