@@ -80,7 +80,7 @@ class Inferencer:
         with keep if world.is_main else nullcontext():
             # generate what is missing
             there = collectives.broadcast(set(job.drawn(folder)) if world.is_main else None, world)
-            there &= {picture.file for picture in todo}
+            there &= {spec.file for spec in todo}
             if len(there) < len(todo):
                 system.text_encoder = PromptCache(system.text_encoder)
                 system.load_encoders(world.device)
@@ -136,16 +136,16 @@ class Inferencer:
         """Generate this process's share of the missing images; shows images per second and remaining time."""
         # batches are formed before existing images are dropped, so a resumed job uses the same ones
         made = job.batches(todo, self.batch_size, self.batch_pixels, world.size)
-        missing = [[picture for picture in batch if picture.file not in there] for batch in made]
+        missing = [[spec for spec in batch if spec.file not in there] for batch in made]
         mine = job.share([batch for batch in missing if batch], world.size)[world.rank]
-        left = sum(picture.cost() for batch in mine for picture in batch)
+        left = sum(spec.cost() for batch in mine for spec in batch)
         progress = log.Progress("images", sum(map(len, mine)), quiet=not world.is_main)
         worked, start = 0.0, time.perf_counter()
         for batch in mine:
             self.draw(system, nets[batch[0].weights], batch, facts)
 
             # remaining time by estimated cost, not by count, because sizes and steps differ between batches
-            cost = sum(picture.cost() for picture in batch)
+            cost = sum(spec.cost() for spec in batch)
             worked, left = worked + cost, left - cost
             seconds = time.perf_counter() - start
             rate = (progress.done + len(batch)) / seconds
@@ -157,31 +157,31 @@ class Inferencer:
         first = batch[0]
         images = system.generate(
             net,
-            [picture.prompt for picture in batch],
-            [(picture.height, picture.width) for picture in batch],
-            SampleRNG.of_pictures([(picture.seed, picture.prompt, picture.sample) for picture in batch]),
+            [spec.prompt for spec in batch],
+            [(spec.height, spec.width) for spec in batch],
+            SampleRNG.of_images([(spec.seed, spec.prompt, spec.sample) for spec in batch]),
             sampler=first.sampler,
             num_steps=first.num_steps,
             cfg_scale=first.cfg_scale,
             s_ratio=first.s_ratio,
-            negative_prompts=[picture.negative_prompt for picture in batch],
+            negative_prompts=[spec.negative_prompt for spec in batch],
         )
-        for picture, image in zip(batch, images, strict=True):
+        for spec, image in zip(batch, images, strict=True):
             if not image.isfinite().all():
-                raise UserError(f"{picture.file}: image has non-finite values; try inferencer.precision=fp32")
-            path = Path(self.output_dir) / picture.file
-            image_encode.save(image_encode.to_image(image), path, self.format, record(picture, facts))
+                raise UserError(f"{spec.file}: image has non-finite values; try inferencer.precision=fp32")
+            path = Path(self.output_dir) / spec.file
+            image_encode.save(image_encode.to_image(image), path, self.format, record(spec, facts))
 
     def describe(self, todo: Sequence[ImageSpec], requests: Sequence[Request], facts: dict, drew: bool) -> None:
         """Write the files next to the images: metadata, files that evaluators need, the gallery."""
         folder = Path(self.output_dir)
-        lines = [{"file": picture.file} | record(picture, facts) for picture in todo]
+        lines = [{"file": spec.file} | record(spec, facts) for spec in todo]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         image_encode.write(folder / "metadata.jsonl", text.encode())
 
         # GenEval: the metadata of each prompt in its own folder
         if self.layout == "geneval":
-            for home in {(folder / picture.file).parents[1] for picture in todo}:
+            for home in {(folder / spec.file).parents[1] for spec in todo}:
                 request = requests[int(home.name)]
                 said = json.dumps(request.extra or {"prompt": request.prompt}, ensure_ascii=False)
                 image_encode.write(home / "metadata.jsonl", (said + "\n").encode())
@@ -189,8 +189,8 @@ class Inferencer:
         # FID evaluators: all images of a group in one array
         if self.layout == "npz":
             groups = defaultdict(list)
-            for picture in todo:
-                groups[picture.group].append(folder / picture.file)
+            for spec in todo:
+                groups[spec.group].append(folder / spec.file)
             for group, paths in groups.items():
                 output = folder / f"{group}.npz"
                 if drew or not output.exists():
@@ -203,10 +203,10 @@ class Inferencer:
             log.print_line(f"gallery not built for {len(todo)} images; to build it anyway, run {command}")
 
 
-def record(picture: ImageSpec, facts: dict) -> dict:
+def record(spec: ImageSpec, facts: dict) -> dict:
     """Metadata of an image: its settings, and the checkpoint and fingerprint of the weights."""
-    mine = {"fingerprint": facts[f"{picture.weights}_fingerprint"]}
-    return picture.record() | {name: facts[name] for name in ("step", "checkpoint") if name in facts} | mine
+    mine = {"fingerprint": facts[f"{spec.weights}_fingerprint"]}
+    return spec.record() | {name: facts[name] for name in ("step", "checkpoint") if name in facts} | mine
 
 
 def of_system(settings: dict) -> dict:
@@ -226,7 +226,7 @@ def of_system(settings: dict) -> dict:
 
 def check_one_size(todo: Sequence[ImageSpec]) -> None:
     """Raise UserError if images differ in size, which layout npz does not support."""
-    sizes = sorted({(picture.height, picture.width) for picture in todo})
+    sizes = sorted({(spec.height, spec.width) for spec in todo})
     if len(sizes) > 1:
         raise UserError(
             f"inferencer.layout: npz needs images of one size, the prompts have {len(sizes)}, such as "

@@ -47,9 +47,9 @@ class SampleRNG:
         return cls(tuple((seed, step, position) for position in positions))
 
     @classmethod
-    def of_pictures(cls, pictures: Sequence[tuple[int, str, int]]) -> SampleRNG:
+    def of_images(cls, images: Sequence[tuple[int, str, int]]) -> SampleRNG:
         """For generated images, each (seed, prompt, sample number)."""
-        return cls(tuple(pictures))
+        return cls(tuple(images))
 
     def select(self, rows: Sequence[int]) -> SampleRNG:
         """The random numbers of these samples."""

@@ -383,7 +383,7 @@ class Trainer:
         """Log mean metrics by (t, s) cell since the last call."""
         means = self.cells.take()
         if self.world.is_main and means:
-            loggers.picture(step, "cells", write_cells(self.folder, step, means))
+            loggers.image(step, "cells", write_cells(self.folder, step, means))
 
     def draw_samples(self, done: int, loggers: Loggers) -> None:
         """Generate and log the sample grids of the EMA and the live weights."""
@@ -391,7 +391,7 @@ class Trainer:
         self.clock.mark("samples")
         nets = {"samples": self.ema, "samples_live": self.net}
         for name, sheet in self.cfg.samples.draw(self.system, nets, self.seed, self.world).items():
-            loggers.picture(done - 1, name, save_sheet(sheet, self.folder / name, done))
+            loggers.image(done - 1, name, save_sheet(sheet, self.folder / name, done))
         fsdp.reshard(self.net)
         self.clock.mark("other")
 

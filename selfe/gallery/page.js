@@ -68,9 +68,9 @@ function layout() {
   shells.forEach((shell) => near.observe(shell));
 
   // summary line
-  const pictures = data.sweeps.reduce((sum, sweep) => sum + Object.keys(sweep.files).length, 0);
+  const total = data.sweeps.reduce((sum, sweep) => sum + Object.keys(sweep.files).length, 0);
   const part = shells.length < rows.length ? `${shells.length.toLocaleString("en")} of ` : "";
-  $("about").textContent = `${part}${rows.length.toLocaleString("en")} prompts, ${pictures.toLocaleString("en")} images · ${data.about}`;
+  $("about").textContent = `${part}${rows.length.toLocaleString("en")} prompts, ${total.toLocaleString("en")} images · ${data.about}`;
   $("about").title = $("about").textContent;
 }
 

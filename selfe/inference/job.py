@@ -108,10 +108,10 @@ def plan(requests: Sequence[Request], weights: Sequence[Weights], layout: Layout
             }
 
             # GenEval names files by prompt and sample number
-            picture = ImageSpec(flat_name(ImageSpec("", **facts), suffix), **facts)
+            spec = ImageSpec(flat_name(ImageSpec("", **facts), suffix), **facts)
             if layout == "geneval":
-                picture = ImageSpec(f"{picture.group}/{number:05d}/samples/{first + i:04d}{suffix}", **facts)
-            found.setdefault(picture.file, picture)
+                spec = ImageSpec(f"{spec.group}/{number:05d}/samples/{first + i:04d}{suffix}", **facts)
+            found.setdefault(spec.file, spec)
 
         taken[same] += settings.num_samples
 
@@ -133,13 +133,13 @@ def check_number(requests: Sequence[Request], num_weights: int) -> None:
             )
 
 
-def flat_name(picture: ImageSpec, suffix: str) -> str:
+def flat_name(spec: ImageSpec, suffix: str) -> str:
     """File name from prompt, sample number, digest and step count, so that a sweep sorts together."""
-    identity = {name: value for name, value in picture.record().items() if name != "num_steps"}
+    identity = {name: value for name, value in spec.record().items() if name != "num_steps"}
     digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=6).hexdigest()
-    plain = unicodedata.normalize("NFKD", picture.prompt).encode("ascii", "ignore").decode().lower()
+    plain = unicodedata.normalize("NFKD", spec.prompt).encode("ascii", "ignore").decode().lower()
     slug = re.sub("[^a-z0-9]+", "-", plain)[:40].strip("-") or "prompt"
-    return f"{slug}_{picture.sample:02d}_{digest}_steps{picture.num_steps:02d}{suffix}"
+    return f"{slug}_{spec.sample:02d}_{digest}_steps{spec.num_steps:02d}{suffix}"
 
 
 def batches(todo: Sequence[ImageSpec], most: int, most_pixels: int, processes: int) -> list[list[ImageSpec]]:
@@ -148,21 +148,21 @@ def batches(todo: Sequence[ImageSpec], most: int, most_pixels: int, processes: i
     Computed from the complete job, not from the missing images, so that a resumed job has the same batches. The number
     of processes matters only for groups too small to give each process a full batch.
     """
-    place = {picture.file: i for i, picture in enumerate(todo)}
+    place = {spec.file: i for i, spec in enumerate(todo)}
     groups = defaultdict(list)
-    for picture in todo:
-        groups[picture.group].append(picture)
+    for spec in todo:
+        groups[spec.group].append(spec)
 
     made: list[list[ImageSpec]] = []
     for group in groups.values():
         limit = min(most, -(-len(group) // processes))
         pixels = most_pixels + 1  # of the current batch; the initial value starts a new one
-        for picture in sorted(group, key=lambda p: (p.height * p.width, p.height)):
-            pixels += picture.height * picture.width
+        for spec in sorted(group, key=lambda p: (p.height * p.width, p.height)):
+            pixels += spec.height * spec.width
             if pixels > most_pixels or len(made[-1]) == limit:
                 made.append([])
-                pixels = picture.height * picture.width
-            made[-1].append(picture)
+                pixels = spec.height * spec.width
+            made[-1].append(spec)
 
     # different step counts of the same prompts follow each other, so that their text encodings are still cached
     return sorted(made, key=lambda batch: (batch[0].weights, place[batch[0].file]))
@@ -175,13 +175,13 @@ def share(made: Sequence[list[ImageSpec]], processes: int) -> list[list[list[Ima
     """
     units = defaultdict(list)
     for number, batch in enumerate(made):
-        units[tuple(picture.prompt for picture in batch)].append(number)
+        units[tuple(spec.prompt for spec in batch)].append(number)
     parts = list(units.values())
     if len(parts) < 4 * processes:
         parts = [[number] for number in range(len(made))]
 
     def cost(part: list[int]) -> float:
-        return sum(picture.cost() for number in part for picture in made[number])
+        return sum(spec.cost() for number in part for spec in made[number])
 
     shares: list[list[int]] = [[] for _ in range(processes)]
     loads = [0.0] * processes
@@ -247,7 +247,7 @@ def differences(there: dict, here: dict) -> str:
 
 def check_leftovers(folder: Path, todo: Sequence[ImageSpec], layout: Layout) -> None:
     """Reject existing images that are not part of the job; the message names the setting that changed."""
-    planned = {picture.file: picture.record() for picture in todo}
+    planned = {spec.file: spec.record() for spec in todo}
     for file in drawn(folder):
         if file in planned and layout != "geneval":
             continue  # its name contains a digest of the settings

@@ -69,18 +69,18 @@ class DemoModel:
     def draw(self, prompt: str, settings: SamplingDefaults, num_steps: int) -> tuple[Image.Image, float]:
         """The generated image, and the seconds it took."""
         prompt, start = self.check(prompt, settings), time.perf_counter()
-        (picture,) = self.system.generate(
+        (image,) = self.system.generate(
             self.net,
             [prompt],
             [(settings.height, settings.width)],
-            SampleRNG.of_pictures([(settings.seed, prompt, 0)]),
+            SampleRNG.of_images([(settings.seed, prompt, 0)]),
             sampler=settings.sampler,
             num_steps=num_steps,
             cfg_scale=settings.cfg_scale,
             s_ratio=settings.s_ratio,
             negative_prompts=[settings.negative_prompt],
         )
-        return image_encode.to_image(picture), time.perf_counter() - start
+        return image_encode.to_image(image), time.perf_counter() - start
 
     def show(
         self,
@@ -166,7 +166,7 @@ def page(painter: DemoModel) -> Any:
                 button = gr.Button("Generate", variant="primary", elem_id="draw")
             with gr.Column(scale=3):
                 image = gr.Image(
-                    label="Image", format="png", height=440, buttons=["download", "fullscreen"], elem_id="picture"
+                    label="Image", format="png", height=440, buttons=["download", "fullscreen"], elem_id="image"
                 )
                 said = gr.Textbox(label="Time", interactive=False, elem_id="time")
         strip = gr.Gallery(

@@ -27,7 +27,7 @@ class Sink(Protocol):
 
     def numbers(self, step: int, values: dict[str, float]) -> None: ...
 
-    def picture(self, step: int, name: str, path: Path) -> None: ...
+    def image(self, step: int, name: str, path: Path) -> None: ...
 
     def close(self) -> None: ...
 
@@ -54,7 +54,7 @@ class JsonLines:
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step} | values) + "\n")
 
-    def picture(self, step: int, name: str, path: Path) -> None:
+    def image(self, step: int, name: str, path: Path) -> None:
         """Nothing to do: the image is already in the output directory."""
 
     def close(self) -> None: ...
@@ -84,7 +84,7 @@ class WandbRun:
     def numbers(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)
 
-    def picture(self, step: int, name: str, path: Path) -> None:
+    def image(self, step: int, name: str, path: Path) -> None:
         self.run.log({name: self.wandb.Image(str(path))}, step=step)
 
     def close(self) -> None:
@@ -108,7 +108,7 @@ class TensorBoard:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
-    def picture(self, step: int, name: str, path: Path) -> None:
+    def image(self, step: int, name: str, path: Path) -> None:
         self.writer.add_image(name, np.asarray(Image.open(path)), step, dataformats="HWC")
 
     def close(self) -> None:
@@ -130,9 +130,9 @@ class Loggers:
         for sink in self.loggers:
             sink.numbers(step, values)
 
-    def picture(self, step: int, name: str, path: Path) -> None:
+    def image(self, step: int, name: str, path: Path) -> None:
         for sink in self.loggers:
-            sink.picture(step, name, path)
+            sink.image(step, name, path)
 
     def close(self) -> None:
         for sink in self.loggers:

@@ -37,7 +37,7 @@ class SampleGridConfig:
     def check(self, system: System) -> None:
         """Raise UserError for sizes or prompts that cannot be sampled. Called on every rank before the first step."""
         if self.prompts:
-            system.autoencoder.noise([self.size], SampleRNG.of_pictures([(0, "", 0)]))
+            system.autoencoder.noise([self.size], SampleRNG.of_images([(0, "", 0)]))
             system.encode({"cond": list(self.prompts), "null": [""]})
 
     @torch.no_grad()
@@ -58,7 +58,7 @@ class SampleGridConfig:
                 net,
                 prompts,
                 [self.size] * share,
-                SampleRNG.of_pictures([(seed, prompt, 0) for prompt in prompts]),
+                SampleRNG.of_images([(seed, prompt, 0) for prompt in prompts]),
                 sampler=self.sampler,
                 num_steps=num_steps,
                 cfg_scale=self.cfg_scale,

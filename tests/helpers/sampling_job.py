@@ -28,21 +28,21 @@ def make_job(
     num_samples: int = 1,
     blur: float = 1.0,
 ) -> list[job.ImageSpec]:
-    """Pictures of (photo, prompt), their `metadata.jsonl` and no gallery. Returns the plan."""
+    """Images of (photo, prompt), their `metadata.jsonl` and no gallery. Returns the plan."""
     settings = SamplingDefaults(num_steps=num_steps, num_samples=num_samples, height=size[0], width=size[1])
     requests = [Request(prompt, settings, "made up") for _, prompt in prompts]
     todo = job.plan(requests, weights, "flat", ".png")
     photos = {prompt: ImageOps.fit(Image.open(path).convert("RGB"), size[::-1]) for path, prompt in prompts}
     lines = []
-    for picture in todo:
-        image = photos[picture.prompt]
-        if picture.sample % 2:
+    for spec in todo:
+        image = photos[spec.prompt]
+        if spec.sample % 2:
             image = ImageOps.mirror(image)
-        radius = blur * size[0] / 16 / picture.num_steps * (1.5 if picture.weights == "live" else 1)
+        radius = blur * size[0] / 16 / spec.num_steps * (1.5 if spec.weights == "live" else 1)
         image = image.filter(ImageFilter.GaussianBlur(radius))
-        record = picture.record() | {"step": 700_000, "fingerprint": f"0123456789ab{picture.weights}"}
-        image_encode.save(image, folder / picture.file, "png", record)
-        line = {"file": picture.file} | record | {"checkpoint": "runs/selfe/checkpoints/step_00700000"}
+        record = spec.record() | {"step": 700_000, "fingerprint": f"0123456789ab{spec.weights}"}
+        image_encode.save(image, folder / spec.file, "png", record)
+        line = {"file": spec.file} | record | {"checkpoint": "runs/selfe/checkpoints/step_00700000"}
         lines.append(json.dumps(line) + "\n")
     (folder / "metadata.jsonl").write_text("".join(lines))
     return todo

@@ -70,7 +70,7 @@ def quiet(driver, folder: Path) -> None:
 
 
 @browser.needed
-def test_one_slider_changes_all_pictures(driver, folders):
+def test_one_slider_changes_all_images(driver, folders):
     resize(driver, 1440, 900)
     show(driver, folders[0] / "gallery.html")
     assert text(driver, "#number") == "4 steps"
@@ -123,7 +123,7 @@ def test_search_filters_and_all_steps(driver, folders):
 
 
 @browser.needed
-def test_a_click_shows_the_picture_and_the_command_that_draws_it(driver, folders):
+def test_a_click_shows_the_image_and_the_command_that_draws_it(driver, folders):
     resize(driver, 1440, 900)
     show(driver, folders[0] / "gallery.html")
     plan = {(p.prompt, p.weights): p for p in made_plan(folders[0]) if p.num_steps == 4}
@@ -218,8 +218,8 @@ def test_dark_light_and_a_telephone(driver, folders):
 
 
 @browser.needed
-def test_ten_thousand_pictures_stay_usable(driver, tmp_path):
-    """Pictures beside the page, only those near the window in it, thumbnails where pictures are large."""
+def test_ten_thousand_images_stay_usable(driver, tmp_path):
+    """Images beside the page, only those near the window in it, thumbnails where images are large."""
     (photo, _), *_ = captions()
     made = make_job(tmp_path, [(photo, f"number {i}") for i in range(4)], size=(512, 512), num_steps=(1, 2, 4, 8, 50))
     lines = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]

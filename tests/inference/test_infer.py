@@ -1,4 +1,4 @@
-"""A sampling job: the same pictures for any batch, order, number of processes and interruption; nothing drawn twice."""
+"""A sampling job: the same images for any batch, order, number of processes and interruption; nothing drawn twice."""
 
 import copy
 import fcntl
@@ -28,7 +28,7 @@ from tests.helpers import infer_processes
 ROOT = Path(__file__).parents[2]
 SMOKE = str(ROOT / "configs/debug/selfe_smoke.yaml")
 STAND_INS = [f"system.{part}.params.skip_pretrained=true" for part in ("text_encoder", "autoencoder")]
-PROMPTS = [f"picture {i} of {'many ' * (i % 4)}things" for i in range(24)]
+PROMPTS = [f"image {i} of {'many ' * (i % 4)}things" for i in range(24)]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def save_checkpoint(folder: Path, seed: int) -> None:
 
 
 def arguments(trained: Path, output: Path, *overrides: str) -> list[str]:
-    """Of `selfe.infer`: small pictures of the prompts in 1, 2 and 4 steps."""
+    """Of `selfe.infer`: small images of the prompts in 1, 2 and 4 steps."""
     prompts = output.parent / f"{output.name}.txt"
     prompts.write_text("\n".join(PROMPTS))
     job = {
@@ -94,13 +94,13 @@ def furthest(a: Path, b: Path, names: set[str]) -> int:
 
 @pytest.fixture(scope="module")
 def reference(trained, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("reference") / "pictures"
+    output = tmp_path_factory.mktemp("reference") / "images"
     torch.set_num_threads(1)
     draw(trained, output)
     return output
 
 
-def test_every_picture_is_there_and_says_how_it_was_drawn(reference):
+def test_every_image_is_there_and_says_how_it_was_drawn(reference):
     lines = records(reference)
     assert [(line["prompt"], line["num_steps"]) for line in lines] == [(p, n) for p in PROMPTS for n in (1, 2, 4)]
     found = files(reference)
@@ -113,7 +113,7 @@ def test_every_picture_is_there_and_says_how_it_was_drawn(reference):
         assert len(inside["fingerprint"]) == 16
 
 
-def test_the_same_pictures_on_two_processes_in_other_batches_and_orders(trained, reference, tmp_path):
+def test_the_same_images_on_two_processes_in_other_batches_and_orders(trained, reference, tmp_path):
     wait(infer_processes.start(2, arguments(trained, tmp_path / "two")))
     assert files(tmp_path / "two") == files(reference)  # the batches are the same: to the byte
     shuffled = arguments(trained, tmp_path / "shuffled", "inferencer.batch_size=1")
@@ -127,7 +127,7 @@ def test_the_same_pictures_on_two_processes_in_other_batches_and_orders(trained,
     assert furthest(tmp_path / "shuffled", reference, names) <= 1
 
 
-def test_compiled_blocks_draw_the_same_pictures(trained, reference, tmp_path, traced):
+def test_compiled_blocks_draw_the_same_images(trained, reference, tmp_path, traced):
     found = torch._dynamo.utils.counters["stats"]
     before = found["unique_graphs"]
     draw(trained, tmp_path / "compiled", "inferencer.compile=true")
@@ -138,7 +138,7 @@ def test_compiled_blocks_draw_the_same_pictures(trained, reference, tmp_path, tr
 
 
 def test_killed_three_times_and_gone_on_with(trained, reference, tmp_path):
-    output, chance = tmp_path / "pictures", random.Random(0)
+    output, chance = tmp_path / "images", random.Random(0)
     command = arguments(trained, output)
     seen: dict[str, tuple] = {}
     for size in (1, 2, 1):
@@ -182,14 +182,14 @@ def assert_all_but_the_running_batch(words: list[str], there: set[str]) -> None:
     inferencer = config.build(config.load(words[0], words[1:]), "inferencer")
     todo = job.plan(inferencer.requests(16), inferencer.kinds, "flat", ".png")
     (mine,) = job.share(job.batches(todo, 8, inferencer.batch_pixels, 1), 1)
-    counts = [len({picture.file for picture in batch} & there) for batch in mine]
+    counts = [len({spec.file for spec in batch} & there) for batch in mine]
     whole = next(i for i, count in enumerate(counts) if count < 8)
     assert not any(counts[whole + 1 :])
 
 
 def test_calls_are_counted(trained, tmp_path):
     """N calls for N steps, both halves of guidance in one; each text once; one decode for a batch."""
-    words = arguments(trained, tmp_path / "pictures", "inferencer.defaults.num_samples=2")
+    words = arguments(trained, tmp_path / "images", "inferencer.defaults.num_samples=2")
     words += ["inferencer.defaults.num_steps=[1,4]", "inferencer.defaults.cfg_scale=[1,5]"]
     settings = config.load(words[0], words[1:])
     with torch.device("meta"):
@@ -205,8 +205,8 @@ def test_calls_are_counted(trained, tmp_path):
     assert Counter(rows) == {8: batches * (1 + 4), 16: batches * (1 + 4)}
     assert captions == Counter([*PROMPTS, ""])
     assert decoded == [8] * (4 * batches)
-    assert len(records(tmp_path / "pictures")) == 24 * 2 * 2 * 2
-    noise_alike = {(line["sample"], line["num_steps"]): line["file"] for line in records(tmp_path / "pictures")[:8]}
+    assert len(records(tmp_path / "images")) == 24 * 2 * 2 * 2
+    noise_alike = {(line["sample"], line["num_steps"]): line["file"] for line in records(tmp_path / "images")[:8]}
     assert len(noise_alike) == 4
 
     rows.clear()
@@ -217,7 +217,7 @@ def test_calls_are_counted(trained, tmp_path):
 
 
 def test_a_job_may_grow_but_not_change(trained, tmp_path):
-    output = tmp_path / "pictures"
+    output = tmp_path / "images"
     one = ["inferencer.prompts=[a b]", "inferencer.defaults.num_steps=[1]"]
     draw(trained, output, *one)
     first = files(output)
@@ -313,5 +313,5 @@ def test_mistakes_stop_before_any_weight_is_loaded(tmp_path):
         (["inferencer.prompts=[a]"], "no such checkpoint directory"),
     ):
         with pytest.raises(UserError, match=words):
-            infer.main(arguments(nowhere, tmp_path / "pictures", *overrides))
-    assert not (tmp_path / "pictures").exists()
+            infer.main(arguments(nowhere, tmp_path / "images", *overrides))
+    assert not (tmp_path / "images").exists()

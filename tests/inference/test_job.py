@@ -30,7 +30,7 @@ def test_names_hold_what_decides_the_pixels():
     others += [
         plan(requests(prompt, num_steps=4), ["ema"], "flat", ".png")[0].file for prompt in ("鳥", "🐦", a.prompt + ".")
     ]
-    others += [picture.file for picture in plan(requests(a.prompt, num_steps=(1, 2)), ["live"], "flat", ".png")]
+    others += [spec.file for spec in plan(requests(a.prompt, num_steps=(1, 2)), ["live"], "flat", ".png")]
     assert len({a.file, *others}) == 1 + len(others)
     (again,) = plan(requests(a.prompt, num_steps=4), ["ema"], "flat", ".png")
     assert again.file == a.file
@@ -58,7 +58,7 @@ def test_batches_hold_one_group_and_no_more_than_the_budget():
         assert len({p.group for p in batch}) == 1
         assert len(batch) <= 8
         assert sum(p.height * p.width for p in batch) <= 4 * 512 * 512
-    assert len(batches(todo, 8, 1, 1)) == len(todo)  # a picture above the budget is a batch of its own
+    assert len(batches(todo, 8, 1, 1)) == len(todo)  # an image above the budget is a batch of its own
     assert batches(todo, 8, 4 * 512 * 512, 4) == made  # large enough: the same for any number of processes
     assert len(batches(todo[:5:5], 8, 512 * 512, 4)) == 1
     few = plan(requests(*"abcdefgh", num_steps=4), ["ema"], "flat", ".png")
@@ -129,9 +129,9 @@ def test_no_decode_is_larger_than_its_bound(vae):
     hook = vae.net["decoder"].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
     rng = torch.Generator().manual_seed(0)
     latents = [torch.randn(16, h, w, generator=rng) for h, w in [(16, 16)] * 5 + [(40, 36)]]
-    pictures = vae.decode(patchify(latents))
+    images = vae.decode(patchify(latents))
     hook.remove()
-    assert [tuple(p.shape) for p in pictures] == [(3, 128, 128)] * 5 + [(3, 320, 288)]
+    assert [tuple(p.shape) for p in images] == [(3, 128, 128)] * 5 + [(3, 320, 288)]
     assert [shape[0] for shape in seen[:2]] == [4, 1]
     assert all(b * h * w * 64 <= 256 * 256 for b, _, h, w in seen)
     assert len(seen) == 2 + 4

@@ -73,7 +73,7 @@ MALFORMED = {
     "UTF-16, big end first": ("p.jsonl", b"\xfe\xff" + line().encode("utf-16-be"), "UTF-16"),
     "Latin-1": ("p.txt", "a cat\nV\xf6gel".encode("latin-1"), "line 2: not UTF-8 at byte 1"),
     "half a character": ("p.txt", "🐦".encode()[:3], "line 1: not UTF-8"),
-    "a picture": ("p.txt", b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", "line 1: not UTF-8"),
+    "an image": ("p.txt", b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", "line 1: not UTF-8"),
     "zeros": ("p.txt", b"a\0cat", r"U\+0000"),
     "an escape sequence": ("p.txt", "a \x1b[31mcat", r"U\+001B"),
     "a table named .txt": ("p.txt", "x.jpg\ta cat", r"U\+0009 \(for a table"),

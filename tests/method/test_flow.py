@@ -50,7 +50,7 @@ def test_warp(t, num_tokens):
     assert warped[2] == 1
 
 
-def test_warp_is_monotone_and_pushes_large_pictures_towards_noise():
+def test_warp_is_monotone_and_pushes_large_images_towards_noise():
     t = torch.linspace(0, 1, 1001, dtype=torch.float64)
     small, large = (flow.warp(t, flow.shift([n], like=t)) for n in (512, 4096))
     assert (small.diff() > 0).all()
@@ -163,9 +163,9 @@ def test_every_key_and_name_has_its_own_numbers():
     assert len(numbers) == len(keys) * len(names)
 
 
-def test_keys_of_pictures_do_not_depend_on_steps():
-    pictures = SampleRNG.of_pictures([(3, "a cat", 0), (3, "a cat", 1)])
-    assert pictures.keys == ((3, "a cat", 0), (3, "a cat", 1))
+def test_keys_of_images_do_not_depend_on_steps():
+    images = SampleRNG.of_images([(3, "a cat", 0), (3, "a cat", 1)])
+    assert images.keys == ((3, "a cat", 0), (3, "a cat", 1))
 
 
 def kolmogorov(sample: np.ndarray, cdf) -> float:

@@ -173,7 +173,7 @@ def test_infinite_numbers_name_the_caption_picture_or_prompt():
     with pytest.raises(UserError, match=r"dog.jpg: system.autoencoder returns infinite"):
         system.loss(constant, constant, batch, SampleRNG.of_step(0, 0, (0, 1)), 0)
     arguments = {"sampler": Euler(), "num_steps": 1, "cfg_scale": 1.0, "s_ratio": 0.0}
-    rng = SampleRNG.of_pictures([(0, "a cat", 0)])
+    rng = SampleRNG.of_images([(0, "a cat", 0)])
     value = torch.nan
     with pytest.raises(UserError, match=r"a cat: the denoiser returns infinite"):
         system.generate(constant, ["a cat"], [(16, 16)], rng, **arguments)

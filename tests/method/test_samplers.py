@@ -17,13 +17,13 @@ from selfe.types import Packed, packed
 from tests.helpers import reference
 from tests.method.test_self_evaluation import CAPTIONS, GRIDS, GaussianNet, encode
 
-PICTURES = SampleRNG.of_pictures([(0, prompt, n) for n, prompt in enumerate(["a cat", "a dog"] * 4)])
+IMAGES = SampleRNG.of_images([(0, prompt, n) for n, prompt in enumerate(["a cat", "a dog"] * 4)])
 MEAN, COVARIANCE = np.array([1.5, -0.5]), np.array([[0.5, 0.3], [0.3, 0.4]])
 
 
 def latents() -> Packed:
     like = packed(torch.zeros(sum(r * c for r, c in GRIDS), 2, dtype=torch.float64), GRIDS)
-    return like.with_tokens(PICTURES.normal_like("noise", like))
+    return like.with_tokens(IMAGES.normal_like("noise", like))
 
 
 # --- equal to the reference
@@ -35,13 +35,13 @@ def latents() -> Packed:
 @pytest.mark.parametrize("eta", [None, 0, 0.5, 1])
 def test_samplers_equal_the_reference(eta, num_steps, s_ratio, cfg_scale):
     net, noise = GaussianNet(0), latents()
-    prompts = [prompt for _, prompt, _ in PICTURES.keys]
+    prompts = [prompt for _, prompt, _ in IMAGES.keys]
     cond, null = encode(prompts), encode([""] * len(prompts))
     t, s = flow.sampling_times(num_steps, s_ratio, noise)
     sampler = Euler() if eta is None else Renoise(eta)
-    found = noise.with_tokens(sampler(guided(net, cond, null, cfg_scale), noise, t, s, PICTURES).detach()).split()
+    found = noise.with_tokens(sampler(guided(net, cond, null, cfg_scale), noise, t, s, IMAGES).detach()).split()
 
-    fresh = [noise.with_tokens(PICTURES.normal_like(f"fresh {k}", noise)).split() for k in range(num_steps)]
+    fresh = [noise.with_tokens(IMAGES.normal_like(f"fresh {k}", noise)).split() for k in range(num_steps)]
     for i, x in enumerate(noise.split()):
         codes = [np.eye(len(CAPTIONS))[CAPTIONS.index(caption)] for caption in (prompts[i], "")]
         velocity = reference.guided(net.plain(), *codes, cfg_scale)
@@ -54,7 +54,7 @@ def test_samplers_equal_the_reference(eta, num_steps, s_ratio, cfg_scale):
 
 
 def test_times_that_round_to_one_make_no_nan():
-    """The first of many steps of a very large picture is smaller than the rounding of 1."""
+    """The first of many steps of a very large image is smaller than the rounding of 1."""
     noise = packed(torch.zeros(256 * 256, 1), [(256, 256)])
     t, _ = flow.sampling_times(200, 0, noise)
     assert t[1] == 1
@@ -68,7 +68,7 @@ def test_without_fresh_noise_it_is_euler():
     t, s = flow.sampling_times(6, 0.3, noise)
     denoise = guided(net, cond, cond, 1)
     torch.testing.assert_close(
-        Renoise(0)(denoise, noise, t, s, PICTURES), Euler()(denoise, noise, t, s, PICTURES), rtol=0, atol=1e-12
+        Renoise(0)(denoise, noise, t, s, IMAGES), Euler()(denoise, noise, t, s, IMAGES), rtol=0, atol=1e-12
     )
 
 
@@ -83,7 +83,7 @@ def test_n_steps_are_n_calls(sampler, cfg_scale, samples):
         return net(x_t, t, s, cond)
 
     cond = encode(["a cat"] * len(noise))
-    sampler(guided(counted, cond, cond, cfg_scale), noise, *flow.sampling_times(4, 0, noise), PICTURES)
+    sampler(guided(counted, cond, cond, cfg_scale), noise, *flow.sampling_times(4, 0, noise), IMAGES)
     assert calls == [samples] * 4
 
 
@@ -117,7 +117,7 @@ def error_of_euler(num_steps: int) -> float:
     Euler on a Gaussian is an affine map of the noise, so three points tell all of it: its mean and its covariance.
     """
     points = packed(torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64), [(1, 1)] * 3)
-    origin, *columns = Euler()(exact, points, *flow.sampling_times(num_steps, 0, points), PICTURES).numpy()
+    origin, *columns = Euler()(exact, points, *flow.sampling_times(num_steps, 0, points), IMAGES).numpy()
     root = np.stack([column - origin for column in columns], axis=1)
     return np.abs(origin - MEAN).max() + np.abs(root @ root.T - COVARIANCE).max()
 
@@ -139,7 +139,7 @@ def moments_of_ancestral(num_steps: int) -> tuple[np.ndarray, np.ndarray]:
     for pair in pairwise(times):
         t = torch.stack(pair)[:, None].expand(2, 3)
         # called for one step, the sampler takes it for the last one and adds no fresh noise: here is its affine part
-        origin, *columns = Renoise(1)(exact, points, t, t[1:], PICTURES).numpy()
+        origin, *columns = Renoise(1)(exact, points, t, t[1:], IMAGES).numpy()
         step = np.stack([column - origin for column in columns], axis=1)
         fresh = float(Renoise(1).fresh_share(*t)[0])
         mean, covariance = origin + step @ mean, step @ covariance @ step.T + fresh**2 * np.eye(2)
@@ -159,7 +159,7 @@ def test_ancestral_sampling_converges_to_the_data_at_first_order():
 @pytest.mark.parametrize("sampler", [Euler(), Renoise(1)])
 def test_samples_have_the_moments_of_the_data(sampler):
     count = 4000
-    rng = SampleRNG.of_pictures([(0, "", n) for n in range(count)])
+    rng = SampleRNG.of_images([(0, "", n) for n in range(count)])
     noise = packed(torch.zeros(count, 2, dtype=torch.float64), [(1, 1)] * count)
     noise = noise.with_tokens(rng.normal_like("noise", noise))
     x0 = sampler(exact, noise, *flow.sampling_times(48, 0, noise), rng).numpy()

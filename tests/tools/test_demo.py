@@ -1,4 +1,4 @@
-"""The demo: the picture that infer.sh draws, a page that works in a real browser, and a door that stays shut."""
+"""The demo: the image that infer.sh draws, a page that works in a real browser, and a door that stays shut."""
 
 import sys
 from pathlib import Path
@@ -23,7 +23,7 @@ def painter(trained):  # noqa: F811
     return demo.DemoModel(trained, None, "ema", "fp32", None)
 
 
-def test_the_picture_is_that_of_the_inferencer(painter, trained, tmp_path):  # noqa: F811
+def test_the_image_is_that_of_the_inferencer(painter, trained, tmp_path):  # noqa: F811
     shown = list(painter.show("a cat", "a dog", 2, 3, 7, "renoise", 0.5, 0.25))
     image, said, strip = shown[-1]
     assert said.startswith("2 steps in ")
@@ -35,12 +35,12 @@ def test_the_picture_is_that_of_the_inferencer(painter, trained, tmp_path):  # n
     )
     lines = draw(
         trained,
-        tmp_path / "pictures",
+        tmp_path / "images",
         f"inferencer.defaults.prompt_file={file}",
         "inferencer.defaults.num_steps=[1,2,4,8]",
     )
     for line, (drawn, _) in zip(lines, strip, strict=True):
-        expected = np.asarray(Image.open(tmp_path / "pictures" / line["file"]), dtype=int)
+        expected = np.asarray(Image.open(tmp_path / "images" / line["file"]), dtype=int)
         assert np.abs(expected - np.asarray(drawn)).max() <= 1
 
 
@@ -76,7 +76,7 @@ def test_the_page_in_a_browser(painter, tmp_path):
             box.clear()
             box.send_keys("<img src=x onerror=alert(1)>", Keys.TAB)
             all_of(driver, "#draw")[0].click()
-            until(driver, "document.querySelector('#picture img')?.naturalWidth == 48")
+            until(driver, "document.querySelector('#image img')?.naturalWidth == 48")
             until(driver, "document.querySelectorAll('#strip img').length >= 4")
             assert "4 steps in" in all_of(driver, "#time textarea, #time input")[0].get_property("value")
             assert [

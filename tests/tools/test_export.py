@@ -1,4 +1,4 @@
-"""From real files to a picture and out again: the commands read SELFE_CACHE_DIR, diffusers draws the same pictures."""
+"""From real files to an image and out again: the commands read SELFE_CACHE_DIR, diffusers draws the same images."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def write_flux(path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, Path]:
-    """Two steps from FLUX weights, on two processes with T5 cut over them; then pictures. Returns run and pictures."""
+    """Two steps from FLUX weights, on two processes with T5 cut over them; then images. Returns run and images."""
     cache, folder = write_cache(tmp_path_factory.mktemp("cache")), tmp_path_factory.mktemp("run")
     steps = "trainer.max_steps=2", "trainer.warmup_steps=1", "trainer.samples.every=2", "trainer.lr=1e-2"
     start = f"trainer.init_from={write_flux(cache / 'flux1-dev.safetensors')}", "trainer.shard_text_encoder=true"
@@ -60,25 +60,25 @@ def trained(tmp_path_factory) -> tuple[Path, Path]:
     assert "2 steps done" in said
     assert "tensors loaded, 4 missing, 1 unused" in said
     assert "guidance_in.in_layer.weight" in (folder / "init_from.txt").read_text()
-    paths = f"inferencer.ckpt_dir={folder}/checkpoints", f"inferencer.output_dir={folder}/pictures"
+    paths = f"inferencer.ckpt_dir={folder}/checkpoints", f"inferencer.output_dir={folder}/images"
     run("infer.sh", 1, cache, *paths, "inferencer.defaults.num_steps=[1,3]")
-    return folder, folder / "pictures"
+    return folder, folder / "images"
 
 
-def test_pictures_of_the_exported_pipeline_are_those_of_the_inferencer(trained, tmp_path):
+def test_images_of_the_exported_pipeline_are_those_of_the_inferencer(trained, tmp_path):
     """From the same noise, prompt and steps, with guidance and fresh noise; diffusers' code all the way."""
-    folder, pictures = trained
+    folder, images = trained
     out = tmp_path / "pipeline"
     cli.run(["export", str(folder / "checkpoints"), str(out), "--format", "diffusers", "--dtype", "fp32"])
     pipeline = DiffusionPipeline.from_pretrained(out, custom_pipeline=str(out), trust_remote_code=True)
     assert not [name for name in pipeline.components if "selfe" in type(getattr(pipeline, name)).__module__.split(".")]
     settings = {"height": 96, "width": 128, "guidance_scale": 5.0, "seed": 0}
-    lines = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["prompt"] in {lines[0]["prompt"], lines[-1]["prompt"]}]
     assert {line["num_steps"] for line in lines} == {1, 3}
     for line in lines:
         (drawn,) = pipeline(line["prompt"], num_inference_steps=line["num_steps"], **settings).images
-        expected = np.asarray(Image.open(pictures / line["file"]), dtype=int)
+        expected = np.asarray(Image.open(images / line["file"]), dtype=int)
         assert expected.std() > 5
         assert np.abs(np.asarray(drawn, dtype=int) - expected).max() <= 2
     noise = pipeline.draw((0, line["prompt"], 0), "noise", 96, 128)
@@ -113,9 +113,9 @@ def test_exported_safetensors_hold_the_weights(trained, tmp_path, monkeypatch):
 
 
 def test_mistakes_are_one_line(trained, tmp_path):
-    folder, pictures = trained
+    folder, images = trained
     with pytest.raises(UserError, match="not empty"):
-        cli.run(["export", str(folder / "checkpoints"), str(pictures)])
+        cli.run(["export", str(folder / "checkpoints"), str(images)])
     with pytest.raises(UserError, match="no such checkpoint directory"):
         cli.run(["export", str(folder / "nowhere"), str(tmp_path / "out")])
     (tmp_path / "alone").symlink_to(folder / "checkpoints")

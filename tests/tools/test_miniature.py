@@ -1,4 +1,4 @@
-"""The proof in its smallest form: pictures of one pixel, with the whole product around them."""
+"""The proof in its smallest form: images of one pixel, with the whole product around them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def system(**objective) -> System:
 
 
 def hits(folder: Path, seed: int, num_steps: int = 2, max_steps: int = 500, **objective) -> float:
-    """Train; the share of pictures, drawn in `num_steps`, that are a colour of their caption."""
+    """Train; the share of images, drawn in `num_steps`, that are a colour of their caption."""
     settings = {"aux_start_step": None, "lam_max": 10.0, "tau_steps": max_steps // 4} | objective
     with torch.device("meta"):
         trained, fresh = system(**settings), system(**settings)
@@ -85,7 +85,7 @@ def hits(folder: Path, seed: int, num_steps: int = 2, max_steps: int = 500, **ob
         net,
         prompts,
         [(1, 1)] * len(prompts),
-        SampleRNG.of_pictures([(0, prompt, i) for i, prompt in enumerate(prompts)]),
+        SampleRNG.of_images([(0, prompt, i) for i, prompt in enumerate(prompts)]),
         sampler=Euler(),
         num_steps=num_steps,
         cfg_scale=1.0,

@@ -66,9 +66,9 @@ def test_one_page_without_network(two_runs, tmp_path):
     command("report", *map(str, two_runs), "--out", str(page))
     text = page.read_text()
     assert not re.search(r"(?:src|href)=\"(?!data:)|https?://|@import", text)
-    pictures = [base64.b64decode(data) for data in re.findall(r"data:image/png;base64,([^\"]+)", text)]
-    assert len(pictures) == 2 * (1 + 2)  # heat-maps, and two sheets
-    assert all(Image.open(io.BytesIO(data)).width > 10 for data in pictures)
+    images = [base64.b64decode(data) for data in re.findall(r"data:image/png;base64,([^\"]+)", text)]
+    assert len(images) == 2 * (1 + 2)  # heat-maps, and two sheets
+    assert all(Image.open(io.BytesIO(data)).width > 10 for data in images)
     (loss,) = re.findall(r"<figcaption>loss</figcaption>(.*?)</figure>", text)
     assert loss.count("<polyline") == 2
     assert all(line.count(",") == 6 for line in re.findall(r'points="([^"]*)"', loss))

@@ -23,30 +23,30 @@ def test_metrics_of_steps_that_run_again_are_replaced(tmp_path):
 
 
 @pytest.fixture
-def picture(tmp_path):
-    path = tmp_path / "picture.png"
+def image(tmp_path):
+    path = tmp_path / "image.png"
     heat_maps({"loss": torch.eye(3, dtype=torch.float64)}).save(path)
     return path
 
 
-def test_wandb_offline_needs_no_key_and_keeps_its_run(tmp_path, picture, monkeypatch):
+def test_wandb_offline_needs_no_key_and_keeps_its_run(tmp_path, image, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     for start in range(2):
         loggers = Loggers(tmp_path, start, WandbConfig("offline"), False, is_main=True)
         loggers.numbers(start, {"loss": 1.0})
-        loggers.picture(start, "cells", picture)
+        loggers.image(start, "cells", image)
         loggers.close()
     runs = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert len({path.stem for path in runs}) == 1
     assert runs[0].stem == "run-" + (tmp_path / "wandb_run.txt").read_text().strip()
 
 
-def test_tensorboard(tmp_path, picture):
+def test_tensorboard(tmp_path, image):
     for start, loss in ((0, 1.0), (1, 2.0)):
         loggers = Loggers(tmp_path, start, WandbConfig(), True, is_main=True)
         for step in range(start, 3):
             loggers.numbers(step, {"loss": loss})
-        loggers.picture(2, "cells", picture)
+        loggers.image(2, "cells", image)
         loggers.close()
     found = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0})
     found.Reload()

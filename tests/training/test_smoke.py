@@ -124,11 +124,11 @@ def test_finished_run_has_nothing_to_do(one):
     assert "nothing to do" in train(one, 1)
 
 
-def test_pictures_do_not_depend_on_processes_or_batch(one, tmp_path):
+def test_images_do_not_depend_on_processes_or_batch(one, tmp_path):
     """By the EMA and the live weights; each of the two on its own: test_infer.py."""
     expected = infer(one, tmp_path / "a", 1, "inferencer.weights=both")
     assert {name[-6:-4] for name in expected} == {"01", "02", "04"}
-    assert len({picture.tobytes() for picture in expected.values()}) == len(expected)
+    assert len({image.tobytes() for image in expected.values()}) == len(expected)
     found = infer(one, tmp_path / "b", 2, "inferencer.weights=both", "inferencer.batch_size=1")
     assert found.keys() == expected.keys()
     assert max(np.abs(expected[file] - found[file]).max() for file in expected) <= 1
@@ -140,13 +140,13 @@ def only_line(done: subprocess.CompletedProcess) -> str:
     return done.stderr
 
 
-def test_a_bad_picture_on_one_rank_is_one_line(tmp_path):
+def test_a_bad_image_on_one_rank_is_one_line(tmp_path):
     lines = (ROOT / "debug_data/t2i_smoke/manifest.tsv").read_text().splitlines()
     bad = tmp_path / "bad.jpg"
     good = (ROOT / "debug_data/t2i_smoke" / lines[0].split("\t")[0]).read_bytes()
     bad.write_bytes(good[: len(good) // 2])
     manifest = tmp_path / "manifest.tsv"
-    manifest.write_text("\n".join([f"{bad}\ta broken picture", *lines]))
+    manifest.write_text("\n".join([f"{bad}\ta broken image", *lines]))
     done = run("run.sh", 2, f"trainer.output_dir={tmp_path}/run", f"data.params.train_manifest={manifest}")
     assert str(bad) in only_line(done)
     assert "line 1" in done.stderr
@@ -157,7 +157,7 @@ def test_mistakes_before_the_first_step_are_one_line(tmp_path):
     assert training.wait() == [2, 2]
     assert {"groups of 3" in failure["message"] for failure in training.failures.values()} == {True}
     (tmp_path / "step_00000003").mkdir()
-    folders = f"inferencer.output_dir={tmp_path}/pictures", f"inferencer.ckpt_dir={tmp_path}/step_00000003"
+    folders = f"inferencer.output_dir={tmp_path}/images", f"inferencer.ckpt_dir={tmp_path}/step_00000003"
     assert "incomplete" in only_line(run("infer.sh", 1, *folders))
 
 

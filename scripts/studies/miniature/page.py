@@ -168,8 +168,8 @@ def trade_table(study) -> str:
     return table(["model", "N", *(f"w = {w:g}" for w in SWEEP)], lines)
 
 
-def verdict_table(verdicts: list[dict]) -> str:
-    lines = [[v["name"], number(v["value"], 3), v["bound"], "yes" if v["pass"] else "**no**"] for v in verdicts]
+def claim_table(claims: list[dict]) -> str:
+    lines = [[c["name"], number(c["value"], 3), c["bound"], "yes" if c["pass"] else "**no**"] for c in claims]
     return table(["claim", "value", "bound", "holds"], lines)
 
 
@@ -216,12 +216,12 @@ def curves(study, config: str, label: str, axes: np.ndarray) -> None:
 
 
 def heat(study, left, right, figure) -> None:
-    """The data term's and the verdict's size over (t, s), of the paper's form."""
+    """The sizes of the data term and the self-evaluation term over (t, s), of the paper's form."""
     path = study.out / "selfe_1" / "terms.npz"
     if not path.exists():
         return
     found = np.load(path)
-    for axis, name, title in ((left, "data", "data term"), (right, "verdict", "self-evaluation term")):
+    for axis, name, title in ((left, "data", "data term"), (right, "self_evaluation", "self-evaluation term")):
         image = axis.imshow(np.log10(found[name]).T, origin="lower", extent=(0, 1, 0, 1))
         axis.set(title=f"log10 of the {title}, velocity units", xlabel="t", ylabel="s")
         figure.colorbar(image, ax=axis)
@@ -238,7 +238,7 @@ PAGE = (Path(__file__).parent / "page.md").read_text()
 def page(study, everything: dict) -> str:
     """docs/miniature.md."""
     seconds, real = everything["cpu_seconds"], everything["real"][""]
-    passed = sum(v["pass"] for v in everything["verdicts"])
+    passed = sum(claim["pass"] for claim in everything["claims"])
     cost, contrast_cost = (
         "\n".join(f"| {label} | {seconds[config]:.0f} |" for config, label in labels.items() if seconds.get(config))
         for labels in (LABELS, CONTRAST)
@@ -247,13 +247,13 @@ def page(study, everything: dict) -> str:
         **everything["setting"],
         machine=everything["machine"], command=everything["command"],
         ablation_note="" if study.seeds("short_selfe") else "(Not run for this page.)",
-        count=everything["pictures_per_cell"],
+        count=everything["images_per_cell"],
         seeds="; ".join(f"{LABELS[c]}: {len(study.seeds(c))}" for c in LABELS),
         cost=f"{COST}\n{cost}" if cost else "",
         missing="" if all(len(study.seeds(c)) > 2 for c in LABELS) else FIRST_LOOK,
         real_ok=real["ok"], real_fd=real["fd"], real_place=real["place"], real_spread=real["spread"],
-        passed=passed, total=len(everything["verdicts"]),
-        verdicts=verdict_table(everything["verdicts"]),
+        passed=passed, total=len(everything["claims"]),
+        claims=claim_table(everything["claims"]),
         main=main_table(study),
         measures_1=measure_table(study, 1.0), measures_2=measure_table(study, 2.0),
         ablations=ablation_table(study, ABLATIONS),

@@ -1,4 +1,4 @@
-"""From the miniature's scores to verdicts, plots, picture grids and the page docs/miniature.md."""
+"""From the miniature's scores to claims, plots, image grids and the page docs/miniature.md."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Study:
 
     @cached_property
     def real(self) -> dict[str, dict[str, np.ndarray]]:
-        """Scores of real pictures of the same captions, plain and of varied contrast."""
+        """Scores of real images of the same captions, plain and of varied contrast."""
         found = {}
         for name, contrast in {"": (1.0, 1.0), "contrast": (0.15, 1.0)}.items():
             path = self.out / ("scorer_contrast" if name else "scorer") / "scorer.safetensors"
@@ -124,7 +124,7 @@ def interval(right: np.ndarray) -> tuple[float, float]:
     return tuple(np.percentile(means, [2.5, 97.5]))
 
 
-def verdicts(study: Study) -> list[dict]:
+def claims(study: Study) -> list[dict]:
     """Every claim with its bound; a claim whose runs are missing has no value and does not pass."""
     ok = lambda config, n, w, r=None: study.row(config, n, w, ratio=r)["ok"]  # noqa: E731
     best = lambda config, n: study.best(config, n)["ok"]  # noqa: E731
@@ -196,7 +196,7 @@ def largest_fall(values: list[float]) -> float:
     return max(0.0, *(early - late for i, early in enumerate(values) for late in values[i + 1 :]))
 
 
-def picture_grid(study: Study, path: Path, guidance: float = 1.0, zoom: int = 4) -> None:
+def image_grid(study: Study, path: Path, guidance: float = 1.0, zoom: int = 4) -> None:
     """Rows: models; columns: steps; in each 2 x 4 captions, the same captions and noise throughout."""
     shown = np.arange(0, 48, 6) + np.arange(8) % 3
     rows, names = [], []
@@ -205,8 +205,8 @@ def picture_grid(study: Study, path: Path, guidance: float = 1.0, zoom: int = 4)
         for steps in STEPS:
             found = study.scores(config, study.cell(config, steps, guidance))
             if found:
-                pictures = [enlarged(found[0]["pictures"][i], zoom) for i in shown]
-                row.append(grid([pictures[:4], pictures[4:]], gap=2))
+                images = [enlarged(found[0]["images"][i], zoom) for i in shown]
+                row.append(grid([images[:4], images[4:]], gap=2))
         if row:
             rows.append(row)
             names.append(name)
@@ -225,8 +225,8 @@ def labelled(sheet: Image.Image, block: Image.Image, names: list[str], left: int
     return framed
 
 
-def enlarged(picture: np.ndarray, zoom: int) -> Image.Image:
-    image = to_image(torch.from_numpy(picture))
+def enlarged(pixels: np.ndarray, zoom: int) -> Image.Image:
+    image = to_image(torch.from_numpy(pixels))
     return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
 
 
@@ -237,24 +237,24 @@ def rows(study: Study) -> list[dict]:
 
 
 def report(out: Path, runs: list, count: int, command: str, docs: Path | None) -> None:
-    """Print the verdicts; with a folder `docs`, write results.json beside the study, the page and the images there."""
+    """Print the claims; with a folder `docs`, write results.json beside the study, the page and the images there."""
     study = Study(out, runs, count)
 
     # the claims, each with its value
-    found = verdicts(study)
-    for verdict in found:
-        value = "missing" if verdict["value"] is None else f"{verdict['value']:.3f}"
-        outcome = "holds" if verdict["pass"] else "does not hold"
-        print(f"{outcome:13}  {verdict['name']}: {value} ({verdict['bound']})")
+    found = claims(study)
+    for claim in found:
+        value = "missing" if claim["value"] is None else f"{claim['value']:.3f}"
+        outcome = "holds" if claim["pass"] else "does not hold"
+        print(f"{outcome:13}  {claim['name']}: {value} ({claim['bound']})")
 
     # everything that the page and the plots show, as JSON
     target = docs or out
     target.mkdir(exist_ok=True)
     everything = {
-        "verdicts": found,
+        "claims": found,
         "command": command,
         "setting": study.setting,
-        "pictures_per_cell": count,
+        "images_per_cell": count,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "cpu_seconds": {c: study.cpu_seconds(c) for c in dict.fromkeys(run.config for run in study.runs)},
         "real": {
@@ -269,7 +269,7 @@ def report(out: Path, runs: list, count: int, command: str, docs: Path | None) -
     results.write_text(json.dumps(everything, indent=1, default=rounded) + "\n")
 
     # images, plots, and in `docs` the page and the table of the README
-    picture_grid(study, target / "miniature_grid.png")
+    image_grid(study, target / "miniature_grid.png")
     plots(study, everything, target)
     if docs:
         (docs / "miniature.md").write_text(page(study, everything))

@@ -135,12 +135,12 @@ def load(folder: Path) -> tuple[System, torch.nn.Module]:
 
 def draw(system: System, net: torch.nn.Module, cell: Cell, which: np.ndarray, seed: int, size: int) -> torch.Tensor:
     """Images (n, 3, size, size) of these combinations; same noise for all models and settings of a seed."""
-    pictures = []
+    images = []
     for start in range(0, len(which), BATCH):
         numbers = range(start, min(start + BATCH, len(which)))
         prompts = [COMBINATIONS[which[i]].prompt for i in numbers]
-        rng = SampleRNG.of_pictures([(seed, prompt, i) for prompt, i in zip(prompts, numbers, strict=True)])
-        pictures += system.generate(
+        rng = SampleRNG.of_images([(seed, prompt, i) for prompt, i in zip(prompts, numbers, strict=True)])
+        images += system.generate(
             net,
             prompts,
             [(size, size)] * len(numbers),
@@ -150,7 +150,7 @@ def draw(system: System, net: torch.nn.Module, cell: Cell, which: np.ndarray, se
             cfg_scale=cell.guidance,
             s_ratio=cell.s_ratio,
         )
-    return torch.stack(pictures)
+    return torch.stack(images)
 
 
 def evaluate(run: Run, out: Path, count: int, size: int = 8) -> None:
@@ -168,9 +168,9 @@ def evaluate(run: Run, out: Path, count: int, size: int = 8) -> None:
     which = np.arange(count) % len(COMBINATIONS)
 
     for cell in todo:
-        pictures = draw(system, net, cell, which, 1000 + run.seed, size)
+        images = draw(system, net, cell, which, 1000 + run.seed, size)
         # scores of all images, and the first image of each combination for display
-        found = score(scorer, pictures, which) | {"pictures": pictures[: len(COMBINATIONS)].numpy()}
+        found = score(scorer, images, which) | {"images": images[: len(COMBINATIONS)].numpy()}
         aside = folder / f"{cell.name}.partial.npz"
         np.savez_compressed(aside, **found)
         aside.rename(folder / f"{cell.name}.npz")
@@ -190,7 +190,11 @@ def terms(system: System, net: torch.nn.Module, data: ShapesData, places: int = 
     noise = rng.normal_like("noise", x0)
 
     axis = np.linspace(0.05, 0.95, places)
-    found = {"axis": axis, "data": np.full((places, places), np.nan), "verdict": np.full((places, places), np.nan)}
+    found = {
+        "axis": axis,
+        "data": np.full((places, places), np.nan),
+        "self_evaluation": np.full((places, places), np.nan),
+    }
     for i, t in enumerate(axis):
         for j, s in enumerate(axis[: i + 1]):
             t_all, s_all = (torch.full((len(x0),), float(value)) for value in (t, s))
@@ -201,7 +205,7 @@ def terms(system: System, net: torch.nn.Module, data: ShapesData, places: int = 
             x0_hat = x0.with_tokens(predict_x0(x_t.tokens, v, t_all, x0))
             delta, _ = system.objective.self_evaluate(net, net, x0_hat, s_all, conds, rng, 0)
             found["data"][i, j] = (v - (noise - x0.tokens)).square().mean()
-            found["verdict"][i, j] = (delta / t).square().mean()
+            found["self_evaluation"][i, j] = (delta / t).square().mean()
     return found
 
 

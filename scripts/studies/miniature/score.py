@@ -41,8 +41,8 @@ class Scorer(nn.Module):
         )  # fmt: skip
         self.heads = nn.Linear(FEATURES, sum(CLASSES) + 2)
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-        features = self.trunk(pictures)
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        features = self.trunk(images)
         *logits, centre = self.heads(F.gelu(features)).split([*CLASSES, 2], dim=1)
         return features, logits, centre
 
@@ -50,8 +50,8 @@ class Scorer(nn.Module):
 def real(data: ShapesData, which: np.ndarray, *key) -> tuple[Tensor, Tensor]:
     """Real images (n, 3, H, W) of these combinations, and centres (n, 2) of their shapes in units of the image size."""
     look = data.look(philox(*key).random((len(which), 11)))
-    pictures = data.draw([COMBINATIONS[i] for i in which], look)
-    return pictures, torch.from_numpy(look.centre / data.size).float()
+    images = data.draw([COMBINATIONS[i] for i in which], look)
+    return images, torch.from_numpy(look.centre / data.size).float()
 
 
 def trained_scorer(data: ShapesData, path: Path, steps: int = 2000) -> Scorer:
@@ -69,11 +69,11 @@ def trained_scorer(data: ShapesData, path: Path, steps: int = 2000) -> Scorer:
     for step in range(steps):
         # real images with noise, and invalid ones
         which = philox("scorer", step).integers(len(COMBINATIONS), size=192)
-        pictures, centres = real(data, which, "scorer pictures", step)
-        pictures = pictures + 0.05 * torch.randn_like(pictures)
+        images, centres = real(data, which, "scorer pictures", step)
+        images = images + 0.05 * torch.randn_like(images)
         targets = TARGETS[which]
-        bad = torch.cat([invalid(pictures), mush(data, which, step)])
-        _, logits, centre = scorer(torch.cat([pictures, bad]))
+        bad = torch.cat([invalid(images), mush(data, which, step)])
+        _, logits, centre = scorer(torch.cat([images, bad]))
 
         # the shape head sees all images; centre and colours are defined for real ones only
         shapes = torch.cat([targets[:, 0], torch.full((len(bad),), INVALID)])
@@ -93,9 +93,9 @@ def trained_scorer(data: ShapesData, path: Path, steps: int = 2000) -> Scorer:
     return scorer.eval().requires_grad_(False)
 
 
-def invalid(pictures: Tensor) -> Tensor:
+def invalid(images: Tensor) -> Tensor:
     """Invalid images, a third as many as given: blends of two, shuffled patches, strong noise."""
-    blended, shuffled, noisy = pictures.roll(1, 0).chunk(3)
+    blended, shuffled, noisy = images.roll(1, 0).chunk(3)
 
     # blends of two images, mostly of different captions
     blended = blended[: len(blended) // 2 * 2]
@@ -110,40 +110,40 @@ def invalid(pictures: Tensor) -> Tensor:
 
     noisy = noisy + (0.4 + 0.4 * torch.rand(len(noisy), 1, 1, 1)) * torch.randn_like(noisy)
     bad = torch.cat([blended, F.pixel_shuffle(patches, 2), noisy])
-    return bad[torch.randperm(len(bad))[: len(pictures) // 3]]
+    return bad[torch.randperm(len(bad))[: len(images) // 3]]
 
 
 def mush(data: ShapesData, which: np.ndarray, *key, count: int = 4) -> Tensor:
     """Weighted means of `count` images of one caption each, a third as many as `which`."""
     which = which[: len(which) // 3]
-    pictures, _ = real(data, np.repeat(which, count), "mush", *key)
+    images, _ = real(data, np.repeat(which, count), "mush", *key)
     weights = torch.from_numpy(philox("weights", *key).dirichlet((2.0,) * count, size=len(which))).float()
     weights = (weights.clamp(max=0.5) + 0.05)[:, :, None, None, None]
-    return (weights * pictures.unflatten(0, (-1, count))).sum(dim=1) / weights.sum(dim=1)
+    return (weights * images.unflatten(0, (-1, count))).sum(dim=1) / weights.sum(dim=1)
 
 
 @torch.no_grad()
-def score(scorer: Scorer, pictures: Tensor, which: np.ndarray) -> dict[str, np.ndarray]:
+def score(scorer: Scorer, images: Tensor, which: np.ndarray) -> dict[str, np.ndarray]:
     """Scores per image.
 
     Returns:
         right (n, 3) by attribute; features (n, 64); place (n, 2), the shape's centre in pixels; background (n, 3),
         deviation from the nominal colour; gamut (n,), the fraction of values outside of [-1, 1]; norm (n,).
     """
-    features, logits, centre = scorer(pictures.clamp(-1, 1))  # clipped as in an image file
+    features, logits, centre = scorer(images.clamp(-1, 1))  # clipped as in an image file
     right = torch.stack([x.argmax(dim=1) for x in logits], dim=1) == TARGETS[which]
 
     # the background covers more than half of every image, so its colour is the median
-    ground = pictures.flatten(2).median(dim=2).values
+    ground = images.flatten(2).median(dim=2).values
     nominal = torch.tensor([COLOURS[COMBINATIONS[i].background] for i in which])
 
     return {
         "right": right.numpy(),
         "features": features.numpy(),
-        "place": (centre * pictures.shape[-1]).numpy(),
+        "place": (centre * images.shape[-1]).numpy(),
         "background": (ground - nominal).numpy(),
-        "gamut": (pictures.abs() > 1).float().mean(dim=(1, 2, 3)).numpy(),
-        "norm": pictures.flatten(1).norm(dim=1).numpy(),
+        "gamut": (images.abs() > 1).float().mean(dim=(1, 2, 3)).numpy(),
+        "norm": images.flatten(1).norm(dim=1).numpy(),
     }
 
 
