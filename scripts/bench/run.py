@@ -56,4 +56,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    launch.worker(main)
+    launch.worker(lambda: main(sys.argv[1:]))

@@ -91,7 +91,7 @@ def read(folder: Path) -> list[dict]:
     """
     path = folder / "metadata.jsonl"
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        records = [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
         there = [record for record in records if (folder / record["file"]).is_file()]
         if not there or any(name not in record for record in there for name in (*FACTS, "num_steps", "step")):
             raise UserError(f"{path}: no images that exist, or incomplete records; run infer.sh again")

@@ -232,7 +232,7 @@ def lines(path: Path) -> Iterator[tuple[str, str]]:
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(f"{path}: the file is UTF-16; save it as UTF-8")
 
-    for number, line in enumerate(data.splitlines(), start=1):
+    for number, line in enumerate(data.split(b"\n"), start=1):
         where = f"{path}, line {number}"
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")

@@ -51,9 +51,8 @@ def read(path: Path) -> list[dict]:
     """The complete lines of a JSON-lines file; the last line of a running job may be partial and is dropped."""
     if not path.is_file():
         return []
-    return [
-        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
-    ]
+    *complete, _ = path.read_bytes().split(b"\n")
+    return [json.loads(line) for line in complete]
 
 
 def summary(metrics: dict[Path, list[dict]]) -> str:

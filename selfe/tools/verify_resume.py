@@ -125,5 +125,5 @@ def compare(whole: Path, cut: Path, steps: int) -> list[str]:
 
 def numbers(run: Path) -> list[dict]:
     """Logged metrics of a run by line, without timings."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_bytes().split(b"\n") if line]
     return [{name: value for name, value in line.items() if not name.startswith(CLOCKS)} for line in lines]

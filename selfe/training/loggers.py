@@ -42,12 +42,12 @@ class JsonLines:
         self.path = folder / name
         kept = []
         if self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < start]
+            *complete, _ = self.path.read_bytes().split(b"\n")
+            kept = [line + b"\n" for line in complete if json.loads(line)["step"] < start]
 
         # write and rename, so that a kill leaves either the old or the new file
         aside = self.path.with_name(self.path.name + ".partial")
-        aside.write_text("".join(kept))
+        aside.write_bytes(b"".join(kept))
         aside.rename(self.path)
 
     def numbers(self, step: int, values: dict) -> None:

@@ -61,6 +61,16 @@ def test_geneval(tmp_path):
     assert (request.prompt, request.extra, request.settings) == ("three cups", said, DEFAULTS)
 
 
+def test_only_a_line_feed_ends_a_line(tmp_path):
+    said = "a\x85cat\x0b\u2003"  # str.splitlines() would cut at U+0085 and at the vertical tab
+    requests = read(tmp_path, "p.jsonl", json.dumps({"prompt": "a\x85cat"}, ensure_ascii=False) + "\r\n" + line())
+    assert [request.prompt for request in requests] == ["a\x85cat", json.loads(line())["prompt"]]
+    with pytest.raises(UserError, match=r"line 1: .*U\+000B"):
+        read(tmp_path, "p.txt", said + "x\n")
+    with pytest.raises(UserError, match=r"line 1: .*U\+000D"):
+        read(tmp_path, "p.txt", "a cat\ra dog\r")
+
+
 def test_a_list():
     assert [request.prompt for request in from_list(["a", " b"], DEFAULTS, 16)] == ["a", "b"]
 

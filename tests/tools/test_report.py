@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from selfe.tools import report
 from selfe.training.metrics import BINS
 from tests.helpers.train_processes import command, finish
 
@@ -44,6 +45,13 @@ def test_a_run_shows_what_it_does(two_runs):
     for name in ("samples", "samples_live", "cells"):
         assert [path.name for path in sorted((run / name).iterdir())] == ["step_00000003.png", "step_00000006.png"]
     assert (run / "samples/step_00000006.png").read_bytes() != (run / "samples_live/step_00000006.png").read_bytes()
+
+
+def test_only_a_line_feed_ends_a_line_of_json(tmp_path):
+    command = ["train", "x.yaml", "trainer.samples.prompts=[a\x85cat \u2028]"]
+    text = json.dumps({"step": 0, "command": command}, ensure_ascii=False)
+    (tmp_path / "starts.jsonl").write_text(f'{text}\n{{"step": 1', encoding="utf-8")
+    assert report.read(tmp_path / "starts.jsonl") == [{"step": 0, "command": command}]
 
 
 def test_cells_hold_every_sample_at_its_times(two_runs):
