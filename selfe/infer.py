@@ -12,8 +12,8 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -76,8 +76,8 @@ class Inferencer:
 
         # open the output directory, which records the settings that identify its images
         shared = facts | {"precision": self.precision, "format": self.format, "layout": self.layout}
-        keep = job.opened(folder, shared | of_system(settings), todo, self.layout)
-        with keep if world.is_main else nullcontext():
+        opened = job.opened(folder, shared | of_system(settings), todo, self.layout, lost=partial(launch.end, 1))
+        with collectives.on_main(opened, world):
             # generate what is missing
             there = collectives.broadcast(set(job.drawn(folder)) if world.is_main else None, world)
             there &= {spec.file for spec in todo}

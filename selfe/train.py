@@ -22,6 +22,7 @@ from selfe.distributed import collectives, fsdp
 from selfe.distributed.activation_checkpoint import ActivationCheckpointing
 from selfe.distributed.collectives import World
 from selfe.distributed.fsdp import GatherConfig
+from selfe.io.folder_lock import FolderLock
 from selfe.io.image_encode import save_sheet
 from selfe.protocols import Data
 from selfe.rng import SampleRNG
@@ -408,9 +409,12 @@ def main(arguments: list[str]) -> None:
 
     # longer than the watchdog's timeout, whose report names ranks and steps and not only collectives
     with collectives.process_group(timeout_minutes=2 * trainer.timeout_minutes + 1) as world:
-        if world.is_main:
-            run_info.describe(Path(trainer.output_dir), settings, sys.argv, world.size)
-        Trainer(trainer, system, data, settings["seed"], world).run()
+        folder = Path(trainer.output_dir)
+        lock = FolderLock(folder, "trainer.output_dir", lost=partial(launch.end, 1))
+        with collectives.on_main(lock, world):
+            if world.is_main:
+                run_info.describe(folder, settings, sys.argv, world.size)
+            Trainer(trainer, system, data, settings["seed"], world).run()
 
 
 if __name__ == "__main__":

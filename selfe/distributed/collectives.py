@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from selfe.device import choose_device, to_device
+from selfe.types import UserError
 
 Group = dist.ProcessGroup
 _notes: dist.Store  # global, like the default process group
@@ -139,6 +140,22 @@ def run_on_all_ranks(action: Callable[[], Any], world: World, group: Group) -> l
     if errors := [error for _, error in everyone if error]:
         raise OSError(errors[0])
     return [result for result, _ in everyone]
+
+
+@contextmanager
+def on_main(context: AbstractContextManager, world: World) -> Iterator[None]:
+    """Enter a context on rank 0 only. A UserError that it raises on entry is raised on all ranks."""
+    with ExitStack() as stack:
+        problem = None
+        if world.is_main:
+            try:
+                stack.enter_context(context)
+            except UserError as error:
+                problem = str(error)
+
+        if problem := broadcast(problem, world):
+            raise UserError(problem)
+        yield
 
 
 def barrier() -> None:

@@ -7,14 +7,13 @@ atomically: a file that exists is complete and is not generated again.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -23,6 +22,7 @@ from typing import Literal
 
 from selfe.inference.prompts import Request, SamplingDefaults, shorten, sweep
 from selfe.io import image_encode
+from selfe.io.folder_lock import FolderLock
 from selfe.protocols import Sampler
 from selfe.types import UserError
 
@@ -197,31 +197,21 @@ def share(made: Sequence[list[ImageSpec]], processes: int) -> list[list[list[Ima
 
 
 @contextmanager
-def opened(folder: Path, facts: dict, todo: Sequence[ImageSpec], layout: Layout) -> Iterator[None]:
+def opened(
+    folder: Path, facts: dict, todo: Sequence[ImageSpec], layout: Layout, lost: Callable[[str], None]
+) -> Iterator[None]:
     """Lock the output directory for this job, remove partial files and check that existing images belong to the job.
 
     Called on one process.
 
     Args:
         facts: settings shared by all images, such as the fingerprint of the weights; stored in `job.json`.
+        lost: see `FolderLock`.
 
     Raises:
         UserError: the directory is not writable, locked, or contains images with other settings.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written to ({error.strerror}); set inferencer.output_dir") from error
-
-    with lock:  # released when the process ends, even if killed
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{folder}: another process is writing to it; wait, or set inferencer.output_dir"
-            ) from error
-
+    with FolderLock(folder, "inferencer.output_dir", lost):
         # partial files of an interrupted job
         for place in (".", "thumbs", "*_steps*/*", "*_steps*/*/samples"):
             for leftover in folder.glob(f"{place}/*{image_encode.PARTIAL}"):

@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 
@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from selfe import config, log
+from selfe import config, launch, log
 from selfe.data.dataset import BucketedDataset, SampleSpec
 from selfe.distributed import collectives
 from selfe.distributed.collectives import World
 from selfe.io import feature_cache
+from selfe.io.folder_lock import FolderLock
 from selfe.protocols import Objective
 from selfe.rng import SampleRNG
 from selfe.system import System
@@ -319,7 +320,9 @@ def main(options: argparse.Namespace) -> None:
     """Entry point of `selfe precompute`."""
     settings = config.load(options.config, options.overrides)
     with collectives.process_group(timeout_minutes=24 * 60) as world:
-        encode_all(settings, options.out, options, world)
+        lock = FolderLock(options.out, "--out", lost=partial(launch.end, 1))
+        with collectives.on_main(lock, world):
+            encode_all(settings, options.out, options, world)
 
 
 def encode_all(settings: dict, folder: Path, options: argparse.Namespace, world: World) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import yaml
 
 from selfe import config, log
-from selfe.types import UserError
 
 CODE = Path(__file__).parents[2]
 
@@ -22,14 +21,7 @@ def describe(folder: Path, settings: dict, command: list[str], processes: int) -
     """Write `config.yaml`, `packages.txt`, `changes.diff` and a line of `starts.jsonl`; print config changes.
 
     The first three describe the latest start and are overwritten; `starts.jsonl` keeps a line for every start.
-    Raises UserError if `folder` cannot be written to.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "starts.jsonl").open("a").close()
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written to ({error.strerror}); set trainer.output_dir") from error
-
     # compare with the config of the previous start, if that start saved a checkpoint to resume from
     path = folder / "config.yaml"
     changed = []
@@ -39,7 +31,7 @@ def describe(folder: Path, settings: dict, command: list[str], processes: int) -
             log.print_line(f"config differs from the run so far: {line}")
 
     config.save(settings, path)
-    installed = sorted({f"{found.name}=={found.version}" for found in metadata.distributions()}, key=str.lower)
+    installed = sorted({f"{package.name}=={package.version}" for package in metadata.distributions()}, key=str.lower)
     (folder / "packages.txt").write_text("\n".join(installed) + "\n", encoding="utf-8")
     (folder / "changes.diff").write_text(git("diff", "HEAD") or "", encoding="utf-8")
 

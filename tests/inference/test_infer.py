@@ -1,7 +1,6 @@
 """A sampling job: the same images for any batch, order, number of processes and interruption; nothing drawn twice."""
 
 import copy
-import fcntl
 import json
 import os
 import random
@@ -21,6 +20,7 @@ from selfe.checkpoint.manager import CheckpointManager, RetentionPolicy
 from selfe.distributed import collectives
 from selfe.inference import job
 from selfe.io import image_encode
+from selfe.io.folder_lock import FolderLock
 from selfe.types import UserError
 from tests.distributed.test_fsdp import perturb
 from tests.helpers import infer_processes
@@ -244,9 +244,8 @@ def test_a_job_may_grow_but_not_change(trained, tmp_path):
     other = tmp_path / "other"
     save_checkpoint(other, seed=5)
     assert "ema_fingerprint" in refused(f"inferencer.ckpt_dir={other}")
-    with (output / ".lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another process is writing" in refused()
+    with FolderLock(output, "inferencer.output_dir", lost=pytest.fail):
+        assert f"another process is writing to it: process {os.getpid()} on " in refused()
 
 
 def test_negative_prompts_settings_of_a_line_and_sizes(trained, tmp_path):

@@ -10,8 +10,9 @@ from selfe.checkpoint import verify
 from selfe.data.loader import MicroBatches
 from selfe.distributed.collectives import World
 from selfe.inference import job
+from selfe.io.folder_lock import FolderLock
 from selfe.train import BatchPhase, TrainerConfig
-from selfe.training import ema, run_info
+from selfe.training import ema
 from selfe.training.visuals import SampleGridConfig
 from selfe.types import Batch, UserError
 from tests.helpers import train_processes
@@ -94,10 +95,11 @@ def test_pictures_that_cannot_be_cut_to_patches():
 
 def test_a_folder_that_cannot_be_written_to(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file/run: cannot be written to .*; set trainer.output_dir"):
-        run_info.describe(tmp_path / "file" / "run", {}, [], 1)
+    lock = FolderLock(tmp_path / "file" / "run", "trainer.output_dir", lost=pytest.fail)
+    with pytest.raises(UserError, match=r"file/run: cannot be written to .*; set trainer.output_dir"), lock:
+        pass
     said = r"file/run: cannot be written to .*; set inferencer.output_dir"
-    with pytest.raises(UserError, match=said), job.opened(tmp_path / "file" / "run", {}, [], "flat"):
+    with pytest.raises(UserError, match=said), job.opened(tmp_path / "file" / "run", {}, [], "flat", pytest.fail):
         pass
 
 
