@@ -192,6 +192,12 @@ def cache_pretrained(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flux-vae-only", action="store_true", help="skip FLUX's transformer (24 GB)")
 
 
+def doctor(parser: argparse.ArgumentParser) -> None:
+    cache_dir = os.environ.get("SELFE_CACHE_DIR")
+    parser.add_argument("--cache-dir", default=cache_dir, metavar="DIR", help="default: SELFE_CACHE_DIR")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs"), help="where runs are written (default: runs)")
+
+
 VERBS = {
     "train": Verb(
         "selfe.launch",
@@ -237,6 +243,12 @@ VERBS = {
         "selfe.tools.export.command",
         "Export a checkpoint's denoiser to safetensors (FLUX names) or to a diffusers pipeline.",
         export,
+    ),
+    "doctor": Verb(
+        "selfe.tools.doctor",
+        "Check this machine: GPU driver, torch, NCCL, shared memory, disk, weights of the encoders.",
+        doctor,
+        "exit codes: 0 no errors (warnings are allowed); 2 errors",
     ),
     "report": Verb("selfe.tools.report", "Compare runs on one HTML page: metrics, heat maps, samples.", report),
     "replay": Verb("selfe.tools.replay", "Run a batch that was skipped during training again.", replay),

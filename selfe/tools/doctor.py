@@ -1,0 +1,157 @@
+"""The verb `selfe doctor`: what this machine offers to a training run, a line for each check, with its remedy."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import resource
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from selfe import device
+from selfe.encoders.t5_clip import CLIP_FOLDER, T5_FOLDER
+from selfe.io.safetensors_files import SafetensorsFiles, cached
+from selfe.types import UserError
+
+GIB = 2**30
+SHARED_MEMORY = 2 * GIB  # enough for the loader workers of a process with the default settings
+OPEN_FILES = 4096
+WEIGHTS = {"t5": T5_FOLDER, "clip": CLIP_FOLDER, "autoencoder": "ae.safetensors"}  # in SELFE_CACHE_DIR
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one check."""
+
+    subject: str
+    status: Literal["ok", "warning", "error"]
+    text: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        remedy = f"; {self.remedy}" if self.remedy else ""
+        return f"{self.status:8} {self.subject:14} {self.text}{remedy}"
+
+
+def main(options: argparse.Namespace) -> None:
+    """Print all findings. Raises UserError if one is an error."""
+    findings = list(examine(options.cache_dir, options.output_dir))
+    for finding in findings:
+        print(finding)
+
+    num_errors = sum(finding.status == "error" for finding in findings)
+    if num_errors:
+        raise UserError(f"{num_errors} of {len(findings)} checks failed; the lines above name the remedies")
+
+
+def examine(cache_dir: str | None, output_dir: Path) -> Iterator[Finding]:
+    """All findings. `cache_dir`: weights of the frozen encoders; `output_dir`: where runs are written."""
+    yield Finding("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    yield torch_build()
+    yield from accelerators()
+    yield shared_memory(Path("/dev/shm"))
+    yield open_files()
+    yield disk(output_dir)
+    yield from encoder_weights(cache_dir)
+
+
+def torch_build() -> Finding:
+    """Version of torch, and whether its build fits the machine: a GPU needs a build for CUDA."""
+    driver = driver_version()
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
+    text = f"{torch.__version__}, build for {build}"
+    if driver and not torch.version.cuda:
+        return Finding("torch", "error", f"{text}, but there is a GPU", "install the build of torch for its driver")
+    if driver and not torch.cuda.is_available():
+        remedy = f"install the build of torch that fits driver {driver}, or a newer driver"
+        return Finding("torch", "error", f"{text}, which cannot use the GPU", remedy)
+    return Finding("torch", "ok", text)
+
+
+def driver_version() -> str | None:
+    """Version of the NVIDIA driver, None without one."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False)
+    return done.stdout.split("\n")[0].strip() or None if done.returncode == 0 else None
+
+
+def accelerators() -> Iterator[Finding]:
+    """Accelerators that torch can use, and the library that connects them; without one, the CPU."""
+    count = device.accelerator_count()
+    if not count:
+        cores = f"{os.cpu_count()} CPU cores, {torch.backends.cpu.get_cpu_capability()}"
+        yield Finding("devices", "ok", f"no GPU; processes run on {cores}")
+        return
+
+    if not torch.cuda.is_available():
+        yield Finding("devices", "ok", f"{count} x {device.choose_device(0).type}")
+        return
+
+    cards = [torch.cuda.get_device_properties(index) for index in range(count)]
+    for name in dict.fromkeys(card.name for card in cards):
+        same = [card for card in cards if card.name == name]
+        text = f"{len(same)} x {name}, {same[0].total_memory / GIB:.0f} GiB, driver {driver_version()}"
+        if torch.cuda.is_bf16_supported():
+            yield Finding("devices", "ok", text)
+        else:
+            yield Finding("devices", "warning", f"{text}, without bf16", "train with trainer.precision=fp32")
+    yield Finding("nccl", "ok", ".".join(map(str, torch.cuda.nccl.version())))
+
+
+def shared_memory(folder: Path) -> Finding:
+    """Room in /dev/shm, through which loader workers hand over their batches."""
+    if not folder.is_dir():
+        return Finding("shared memory", "ok", f"no {folder} on this system")
+    size = shutil.disk_usage(folder).total
+    if size < SHARED_MEMORY:
+        remedy = "start the container with --shm-size=8g or --ipc=host, or train with trainer.num_workers=0"
+        return Finding("shared memory", "warning", f"{folder} holds only {size / 2**20:.0f} MiB", remedy)
+    return Finding("shared memory", "ok", f"{folder} holds {size / GIB:.1f} GiB")
+
+
+def open_files() -> Finding:
+    """The limit on open files; workers and shards need many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < OPEN_FILES:
+        remedy = f"raise it with ulimit -n {OPEN_FILES if hard < 0 else min(OPEN_FILES, hard)}"
+        return Finding("open files", "warning", f"at most {soft} per process", remedy)
+    return Finding("open files", "ok", f"at most {soft} per process")
+
+
+def disk(output_dir: Path) -> Finding:
+    """Free space where runs are written, and whether they can be."""
+    parent = output_dir.expanduser().resolve()
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free / GIB
+    if not os.access(parent, os.W_OK):
+        return Finding("disk", "error", f"{parent} is not writable", "choose another trainer.output_dir")
+    if free < 10:
+        remedy = "`selfe plan CONFIG` states what the checkpoints of a run need"
+        return Finding("disk", "warning", f"{free:.1f} GiB free in {parent}", remedy)
+    return Finding("disk", "ok", f"{free:.0f} GiB free in {parent}")
+
+
+def encoder_weights(cache_dir: str | None) -> Iterator[Finding]:
+    """Whether the weights of the frozen encoders are in the cache folder, with readable headers."""
+    if cache_dir is None:
+        remedy = "`selfe cache-pretrained` downloads the weights; SELFE_SKIP_PRETRAINED=1 replaces them by random ones"
+        yield Finding("encoders", "warning", "SELFE_CACHE_DIR is not set", remedy)
+        return
+
+    for subject, name in WEIGHTS.items():
+        try:
+            weights = SafetensorsFiles.open(cached(cache_dir, name))
+        except UserError as error:
+            yield Finding(subject, "warning", str(error))
+        else:
+            yield Finding(subject, "ok", f"{len(weights.shapes)} tensors in {weights.path}")
