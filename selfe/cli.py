@@ -149,6 +149,16 @@ def make_shards(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=10_000, help="samples per tar file")
 
 
+def make_manifest(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("table", type=Path, help="a .csv, .tsv or .jsonl file, also with .gz")
+    parser.add_argument("--out", type=Path, required=True, help="the manifest to write")
+    parser.add_argument("--image", metavar="COLUMN", help="column of image paths (default: path, file_name, image ...)")
+    parser.add_argument("--caption", metavar="COLUMN", help="column of captions (default: caption, text, prompt ...)")
+    parser.add_argument("--no-header", action="store_true", help="the first two columns are image and caption")
+    parser.add_argument("--delimiter", help="between columns (default: by file name)")
+    parser.add_argument("--encoding", help="for instance latin-1 (default: UTF-8, or UTF-16 with byte order mark)")
+
+
 def export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ckpt", type=Path, metavar="CKPT", help="for instance runs/selfe_2b/checkpoints")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to create")
@@ -231,6 +241,12 @@ VERBS = {
         "Run the same command again to resume, on any number of processes:\n"
         "  torchrun --nproc-per-node 8 -m selfe precompute CONFIG --out DIR\n"
         "OUT/config.yaml trains from the cache.",
+    ),
+    "make-manifest": Verb(
+        "selfe.tools.make_manifest",
+        "Convert a CSV, TSV or JSON-lines table of images and captions to a manifest.",
+        make_manifest,
+        "exit codes: 0 all rows converted; 1 rows left out, each is named; 2 user error",
     ),
     "make-shards": Verb(
         "selfe.tools.make_shards",

@@ -24,6 +24,7 @@ from selfe.types import BadSample, UserError
 
 THREADS = 32  # mostly waiting for storage
 PATIENCE = 100  # number of unreadable images after which the scan stops
+MAX_SIDE = 65535  # pixels; larger sides are stored as this
 BAD = (0, 1)  # height and width of an unreadable image; (0, 0) means not measured yet
 
 
@@ -142,7 +143,7 @@ def measure(records: np.ndarray, header: Callable[[int], tuple[int, int]], name:
             if strict:
                 return problem
             size = BAD
-        records["height"][index], records["width"][index] = np.clip(size, 0, 65535)
+        records["height"][index], records["width"][index] = np.clip(size, 0, MAX_SIDE)
         return None
 
     todo = np.flatnonzero((records["height"] == 0) & (records["width"] == 0))

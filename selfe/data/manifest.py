@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import mmap
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
+from selfe import log
 from selfe.data import index
 from selfe.data.dataset import BucketedDataset
-from selfe.io import image_decode
+from selfe.io import image_decode, text_files
 from selfe.types import BadSample, UserError
 
 RECORD = np.dtype([("offset", "<u8"), ("height", "<u2"), ("width", "<u2")])  # 12 bytes per line; sizes as in `index`
-CHUNK = 1 << 24  # bytes of a manifest that are scanned at once
-BOM = b"\xef\xbb\xbf"
+CONVERT = "convert the file with selfe make-manifest"
+ENCLOSED = f"captions are enclosed in quotes, which stay part of them; if these are the quotes of CSV, {CONVERT}"
+BLOCK = 1 << 16  # records written at once
+CHUNK = 1 << 24  # bytes read at once to count lines
 
 
 class ManifestData(BucketedDataset):
@@ -30,8 +33,7 @@ class ManifestData(BucketedDataset):
         return Manifest(path, base_dir, self.max_pixels, self.index_dir, strict=self.on_bad_image == "error")
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """The fields of a line."""
 
     path: str
@@ -79,13 +81,13 @@ class Manifest:
         return str(self.base_dir / self.line(index).path)
 
     def image(self, index: int, enough: int | None) -> Image.Image:
-        with self.telling_line(index):
+        with self.naming_line(index):
             name = self.name(index)
             return image_decode.read(Path(name), name, self.max_pixels, enough)
 
     def size(self, index: int) -> tuple[int, int]:
         """(height, width) in pixels, from the header of the image file."""
-        with self.telling_line(index):
+        with self.naming_line(index):
             name = self.name(index)
             return image_decode.size(Path(name), name, self.max_pixels)
 
@@ -96,15 +98,15 @@ class Manifest:
         return index.stamp(len(self), self.num_bytes, lines, self.sizes(some).tolist())
 
     def line(self, index: int) -> Line:
-        offset = int(self.records[index]["offset"])
-        return parse(self.text_at(offset), lambda: self.where(offset))
+        with self.naming_line(index):
+            return parse(self.text_at(int(self.records[index]["offset"])))
 
     def text_at(self, offset: int) -> bytes:
         """The line that starts at `offset`. Read, not mapped: a mapping would make the complete file resident."""
-        found = b""
-        while b"\n" not in found and (more := os.pread(self.file.fileno(), 4096, offset + len(found))):
-            found += more
-        return found.partition(b"\n")[0]
+        line = b""
+        while b"\n" not in line and (more := os.pread(self.file.fileno(), 4096, offset + len(line))):
+            line += more
+        return line.partition(b"\n")[0]
 
     def where(self, offset: int) -> str:
         """`FILE, line N`, as used in error messages. Counts line breaks on every call, because only errors need it."""
@@ -114,7 +116,7 @@ class Manifest:
         return f"{self.path}, line {before + 1}"
 
     @contextmanager
-    def telling_line(self, index: int) -> Iterator[None]:
+    def naming_line(self, index: int) -> Iterator[None]:
         """Add file and line number to a `BadSample`."""
         try:
             yield
@@ -127,114 +129,110 @@ class Manifest:
         index.measure(records, self.size, self.path.name, self.strict)
 
     def scan(self, out: Path) -> None:
-        """Write one record per line and check the format of every line."""
-        found = 0
-        with out.open("wb") as file, mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-            first = len(BOM) if text[: len(BOM)] == BOM else 0
+        """Write one record per non-blank line.
 
-            while first < len(text):
-                end = text.find(b"\n", min(first + CHUNK, len(text)) - 1) + 1 or len(text)
-                records = self.scan_block(text[first:end], first)
-                records.tofile(file)
-                found, first = found + len(records), end
+        Raises:
+            BadSample: the first invalid line, kinds as `parse`; lines in CSV quotes are counted first.
+            UserError: the file is empty, or not UTF-8 text.
+        """
+        text_files.check_encoding(self.path)
+        rows, previous = [], b""  # records to write; the last non-blank line
+        first_quoted, num_quoted, num_enclosed = None, 0, 0
 
-        if not found:
+        bar = tqdm(
+            total=self.num_bytes, desc=self.path.name, unit="B", unit_scale=True, disable=not sys.stderr.isatty()
+        )
+        with out.open("wb") as records, self.path.open("rb") as file, bar:
+            end = skip_bom(file)
+            for number, line in enumerate(file, start=1):
+                start, end = end, end + len(line)
+                if not line.strip():
+                    continue
+
+                try:
+                    _, prompt, size = parse(line, previous)
+                    rows.append((start, *(size or (0, 0))))
+                    num_enclosed += prompt[0] == '"' and text_files.in_csv_quotes(prompt)
+                except BadSample as problem:
+                    located = BadSample(problem.kind, f"{self.path}, line {number}: {problem}")
+                    if problem.kind != "CSV quotes":
+                        raise located from problem
+                    first_quoted, num_quoted = first_quoted or located, num_quoted + 1
+
+                previous = line
+                if len(rows) == BLOCK:
+                    records_of(rows).tofile(records)
+                    rows.clear()
+                    bar.update(end - bar.n)
+            records_of(rows).tofile(records)
+
+        if first_quoted:
+            raise BadSample("CSV quotes", f"{first_quoted} ({num_quoted} such lines)")
+        if not out.stat().st_size:
             raise empty(self.path)
-
-    def scan_block(self, block: bytes, first: int) -> np.ndarray:
-        """The records of a block of complete lines that starts at offset `first`, vectorized over lines."""
-        try:
-            block.decode()
-        except UnicodeDecodeError as error:
-            start = first + block.rfind(b"\n", 0, error.start) + 1
-            parse(self.text_at(start), lambda: self.where(start))
-
-        # start and end of every line, without line break; empty lines are dropped
-        data = np.frombuffer(block, np.uint8)
-        ends = np.flatnonzero(data == ord("\n"))
-        if not block.endswith(b"\n"):
-            ends = np.append(ends, len(data))
-        starts = np.insert(ends[:-1] + 1, 0, 0)
-        ends = ends - ((ends > starts) & (data[ends - 1] == ord("\r")))
-        starts, ends = (edges[ends > starts] for edges in (starts, ends))
-
-        # first tab and number of tabs of every line
-        tabs = np.append(np.flatnonzero(data == ord("\t")), len(data))
-        tab = np.searchsorted(tabs, starts)
-        num_tabs = np.searchsorted(tabs, ends) - tab
-
-        records = np.zeros(len(starts), RECORD)
-        records["offset"] = first + starts.astype(np.uint64)
-
-        # valid: path and prompt are not empty, width and height (if present) are numbers
-        one, three = num_tabs == 1, num_tabs == 3
-        second = np.where(three, tabs[np.minimum(tab + 1, len(tabs) - 1)], ends)  # end of the prompt
-        fine = (one | three) & (tabs[tab] > starts) & (second > tabs[tab] + 1)
-        third = tabs[np.minimum(tab + 2, len(tabs) - 1)][three]
-
-        for name, begin, stop in (("width", second[three] + 1, third), ("height", third + 1, ends[three])):
-            records[name][three], legible = numbers(data, begin, stop)
-            fine[three] &= legible
-
-        return self.settle(records, fine)
-
-    def settle(self, records: np.ndarray, fine: np.ndarray) -> np.ndarray:
-        """Parse the lines that `scan_block` did not accept one by one: drop blank lines, raise for invalid ones."""
-        keep = np.ones(len(records), bool)
-
-        for i in np.flatnonzero(~fine):
-            offset = int(records["offset"][i])
-            if not self.text_at(offset).strip():
-                keep[i] = False
-            elif size := parse(self.text_at(offset), partial(self.where, offset)).size:
-                records["height"][i], records["width"][i] = np.clip(size, 1, 65535)
-
-        return records[keep]
+        if num_enclosed:
+            log.print_line(f"{self.path}: {num_enclosed} {ENCLOSED}")
 
 
-def numbers(data: np.ndarray, begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Parse decimal numbers between byte offsets (n,) -> values (n,), mask (n,) of numbers from 1 to 65535."""
-    values, legible = np.zeros(len(begin), np.int64), (end > begin) & (end - begin <= 5)
-
-    # from the last digit to the first
-    for place in range(5):
-        at = end - 1 - place
-        digits = data[at.clip(0)] - np.uint8(ord("0"))  # uint8 wraps around for characters below "0"
-        inside = at >= begin
-        legible &= (digits <= 9) | ~inside
-        values += np.where(inside, digits.astype(np.int64) * 10**place, 0)
-
-    legible &= (values >= 1) & (values <= 65535)
-    return np.where(legible, values, 0), legible
+def records_of(rows: list[tuple[int, int, int]]) -> np.ndarray:
+    """(offset, height, width) of lines -> records (n,)."""
+    columns = np.array(rows, np.int64).reshape(-1, 3)
+    records = np.empty(len(rows), RECORD)
+    records["offset"] = columns[:, 0]
+    records["height"], records["width"] = columns[:, 1:].clip(max=index.MAX_SIDE).T
+    return records
 
 
-def parse(line: bytes, where: Callable[[], str]) -> Line:
-    """The fields of a line.
+def skip_bom(file: BinaryIO) -> int:
+    """Position a file that was just opened behind its byte order mark, if it has one; returns the position."""
+    return file.seek(len(text_files.BOM) if file.read(len(text_files.BOM)) == text_files.BOM else 0)
+
+
+def parse(line: bytes, previous: bytes = b"") -> Line:
+    """The fields of a line. `previous` is the line before it, which explains some errors.
 
     Raises:
-        BadSample: kind `invalid UTF-8`, `no tab`, `too many tabs`, `empty path`, `empty caption` or `bad size`.
+        BadSample: kind `invalid UTF-8`, `carriage return`, `no tab`, `too many tabs`, `empty path`, `empty caption`,
+            `control character`, `CSV quotes` or `bad size`. The message does not name file and line.
     """
     try:
-        path, *rest = (field.strip() for field in line.decode().split("\t"))
+        decoded = line.decode()
     except UnicodeDecodeError as error:
-        message = f"{where()}: not UTF-8 at byte {error.start} of the line; save the file as UTF-8"
+        message = f"not UTF-8 at byte {error.start} of the line; save the file as UTF-8"
         raise BadSample("invalid UTF-8", message) from error
 
-    shown = repr(line[:60].decode(errors="replace"))
-    if len(rest) not in (1, 3):
-        kind = "too many tabs" if rest else "no tab"
-        raise BadSample(kind, f"{where()}: expected path, one tab, prompt; found {len(rest)} tabs in {shown}")
+    path, *rest = [field.strip() for field in decoded.split("\t")]
+    if len(rest) not in (1, 3) or "\r" in decoded.rstrip():
+        raise wrong_columns(decoded, previous)
 
-    prompt, *size = rest
+    prompt = rest[0]
     if not path or not prompt:
         kind = "empty caption" if path else "empty path"
-        raise BadSample(kind, f"{where()}: path or prompt is empty in {shown}; give both")
+        raise BadSample(kind, f"path or prompt is empty in {decoded.rstrip()[:60]!r}; give both")
+    if not (path + prompt).isprintable() and (control := text_files.CONTROL.search(path + prompt)):
+        raise BadSample("control character", f"contains the control character U+{ord(control[0]):04X}; remove it")
+    if (path[0] == '"' and text_files.in_csv_quotes(path)) or ('""' in prompt and text_files.in_csv_quotes(prompt)):
+        raise BadSample("CSV quotes", f"{decoded.rstrip()[:60]!r} has the quotes of CSV files; {CONVERT}")
 
-    if not size:
+    if len(rest) == 1:
         return Line(path, prompt, None)
-    if not all(number.isdecimal() and int(number) for number in size):
-        raise BadSample("bad size", f"{where()}: width and height must be positive integers (pixels) in {shown}")
-    return Line(path, prompt, (int(size[1]), int(size[0])))
+    _, width, height = rest
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise BadSample("bad size", f"width and height must be positive integers (pixels) in {decoded.rstrip()[:60]!r}")
+    return Line(path, prompt, (int(height), int(width)))
+
+
+def wrong_columns(line: str, previous: bytes) -> BadSample:
+    """The error for a line that does not have two or four columns, with the cause if it can be seen."""
+    if "\r" in line.rstrip():
+        return BadSample("carriage return", f"a carriage return alone (U+000D) does not end a line; {CONVERT}")
+
+    num_tabs = line.count("\t")
+    message = f"expected path, one tab, prompt; found {num_tabs} tabs in {line.rstrip()[:60]!r}"
+    opened = previous.rpartition(b"\t")[2].strip()
+    if opened.startswith(b'"') and opened.count(b'"') % 2:
+        message += f"; the caption that begins in the line before has a line break in CSV quotes: {CONVERT}"
+    return BadSample("too many tabs" if num_tabs else "no tab", message)
 
 
 def empty(path: Path) -> UserError:

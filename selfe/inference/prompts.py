@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from selfe import config
+from selfe.io import text_files
 from selfe.protocols import Sampler
 from selfe.samplers.renoise import Renoise
 from selfe.types import UserError
@@ -22,7 +23,6 @@ MAX_PROMPT = 4000  # characters; T5 reads 512 tokens, and a JPEG's EXIF block is
 MAX_PIXELS = 4096 * 4096
 MAX_STEPS = 1000
 MAX_SAMPLES = 100_000
-CONTROL = re.compile("[\x00-\x1f\x7f\u2028\u2029\ud800-\udfff]")
 TEXT_KEYS = ("prompt", "negative_prompt", "aspect", "sampler", "path")  # TSV columns that are plain text, not JSON
 GENEVAL_KEYS = ("tag", "include", "exclude")
 
@@ -183,7 +183,7 @@ def request(where: str, keys: dict, defaults: SamplingDefaults, multiple: int) -
 def check_text(name: str, text: str) -> None:
     if len(text) > MAX_PROMPT:
         raise ValueError(f"{name}: {len(text)} characters; at most {MAX_PROMPT}, of which the encoder reads 512 tokens")
-    if control := CONTROL.search(text):
+    if control := text_files.CONTROL.search(text):
         hint = " (for a table, name the file .tsv)" if control[0] == "\t" else ""
         raise ValueError(f"{name}: contains the control character U+{ord(control[0]):04X}{hint}; remove it")
 
@@ -229,8 +229,7 @@ def lines(path: Path) -> Iterator[tuple[str, str]]:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{path}: the file is UTF-16; save it as UTF-8")
+    text_files.check_encoding(path)
 
     for number, line in enumerate(data.split(b"\n"), start=1):
         where = f"{path}, line {number}"
@@ -274,6 +273,8 @@ def parse_tsv(path: Path, found: Iterator[tuple[str, str]]) -> Iterator[tuple[st
                     f"{where}: the first line must name the columns, each once, including prompt; got "
                     f"{shorten(repr(columns))}; valid: {', '.join(known)}"
                 )
+        elif quoted := [cell for cell in cells if '""' in cell and text_files.in_csv_quotes(cell)]:
+            yield where, f"{shorten(quoted[0], 60)} has the quotes of CSV files; write the text without them"
         elif len(cells) != len(columns):
             yield where, f"{len(cells)} cells, but the first line names {len(columns)} columns"
         else:

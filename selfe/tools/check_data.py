@@ -21,7 +21,7 @@ import numpy as np
 from selfe import log
 from selfe.data.buckets import Buckets
 from selfe.data.dataset import BYTES_PER_TOKEN
-from selfe.data.manifest import BOM, parse
+from selfe.data.manifest import parse, skip_bom
 from selfe.io import image_decode
 from selfe.types import BadSample, UserError
 
@@ -58,9 +58,9 @@ def examine(number: int, line: bytes, limits: Limits) -> Finding | None:
     # the line
     where = f"line {number}"
     try:
-        said = parse(line, lambda: where)
+        said = parse(line)
     except BadSample as problem:
-        return Finding(number, kind=problem.kind, problem=str(problem))
+        return Finding(number, kind=problem.kind, problem=f"{where}: {problem}")
 
     # its image, decoded in full
     path = limits.base_dir / said.path
@@ -115,8 +115,7 @@ def findings(manifest: Path, limits: Limits, workers: int) -> Iterator[Finding]:
 
 def read_batches(manifest: Path) -> Iterator[list[tuple[int, bytes]]]:
     with manifest.open("rb") as file:
-        if file.read(len(BOM)) != BOM:
-            file.seek(0)
+        skip_bom(file)
         lines = enumerate(file, start=1)
         while batch := list(islice(lines, BATCH)):
             yield batch

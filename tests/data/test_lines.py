@@ -1,5 +1,6 @@
 """Manifests in every form, the pictures they name, and what happens when one is bad."""
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -62,6 +63,44 @@ def test_mistakes_are_one_line(folder, text, said):
         read()
     assert "\n" not in str(error.value)
     assert not [path for path in folder.iterdir() if path.suffix in (".lock", ".partial")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0.png\tx\n".encode("utf-16"), "a.tsv: the file is UTF-16; save it as UTF-8"),
+        ("0.png\tx and more\n".encode("utf-16-le"), "a.tsv: the file is UTF-16; save it as UTF-8"),
+        (gzip.compress(b"0.png\tx\n"), "a.tsv: the file is compressed with gzip; run gunzip"),
+        (b"PK\x03\x04 and more", "a.tsv: the file is a zip archive or a spreadsheet"),
+        (b"0.png\tx\r1.png\ty\r", r"line 1: a carriage return alone .*selfe make-manifest"),
+        (b"0.png\tx\ty\r1.png\ty\tz\n", r"line 1: a carriage return alone .*selfe make-manifest"),
+        (b"0.png\tx\n0.png\ta\x00b\n", r"line 2: contains the control character U\+0000; remove it"),
+        ("0.png\ta\u2028b\n".encode(), r"line 1: contains the control character U\+2028; remove it"),
+        (
+            b'0.png\tx\n1.png\t"first\nsecond"\n',
+            "line 3: .*; the caption that begins in the line before",
+        ),
+        (
+            b'0.png\t"a ""big"" dog"\n1.png\tx\n2.png\t"""y"" is a letter"\n',
+            r"line 1: .*has the quotes of CSV files; convert the file with selfe make-manifest \(2 such lines\)",
+        ),
+        (b'"0.png"\t"a dog"\n', r"line 1: .*has the quotes of CSV files; .* \(1 such lines\)"),
+    ],
+)
+def test_causes_are_named(folder, text, message):
+    with pytest.raises(UserError, match=message) as error:
+        opened(folder / "a.tsv", text)
+    assert "\n" not in str(error.value)
+    assert not list(folder.glob("a.tsv.*"))
+
+
+def test_only_a_line_feed_ends_a_line_and_quotes_may_be_part_of_a_caption(folder, capsys):
+    text = '0.png\ta\x85b\n1.png\t"Hello" on a wall\n2.png\t"a dog"\n'
+    source = opened(folder / "a.tsv", text.encode())
+    assert [source.prompt(i) for i in range(len(source))] == ["a\x85b", '"Hello" on a wall', '"a dog"']
+    assert "a.tsv: 1 captions are enclosed in quotes, which stay part of them; " in capsys.readouterr().out
+    Manifest(folder / "a.tsv", folder, image_decode.MAX_PIXELS)
+    assert capsys.readouterr().out == ""  # once, when it is indexed
 
 
 def test_several_bad_pictures_are_counted(folder):

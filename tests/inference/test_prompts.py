@@ -93,6 +93,8 @@ MALFORMED = {
     "1 MB that is no JSON": ("p.jsonl", "[" * 2**20, "line 1: not JSON"),
     "1 MB of an unknown key": ("p.jsonl", line(**{"k" * 2**20: 1}), "kkk ... wn key; valid keys: prompt"),
     "1 MB of a number": ("p.jsonl", '{"prompt": "a", "seed": ' + "9" * 2**20 + "}", "line 1: not JSON"),
+    "gzip": ("p.txt", b"\x1f\x8b\x08 and more", "compressed with gzip"),
+    "a table with the quotes of CSV": ("p.tsv", 'prompt\n"a ""big"" dog"\n', "line 2: .*has the quotes of CSV files"),
     "another suffix": ("p.csv", "a cat", "a prompt file is .txt"),
     "no JSON": ("p.jsonl", line() + "\na cat", "line 2: not JSON"),
     "half a line": ("p.jsonl", line()[:-1], "line 1: not JSON"),
