@@ -66,8 +66,8 @@ def examine(number: int, line: bytes, limits: Limits) -> Finding | None:
     path = limits.base_dir / said.path
     found = partial(Finding, number, said.path, said.prompt)
     try:
-        with image_decode.naming(f"{where}: {path}"):
-            file = image_decode.regular(path).read_bytes()
+        with image_decode.naming(f"{where}: {path}"), image_decode.opened(path) as stream:
+            file = stream.read()
         height, width = image_decode.size(BytesIO(file), f"{where}: {path}", limits.max_pixels)
         image = image_decode.read(BytesIO(file), f"{where}: {path}", limits.max_pixels)
     except BadSample as problem:
