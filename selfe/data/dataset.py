@@ -99,6 +99,7 @@ class BucketedDataset:
         max_aspect: float = 2.0,
         flip: bool = False,
         max_pixels: int = image_decode.MAX_PIXELS,
+        convert_icc: bool = True,
         on_bad_image: Literal["error", "replace"] = "error",
         index_dir: str | None = None,
     ):
@@ -113,6 +114,7 @@ class BucketedDataset:
             max_aspect: largest ratio of the longer to the shorter side of a bucket.
             flip: mirror training images horizontally with probability 0.5.
             max_pixels: images with more pixels are rejected; protects against decompression bombs.
+            convert_icc: convert images from their embedded ICC profile to sRGB; otherwise profiles are ignored.
             on_bad_image: `error` stops; `replace` uses the next sample of the same bucket, counts and lists it.
             index_dir: directory for manifest indices; default: next to each manifest.
         """
@@ -127,7 +129,8 @@ class BucketedDataset:
         parts = (WeightedManifest(train_manifest),) if isinstance(train_manifest, str) else train_manifest
         if not parts:
             raise ValueError("train_manifest: the list is empty; name a file")
-        self.max_pixels, self.index_dir = max_pixels, Path(index_dir) if index_dir else None
+        self.max_pixels, self.convert_icc = max_pixels, convert_icc
+        self.index_dir = Path(index_dir) if index_dir else None
         self.weights = tuple(part.weight for part in parts)
         self.sources = {"train": [self.open(Path(part.manifest), Path(part.base_dir or base_dir)) for part in parts]}
 
@@ -145,7 +148,7 @@ class BucketedDataset:
     def facts(self) -> dict[str, str]:
         """Settings that a cache of encoded images depends on, by key path."""
         facts = {"pixels": sorted(self.buckets), "multiple": self.multiple, "max_aspect": self.max_aspect}
-        facts["flip"] = self.flip
+        facts |= {"flip": self.flip, "convert_icc": self.convert_icc}
         for split, sources in self.sources.items():
             facts |= {f"{split}_manifest[{i}]": source.digest() for i, source in enumerate(sources)}
         return {f"data.{key}": str(value) for key, value in facts.items()}

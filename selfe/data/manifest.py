@@ -30,7 +30,8 @@ class ManifestData(BucketedDataset):
     """UTF-8 manifests, with or without byte order mark, with LF or CRLF line ends; blank lines are skipped."""
 
     def open(self, path: Path, base_dir: Path) -> Manifest:
-        return Manifest(path, base_dir, self.max_pixels, self.index_dir, strict=self.on_bad_image == "error")
+        strict = self.on_bad_image == "error"
+        return Manifest(path, base_dir, self.max_pixels, self.index_dir, strict, self.convert_icc)
 
 
 class Line(NamedTuple):
@@ -44,11 +45,19 @@ class Line(NamedTuple):
 class Manifest:
     """The non-blank lines of a file by index, read through a memory-mapped table of their offsets."""
 
-    def __init__(self, path: Path, base_dir: Path, max_pixels: int, index_dir: Path | None = None, strict: bool = True):
+    def __init__(
+        self,
+        path: Path,
+        base_dir: Path,
+        max_pixels: int,
+        index_dir: Path | None = None,
+        strict: bool = True,
+        convert_icc: bool = True,
+    ):
         if not path.is_file():
             raise UserError(f"{path}: no such manifest; set data.params.train_manifest (or val_manifest) to a TSV file")
         self.path, self.base_dir, self.max_pixels = path, base_dir, max_pixels
-        self.index_dir, self.strict = index_dir, strict
+        self.index_dir, self.strict, self.convert_icc = index_dir, strict, convert_icc
 
         facts = path.stat()
         if not facts.st_size:
@@ -59,7 +68,7 @@ class Manifest:
         self.records = index.load(path, key, index_dir, RECORD, self.scan, self.measure)
 
     def __reduce__(self) -> tuple:
-        return Manifest, (self.path, self.base_dir, self.max_pixels, self.index_dir, self.strict)
+        return Manifest, (self.path, self.base_dir, self.max_pixels, self.index_dir, self.strict, self.convert_icc)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -83,7 +92,7 @@ class Manifest:
     def image(self, index: int, enough: int | None) -> Image.Image:
         with self.naming_line(index):
             name = self.name(index)
-            return image_decode.read(Path(name), name, self.max_pixels, enough)
+            return image_decode.read(Path(name), name, self.max_pixels, enough, self.convert_icc)
 
     def size(self, index: int) -> tuple[int, int]:
         """(height, width) in pixels, from the header of the image file."""

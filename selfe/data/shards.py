@@ -25,7 +25,7 @@ from selfe.types import BadSample, UserError
 
 FIELDS = "shard:<u4 image:<u8 image_bytes:<u4 prompt:<u8 prompt_bytes:<u4 height:<u2 width:<u2"  # sizes as in `index`
 RECORD = np.dtype([tuple(field.split(":")) for field in FIELDS.split()])
-PICTURES = {"avif", "bmp", "gif", "img", "jp2", "jpeg", "jpg", "png", "ppm", "qoi", "tga", "tif", "tiff", "webp"}
+IMAGES = image_decode.SUFFIXES | {"img"}  # `make-shards` calls files of other suffixes .img
 PROMPT = "txt"
 
 
@@ -33,14 +33,22 @@ class ShardData(BucketedDataset):
     """As `ManifestData`, with glob patterns such as `shards/train-*.tar` as `train_manifest` and `val_manifest`."""
 
     def open(self, path: Path, base_dir: Path) -> Shards:
-        return Shards(path, self.max_pixels, self.index_dir, strict=self.on_bad_image == "error")
+        return Shards(path, self.max_pixels, self.index_dir, self.on_bad_image == "error", self.convert_icc)
 
 
 class Shards:
     """The samples of all tar files that match a pattern, by index, files in the order of their names."""
 
-    def __init__(self, pattern: Path, max_pixels: int, index_dir: Path | None = None, strict: bool = True):
+    def __init__(
+        self,
+        pattern: Path,
+        max_pixels: int,
+        index_dir: Path | None = None,
+        strict: bool = True,
+        convert_icc: bool = True,
+    ):
         self.pattern, self.max_pixels, self.index_dir, self.strict = pattern, max_pixels, index_dir, strict
+        self.convert_icc = convert_icc
         self.tars = [Path(path) for path in sorted(glob.glob(str(pattern)))]
         if not self.tars:
             raise UserError(
@@ -54,7 +62,7 @@ class Shards:
         self.records = index.load(self.tars[0], key, index_dir, RECORD, self.scan, self.measure)
 
     def __reduce__(self) -> tuple:
-        return Shards, (self.pattern, self.max_pixels, self.index_dir, self.strict)
+        return Shards, (self.pattern, self.max_pixels, self.index_dir, self.strict, self.convert_icc)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -80,7 +88,8 @@ class Shards:
         return f"{self.tars[record['shard']]}, image at byte {record['image']}"
 
     def image(self, index: int, enough: int | None) -> Image.Image:
-        return image_decode.read(BytesIO(self.bytes_of(index, "image")), self.name(index), self.max_pixels, enough)
+        file = BytesIO(self.bytes_of(index, "image"))
+        return image_decode.read(file, self.name(index), self.max_pixels, enough, self.convert_icc)
 
     def size(self, index: int) -> tuple[int, int]:
         """(height, width) in pixels, from the image header."""
@@ -125,7 +134,7 @@ class Shards:
                     folder, _, base = member.name.rpartition("/")
                     stem, _, suffix = base.partition(".")
                     suffix = suffix.lower()
-                    part = "image" if suffix in PICTURES else "prompt" if suffix == PROMPT else None
+                    part = "image" if suffix in IMAGES else "prompt" if suffix == PROMPT else None
                     if part and member.isfile():
                         found.setdefault(f"{folder}/{stem}", {})[part] = (member.offset_data, member.size)
         except (tarfile.TarError, OSError) as error:

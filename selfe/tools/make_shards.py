@@ -12,7 +12,7 @@ from pathlib import Path
 
 from selfe import log
 from selfe.data.manifest import Manifest
-from selfe.data.shards import PICTURES, PROMPT, Shards
+from selfe.data.shards import IMAGES, PROMPT, Shards
 from selfe.io import image_decode
 
 
@@ -25,7 +25,7 @@ def write(tar: Path, manifest: Manifest, indices: range) -> None:
             suffix = path.suffix[1:].lower()
 
             parts = {
-                suffix if suffix in PICTURES else "img": path.read_bytes(),
+                suffix if suffix in IMAGES else "img": path.read_bytes(),
                 PROMPT: manifest.prompt(index).encode(),
             }
 
