@@ -34,6 +34,7 @@ Image.MAX_IMAGE_PIXELS = None  # replaced by `max_pixels`
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # Pillow logs some errors, without a name, before it raises them
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB instead of 1 MB, also for ICC profiles
 MAX_PIXELS = 178_956_970  # 512 MB as RGB
+MAX_PAGES = 1000  # of a TIFF file; later ones are not looked at
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -155,9 +156,9 @@ def open_image(stream: BinaryIO) -> tuple[Image.Image, Header]:
     try:
         image = Image.OPEN[kind][0](stream, "")
     except Exception as error:
-        if accepting and not image_headers.not_an_image(start):
-            raise
         what = image_headers.not_an_image(start) or f"not one of {', '.join(FORMATS)}"
+        if accepting and not image_headers.not_an_image(start):
+            what = f"{kind}: {error}"
         raise UnidentifiedImageError(what) from error
 
     if image.format == "TIFF":
@@ -169,13 +170,13 @@ def open_image(stream: BinaryIO) -> tuple[Image.Image, Header]:
 def select_largest_page(image: Image.Image) -> None:
     """Move to the page of a TIFF file with the most pixels, the first of equals: others may be thumbnails."""
     areas, problems = [image_headers.tiff_area(image)], {}
-    while True:
+    for page in range(1, MAX_PAGES):
         try:
-            image.seek(len(areas))
+            image.seek(page)
         except EOFError:
             break
         except (SyntaxError, ValueError, TypeError, KeyError, OSError) as error:  # a page that cannot be decoded
-            problems[len(areas)] = error
+            problems[page] = error
         areas.append(image_headers.tiff_area(image))
 
     largest = areas.index(max(areas))
