@@ -117,7 +117,7 @@ def plan(parser: argparse.ArgumentParser) -> None:
 
 
 def check_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("manifest", type=Path)
+    parser.add_argument("manifest", type=Path, help="a TSV file, or a pattern of tar files in quotes")
     parser.add_argument("--base-dir", type=Path, default=Path(), help="folder that relative image paths start from")
     parser.add_argument("--workers", type=int, default=4, help="reader processes; 0: read in this process")
     parser.add_argument("--write-clean", type=Path, metavar="OUT", help="write the valid lines, with image sizes")
@@ -230,7 +230,7 @@ VERBS = {
     ),
     "check-data": Verb(
         "selfe.tools.check_data",
-        "Validate a manifest: every line and every image; all problems are reported in one pass.",
+        "Validate a manifest or tar shards: every caption and image; all problems are reported in one pass.",
         check_data,
         "exit codes: 0 no problems; 1 problems found; 2 user error",
     ),

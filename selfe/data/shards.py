@@ -1,4 +1,4 @@
-"""Tar files in the WebDataset layout: an image and a text file with the same name up to the first dot form a sample.
+"""Tar files in the WebDataset layout: consecutive members with the same name up to the first dot form a sample.
 
 Read by random access through an index of all members, so that order, mixing and resuming work as for a manifest.
 """
@@ -6,10 +6,14 @@ Read by random access through an index of all members, so that order, mixing and
 from __future__ import annotations
 
 import glob
+import json
 import os
+import re
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -18,19 +22,23 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from selfe import log
 from selfe.data import index
 from selfe.data.dataset import BucketedDataset
-from selfe.io import image_decode
+from selfe.io import image_decode, text_files
 from selfe.types import BadSample, UserError
 
-FIELDS = "shard:<u4 image:<u8 image_bytes:<u4 prompt:<u8 prompt_bytes:<u4 height:<u2 width:<u2"  # sizes as in `index`
+# sizes as in `index`; format: place in CAPTIONS
+FIELDS = "shard:<u4 image:<u8 image_bytes:<u4 prompt:<u8 prompt_bytes:<u4 height:<u2 width:<u2 format:<u1"
 RECORD = np.dtype([tuple(field.split(":")) for field in FIELDS.split()])
 IMAGES = image_decode.SUFFIXES | {"img"}  # `make-shards` calls files of other suffixes .img
-PROMPT = "txt"
+CAPTIONS = ("txt", "caption", "json")  # in order of preference; of a .json, its "caption" counts
+AGAIN = "write the shard again"
+MAX_TARS = 1_000_000  # files that a brace pattern may name
 
 
 class ShardData(BucketedDataset):
-    """As `ManifestData`, with glob patterns such as `shards/train-*.tar` as `train_manifest` and `val_manifest`."""
+    """As `ManifestData`, with patterns such as `shards/train-*.tar` as `train_manifest` and `val_manifest`."""
 
     def open(self, path: Path, base_dir: Path) -> Shards:
         return Shards(path, self.max_pixels, self.index_dir, self.on_bad_image == "error", self.convert_icc)
@@ -49,12 +57,7 @@ class Shards:
     ):
         self.pattern, self.max_pixels, self.index_dir, self.strict = pattern, max_pixels, index_dir, strict
         self.convert_icc = convert_icc
-        self.tars = [Path(path) for path in sorted(glob.glob(str(pattern)))]
-        if not self.tars:
-            raise UserError(
-                f"{pattern}: no such tar file; set data.params.train_manifest to a pattern such as a/b-*.tar"
-            )
-
+        self.tars = matching_files(pattern)
         self.opened = lru_cache(maxsize=64)(lambda number: self.tars[number].open("rb", buffering=0))
 
         facts = [(tar.name, tar.stat().st_size, tar.stat().st_mtime_ns) for tar in self.tars]
@@ -74,14 +77,8 @@ class Shards:
         return self.records.take(indices)["prompt_bytes"].astype(np.int64)
 
     def prompt(self, index: int) -> str:
-        try:
-            prompt = self.bytes_of(index, "prompt").decode("utf-8-sig").strip()
-        except UnicodeDecodeError as error:
-            message = f"{self.name(index)}: the text is not UTF-8 at byte {error.start}; write the shard again"
-            raise BadSample("invalid UTF-8", message) from error
-        if not prompt:
-            raise BadSample("empty caption", f"{self.name(index)}: empty text; write the shard without it")
-        return prompt
+        content = self.bytes_of(index, "prompt")
+        return read_caption(content, CAPTIONS[self.records[index]["format"]], self.name(index))
 
     def name(self, index: int) -> str:
         record = self.records[index]
@@ -100,51 +97,229 @@ class Shards:
         some = np.unique(np.linspace(0, len(self) - 1, 1024).astype(np.int64))
         return index.stamp([(tar.name, tar.stat().st_size) for tar in self.tars], self.records.take(some).tolist())
 
-    def bytes_of(self, index: int, part: str) -> bytes:
-        """The content of one member of a sample; `part` is `image` or `prompt`."""
+    def bytes_of(self, index: int, member: str) -> bytes:
+        """The content of one member of a sample; `member` is `image` or `prompt`."""
         record = self.records[index]
         file = self.opened(int(record["shard"]))
-        return os.pread(file.fileno(), int(record[f"{part}_bytes"]), int(record[part]))
+        return os.pread(file.fileno(), int(record[f"{member}_bytes"]), int(record[member]))
 
     def measure(self, records: np.ndarray) -> None:
         self.records = records  # needed by `size`, which reads members by index
         index.measure(records, self.size, self.pattern.name, self.strict)
 
     def scan(self, out: Path) -> None:
-        """Write one record per sample, from the tar headers of all members."""
-        with out.open("wb") as file:
-            for number, tar in enumerate(tqdm(self.tars, desc="tar files", disable=not sys.stderr.isatty())):
-                np.array(list(self.samples(number, tar)), RECORD).tofile(file)
-        if not out.stat().st_size:
-            raise UserError(f"{self.pattern}: no images; a sample is NAME.jpg (or .png, .webp ...) and NAME.{PROMPT}")
-
-    def samples(self, number: int, tar: Path) -> Iterator[tuple]:
-        """The records of one tar file, in the order of the first member of each sample.
+        """Write one record per sample, from the tar headers of all members. Prints how many members are not used.
 
         Raises:
-            UserError: the tar file is truncated or compressed.
-            BadSample: kind `incomplete`, in strict mode: a sample has no image or no text.
+            BadSample: in strict mode, the first sample that is not one image and one caption.
+            UserError: as `read_samples`, or there is no sample.
         """
-        found: dict[str, dict[str, tuple[int, int]]] = {}
+        unused = Counter()
+        with out.open("wb") as file:
+            for number, tar in enumerate(tqdm(self.tars, desc="tar files", disable=not sys.stderr.isatty())):
+                samples = list(read_samples(tar, unused))
+                if self.strict:
+                    raise_if_unusable(samples)
+                np.array([sample.record(number) for sample in samples], RECORD).tofile(file)
 
-        # read member headers only
-        try:
-            with tarfile.open(tar, "r:") as members:
-                for member in members:
-                    folder, _, base = member.name.rpartition("/")
-                    stem, _, suffix = base.partition(".")
-                    suffix = suffix.lower()
-                    part = "image" if suffix in IMAGES else "prompt" if suffix == PROMPT else None
-                    if part and member.isfile():
-                        found.setdefault(f"{folder}/{stem}", {})[part] = (member.offset_data, member.size)
-        except (tarfile.TarError, OSError) as error:
+        if not out.stat().st_size:
             raise UserError(
-                f"{tar}: not a complete, uncompressed tar file ({error}); write or download it again"
-            ) from error
+                f"{self.pattern}: no images{describe_unused(unused)}; a sample is NAME.jpg (or .png, .webp ...), then "
+                f"NAME.{CAPTIONS[0]}"
+            )
+        if unused:
+            log.print_line(f"{self.pattern}{describe_unused(unused)}")
 
-        # incomplete samples are recorded with zero bytes unless strict
-        for stem, parts in found.items():
-            if self.strict and (missing := {"image", "prompt"} - parts.keys()):
-                lacks = "image" if "image" in missing else f".{PROMPT}"
-                raise BadSample("incomplete", f"{tar}: {stem.lstrip('/')}: has no {lacks}; write the shard again")
-            yield (number, *parts.get("image", (0, 0)), *parts.get("prompt", (0, 0)), 0, 0)
+
+@dataclass
+class Sample:
+    """Consecutive members of a tar file with the same key: each a name, and (offset, size) of its content in bytes."""
+
+    tar: Path
+    key: str  # folder and name up to the first dot
+    images: dict[str, tuple[int, int]] = field(default_factory=dict)  # by member name
+    captions: dict[str, tuple[int, int]] = field(default_factory=dict)  # by suffix
+    repeated: str = ""  # a member that came twice
+
+    def problem(self) -> BadSample | None:
+        """Why this cannot be used, or None."""
+        where = f"{self.tar}: {self.key.lstrip('/')}"
+        if self.repeated:
+            return BadSample("ambiguous", f"{where}: {self.repeated} comes twice; {AGAIN}")
+        if len(self.images) > 1:
+            return BadSample("ambiguous", f"{where}: has the images {' and '.join(self.images)}; keep one")
+        if not self.images or not self.captions:
+            missing = "image" if not self.images else " or ".join(f".{suffix}" for suffix in CAPTIONS)
+            return BadSample("incomplete", f"{where}: has no {missing}; {AGAIN}")
+        return None
+
+    def content(self, place: tuple[int, int]) -> bytes:
+        """The bytes at (offset, size)."""
+        with self.tar.open("rb") as file:
+            return os.pread(file.fileno(), place[1], place[0])
+
+    def __len__(self) -> int:
+        """Bytes of all members."""
+        return sum(size for members in (self.images, self.captions) for _, size in members.values())
+
+    def record(self, shard: int) -> tuple:
+        """The fields of `RECORD`; zero bytes of what is missing or ambiguous, which cannot be decoded later."""
+        image, (suffix, caption) = (0, 0), (CAPTIONS[0], (0, 0))
+        if not self.repeated and len(self.images) == 1:
+            (image,) = self.images.values()
+        if self.captions:
+            suffix, caption = self.caption()
+        return (shard, *image, *caption, 0, 0, CAPTIONS.index(suffix))
+
+    def caption(self) -> tuple[str, tuple[int, int]]:
+        """Suffix, and (offset, size), of the preferred caption."""
+        suffix = min(self.captions, key=CAPTIONS.index)
+        return suffix, self.captions[suffix]
+
+
+def raise_if_unusable(samples: list[Sample]) -> None:
+    """Raise `BadSample` for the first sample that is not one image and one caption."""
+    for sample in samples:
+        if problem := sample.problem():
+            raise problem
+
+
+def read_samples(tar: Path, unused: Counter) -> Iterator[Sample]:
+    """The samples of one tar file, from member headers only. Members that are not used are counted by reason.
+
+    Raises:
+        UserError: the tar file is truncated or compressed, or a key returns after another one.
+    """
+    sample = None
+    first: dict[str, tarfile.TarInfo] = {}  # the first member of each key
+
+    for member in read_members(tar):
+        key, suffix, reason = split_name(member)
+        if reason:
+            unused[reason] += 1
+            continue
+
+        # a new key ends the sample; one that returns could belong to either
+        if sample is None or key != sample.key:
+            if key in first:
+                raise UserError(
+                    f"{tar}: the key {key.lstrip('/')} comes twice: {first[key].name} at byte {first[key].offset} and, "
+                    f"behind other samples, {member.name} at byte {member.offset}; the members of a sample must follow "
+                    f"each other, and each key must come once: {AGAIN}, for instance with tar --sort=name"
+                )
+            if sample is not None:
+                yield finish(sample, unused)
+            sample, first[key] = Sample(tar, key), member
+
+        members, name = (sample.images, member.name) if suffix in IMAGES else (sample.captions, suffix)
+        if name in members:
+            sample.repeated = member.name
+        members[name] = (member.offset_data, member.size)
+
+    if sample is not None:
+        yield finish(sample, unused)
+
+
+def finish(sample: Sample, unused: Counter) -> Sample:
+    """Count the captions of a complete sample that are not used, and incomplete samples."""
+    if len(sample.captions) > 1:
+        chosen, _ = sample.caption()
+        unused.update(f".{suffix} beside .{chosen}" for suffix in sample.captions if suffix != chosen)
+    if problem := sample.problem():
+        unused[f"{problem.kind} sample"] += len(sample.images) + len(sample.captions)
+    return sample
+
+
+def read_members(tar: Path) -> Iterator[tarfile.TarInfo]:
+    """The headers of all members. Raises UserError for a tar file that is truncated or compressed."""
+    try:
+        with tarfile.open(tar, "r:") as members:
+            yield from members
+
+            # tarfile accepts a file that ends between two members
+            members.fileobj.seek(members.offset)
+            if members.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("cut short: it has no end-of-archive block")
+    except (tarfile.TarError, OSError) as error:
+        message = f"{tar}: not a complete, uncompressed tar file ({error}); write or download it again"
+        raise UserError(message) from error
+
+
+def split_name(member: tarfile.TarInfo) -> tuple[str, str, str]:
+    """Key and suffix of a member, or the reason why it is not used."""
+    folder, _, base = member.name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    suffix = suffix.lower()
+
+    reason = ""
+    if not member.isfile():
+        reason = "folder or link"
+    elif base.startswith("._") or "__MACOSX" in folder.split("/"):
+        reason = "metadata of macOS (__MACOSX, ._*)"
+    elif not stem or not suffix:
+        reason = "hidden file, or no suffix"
+    elif suffix not in IMAGES and suffix not in CAPTIONS:
+        reason = f"suffix .{suffix}"
+    return f"{folder}/{stem}", suffix, reason
+
+
+def describe_unused(unused: Counter) -> str:
+    """Text to append to the name of a pattern; empty if every member is used."""
+    reasons = ", ".join(f"{count} x {reason}" for reason, count in unused.most_common(10))
+    return f": {unused.total()} members are not used: {reasons}" if unused else ""
+
+
+def read_caption(content: bytes, suffix: str, name: str) -> str:
+    """The caption in a member with this suffix. Raises BadSample; `name` is that of the sample."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        message = f"{name}: the text is not UTF-8 at byte {error.start}; {AGAIN}"
+        raise BadSample("invalid UTF-8", message) from error
+
+    if suffix == "json":
+        try:
+            text = json.loads(text)["caption"].strip()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise BadSample("no caption", f'{name}: its .json has no "caption" that is a text; {AGAIN}') from error
+
+    text = text.strip()
+    if not text:
+        raise BadSample("empty caption", f"{name}: empty text; write the shard without it")
+    if control := text_files.CONTROL.search(" ".join(text.split())):  # line breaks and tabs are spaces to the encoders
+        message = f"{name}: the text contains the control character U+{ord(control[0]):04X}; {AGAIN}"
+        raise BadSample("control character", message)
+    return text
+
+
+# ---- patterns ----
+
+
+def matching_files(pattern: Path) -> list[Path]:
+    """The files of a pattern with `*`, `?`, `[]` or braces, sorted by name. Raises UserError if one is missing."""
+    names = expand_braces(str(pattern))
+    matches = {name: glob.glob(name) for name in names}
+
+    missing = [name for name in names if not matches[name]]
+    if len(missing) == len(names):
+        raise UserError(f"{pattern}: no such tar file; set data.params.train_manifest to a pattern such as a/b-*.tar")
+    if missing:
+        raise UserError(f"{pattern}: {len(missing)} of {len(names)} files are missing, the first is {missing[0]}")
+    return sorted({Path(path) for paths in matches.values() for path in paths})
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """part-{08..10}.tar -> part-08.tar, part-09.tar, part-10.tar; {a,b} is a or b."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+
+    choices = match[1].split(",")
+    if ends := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
+        first, last = int(ends[1]), int(ends[2])
+        if not first <= last < first + MAX_TARS:
+            raise UserError(f"{pattern}: {match[0]} must count up, over at most {MAX_TARS} files")
+        choices = [str(number).zfill(len(ends[1])) for number in range(first, last + 1)]
+
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    return [name for choice in choices for name in expand_braces(before + choice + after)]

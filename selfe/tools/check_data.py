@@ -1,4 +1,4 @@
-"""The verb `selfe check-data`: validate every line and every image of a manifest; all problems in one pass."""
+"""The verb `selfe check-data`: validate every caption and image of a manifest or of tar shards, in one pass."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import islice, pairwise
 from pathlib import Path
@@ -22,10 +21,12 @@ from selfe import log
 from selfe.data.buckets import Buckets
 from selfe.data.dataset import BYTES_PER_TOKEN
 from selfe.data.manifest import parse, skip_bom
+from selfe.data.shards import Sample, describe_unused, matching_files, read_caption, read_samples
 from selfe.io import image_decode
+from selfe.io.text_files import check_encoding
 from selfe.types import BadSample, UserError
 
-BATCH = 64  # lines per task of a worker
+BATCH = 64  # lines or samples per task of a worker
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class Limits:
 
 @dataclass(frozen=True)
 class Finding:
-    """Content of a line, as far as it can be read, and its problem (`kind` is empty if there is none)."""
+    """Content of a line or sample, as far as it can be read, and its problem (`kind` is empty if there is none)."""
 
-    number: int
+    where: str  # line N, or sample N
     path: str = ""
     prompt: str = ""
     size: tuple[int, int] | None = None  # height, width
@@ -50,75 +51,102 @@ class Finding:
     problem: str = ""
 
 
-def examine(number: int, line: bytes, limits: Limits) -> Finding | None:
-    """Parse a line and decode its image; None for a blank line."""
-    if not line.strip():
-        return None
+Item = tuple[int, bytes | Sample]  # a line of a manifest, or a sample of a tar file, with its number from 1
 
-    # the line
-    where = f"line {number}"
+
+def examine(item: Item, limits: Limits) -> Finding | None:
+    """Check a caption and decode its image; None for a blank line."""
+    number, content = item
     try:
-        said = parse(line)
+        if isinstance(content, Sample):
+            return examine_sample(f"sample {number}", content, limits)
+        if content.strip():
+            return examine_line(f"line {number}", content, limits)
     except BadSample as problem:
-        return Finding(number, kind=problem.kind, problem=f"{where}: {problem}")
+        where = f"{'sample' if isinstance(content, Sample) else 'line'} {number}"
+        message = str(problem) if str(problem).startswith(where) else f"{where}: {problem}"
+        return Finding(where, kind=problem.kind, problem=message)
+    return None
 
-    # its image, decoded in full
-    path = limits.base_dir / said.path
-    found = partial(Finding, number, said.path, said.prompt)
-    try:
-        with image_decode.naming(f"{where}: {path}"), image_decode.opened(path) as stream:
-            file = stream.read()
-        height, width = image_decode.size(BytesIO(file), f"{where}: {path}", limits.max_pixels)
-        image = image_decode.read(BytesIO(file), f"{where}: {path}", limits.max_pixels)
-    except BadSample as problem:
-        return found(kind=problem.kind, problem=str(problem))
 
-    # its size
-    found = partial(found, (height, width), hashlib.blake2b(file, digest_size=16).digest())
+def examine_line(where: str, line: bytes, limits: Limits) -> Finding:
+    """Raises BadSample for a line that cannot be parsed or an image that cannot be read."""
+    path, prompt, size = parse(line)
+    full = limits.base_dir / path
+    with image_decode.naming(f"{where}: {full}"), image_decode.opened(full) as stream:
+        file = stream.read()
+
+    finding = examine_image(Finding(where, path, prompt), str(full), file, limits)
+    if size and size != finding.size and not finding.kind:
+        wrong = f"is {finding.size[1]} x {finding.size[0]}, but the manifest has {size[1]} x {size[0]}"
+        return replace(finding, kind="wrong size", problem=f"{where}: {full}: {wrong}")
+    return finding
+
+
+def examine_sample(where: str, sample: Sample, limits: Limits) -> Finding:
+    """Raises BadSample for an incomplete sample, a caption or an image that cannot be read."""
+    if problem := sample.problem():
+        raise problem
+    ((member, place),) = sample.images.items()
+    suffix, caption_place = sample.caption()
+
+    name = f"{sample.tar}, {member}"
+    prompt = read_caption(sample.content(caption_place), suffix, name)
+    return examine_image(Finding(where, name, prompt), name, sample.content(place), limits)
+
+
+def examine_image(finding: Finding, name: str, file: bytes, limits: Limits) -> Finding:
+    """Decode an image in full and add its size and digest. Raises BadSample if it cannot be decoded."""
+    name = f"{finding.where}: {name}"
+    height, width = image_decode.size(BytesIO(file), name, limits.max_pixels)
+    image = image_decode.read(BytesIO(file), name, limits.max_pixels)
+
+    finding = replace(finding, size=(height, width), content=hashlib.blake2b(file, digest_size=16).digest())
     if min(image.size) < limits.min_side:
-        return found(
-            "too small",
-            f"{where}: {path}: {width} x {height} pixels; the minimum side is {limits.min_side}",
-        )
-    if said.size and said.size != (height, width):
-        wrong = f"{said.size[1]} x {said.size[0]}"
-        return found("wrong size", f"{where}: {path}: is {width} x {height}, but the manifest has {wrong}")
-    return found()
+        problem = f"{name}: {width} x {height} pixels; the minimum side is {limits.min_side}"
+        return replace(finding, kind="too small", problem=problem)
+    return finding
 
 
-def examine_batch(lines: list[tuple[int, bytes]], limits: Limits) -> list[Finding | None]:
-    return [examine(number, line, limits) for number, line in lines]
+def examine_batch(items: list[Item], limits: Limits) -> list[Finding | None]:
+    return [examine(item, limits) for item in items]
 
 
-def findings(manifest: Path, limits: Limits, workers: int) -> Iterator[Finding]:
-    """A finding for every non-blank line, in order; computed by `workers` processes, or in this process if 0."""
-    batches = read_batches(manifest)
-    progress = log.Progress("bytes", manifest.stat().st_size)
+def findings(batches: Iterable[list[Item]], total: int, limits: Limits, workers: int) -> Iterator[Finding]:
+    """A finding for every sample, in order; computed by `workers` processes, or in this process if 0.
 
-    def told(results: Iterable[tuple[list[tuple[int, bytes]], list[Finding | None]]]) -> Iterator[Finding]:
-        for lines, found in results:
-            progress.advance(sum(len(line) for _, line in lines))
+    `total`: bytes of all files.
+    """
+    progress = log.Progress("bytes", total)
+
+    def counted(results: Iterable[tuple[list[Item], list[Finding | None]]]) -> Iterator[Finding]:
+        for items, found in results:
+            progress.advance(sum(len(content) for _, content in items))
             yield from filter(None, found)
 
     if workers:
         with ProcessPoolExecutor(workers) as pool:
             try:
-                yield from told(in_order(pool, batches, limits, ahead=4 * workers))
+                yield from counted(in_order(pool, iter(batches), limits, ahead=4 * workers))
             except BrokenProcessPool as error:
-                raise UserError(
-                    f"{manifest}: a worker process was killed, often for lack of memory; lower --workers"
-                ) from error
+                message = "a worker process was killed, often for lack of memory; lower --workers"
+                raise UserError(message) from error
     else:
-        yield from told((lines, examine_batch(lines, limits)) for lines in batches)
+        yield from counted((items, examine_batch(items, limits)) for items in batches)
     progress.close()
 
 
-def read_batches(manifest: Path) -> Iterator[list[tuple[int, bytes]]]:
+def read_lines(manifest: Path) -> Iterator[bytes]:
+    check_encoding(manifest)
     with manifest.open("rb") as file:
         skip_bom(file)
-        lines = enumerate(file, start=1)
-        while batch := list(islice(lines, BATCH)):
-            yield batch
+        yield from file
+
+
+def batched(items: Iterable[bytes | Sample]) -> Iterator[list[Item]]:
+    numbered = enumerate(items, start=1)
+    while batch := list(islice(numbered, BATCH)):
+        yield batch
 
 
 def in_order(pool: ProcessPoolExecutor, batches: Iterator, limits: Limits, ahead: int) -> Iterator[tuple]:
@@ -136,7 +164,8 @@ def in_order(pool: ProcessPoolExecutor, batches: Iterator, limits: Limits, ahead
 class Report:
     """Counts problems and statistics of valid lines; prints problems as they are found."""
 
-    def __init__(self, tokenizer: str | None):
+    def __init__(self, tokenizer: str | None, items: str):
+        self.items = items  # lines or samples
         self.problems, self.good = Counter(), 0
         self.sizes, self.tokens, self.captions_of = Counter(), Counter(), {}
         self.count = self.exact(tokenizer) if tokenizer else lambda prompt: len(prompt.encode()) // BYTES_PER_TOKEN + 1
@@ -158,7 +187,7 @@ class Report:
         kind, problem = finding.kind, finding.problem
         if not kind and (first := self.seen(finding)):
             kind = "duplicate"
-            problem = f"line {finding.number}: {finding.path}: same image and caption as line {first}"
+            problem = f"{finding.where}: {finding.path}: same image and caption as {first}"
         if kind:
             self.problems[kind] += 1
             log.print_line(f"{kind}: {problem}")
@@ -169,10 +198,10 @@ class Report:
         self.tokens[self.count(finding.prompt)] += 1
         return True
 
-    def seen(self, finding: Finding) -> int:
-        """The earlier line with the same image and caption, or 0."""
+    def seen(self, finding: Finding) -> str:
+        """The earlier line or sample with the same image and caption, or an empty text."""
         key = hashlib.blake2b(finding.content + finding.prompt.encode(), digest_size=16).digest()
-        return 0 if (first := self.captions_of.setdefault(key, finding.number)) == finding.number else first
+        return "" if (first := self.captions_of.setdefault(key, finding.where)) == finding.where else first
 
     def show(self, budgets: list[int], multiple: int, max_aspect: float) -> None:
         """Print histograms of the valid lines, the buckets of each pixel budget, and the totals."""
@@ -199,7 +228,7 @@ class Report:
 
         total = sum(self.problems.values())
         log.print_line("\n" + "\n".join(f"{count:8d} {kind}" for kind, count in self.problems.most_common()))
-        log.print_line(f"{self.good} valid lines, {total} with problems")
+        log.print_line(f"{self.good} valid {self.items}, {total} with problems")
 
 
 def histogram(title: str, values: np.ndarray, edges: list[float]) -> None:
@@ -218,22 +247,34 @@ def bars(title: str, rows: list[tuple[str, int]]) -> None:
 
 def main(options: argparse.Namespace) -> None:
     """Entry point of `selfe check-data`; exits with code 1 if there are problems."""
-    if not options.manifest.is_file():
-        raise UserError(f"{options.manifest}: no such manifest; the first argument must be a TSV file")
-
     limits = Limits(options.base_dir, options.min_side, options.max_pixels)
-    report, aside = Report(options.tokenizer), options.write_clean and options.write_clean.with_suffix(".partial")
+    in_shards = options.manifest.suffix == ".tar"
+    report, unused = Report(options.tokenizer, "samples" if in_shards else "lines"), Counter()
+
+    if in_shards:
+        if options.write_clean:
+            raise UserError("--write-clean: writes a manifest; it cannot be used with tar shards")
+        files = matching_files(options.manifest)
+        items = (sample for tar in files for sample in read_samples(tar, unused))
+    else:
+        if not options.manifest.is_file():
+            raise UserError(f"{options.manifest}: no such manifest; the first argument is a TSV file or a tar pattern")
+        files, items = [options.manifest], read_lines(options.manifest)
+    total = sum(file.stat().st_size for file in files)
 
     # valid lines go to a temporary file that is renamed when complete
-    if aside:
-        aside.parent.mkdir(parents=True, exist_ok=True)
-    with aside.open("w", encoding="utf-8", newline="\n") if aside else nullcontext() as out:
-        for finding in findings(options.manifest, limits, options.workers):
+    partial = options.write_clean and options.write_clean.with_suffix(".partial")
+    if partial:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+    with partial.open("w", encoding="utf-8", newline="\n") if partial else nullcontext() as out:
+        for finding in findings(batched(items), total, limits, options.workers):
             if report.add(finding) and out:
                 out.write(f"{finding.path}\t{finding.prompt}\t{finding.size[1]}\t{finding.size[0]}\n")
-    if aside:
-        aside.rename(options.write_clean)
+    if partial:
+        partial.rename(options.write_clean)
 
+    if unused:
+        log.print_line(f"{options.manifest}{describe_unused(unused)}")
     report.show(options.pixels, options.multiple, options.max_aspect)
     if report.problems or not report.good:
         sys.exit(1)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from selfe import log
 from selfe.data.manifest import Manifest
-from selfe.data.shards import IMAGES, PROMPT, Shards
+from selfe.data.shards import CAPTIONS, IMAGES, Shards
 from selfe.io import image_decode
 
 
@@ -26,7 +26,7 @@ def write(tar: Path, manifest: Manifest, indices: range) -> None:
 
             parts = {
                 suffix if suffix in IMAGES else "img": path.read_bytes(),
-                PROMPT: manifest.prompt(index).encode(),
+                CAPTIONS[0]: manifest.prompt(index).encode(),
             }
 
             # a new TarInfo has no owner, mode or time of the source file
