@@ -27,6 +27,7 @@ from selfe.io.text_files import check_encoding
 from selfe.types import BadSample, UserError
 
 BATCH = 64  # lines or samples per task of a worker
+FLAT = 16  # levels of 255; 12-bit samples read as 16-bit ones cover no more
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Finding:
     prompt: str = ""
     size: tuple[int, int] | None = None  # height, width
     content: bytes = b""  # digest of the image file
+    profile: str = ""  # ICC profile of the image
+    contrast: int = 255  # difference between the lightest and the darkest pixel
     kind: str = ""
     problem: str = ""
 
@@ -96,12 +99,19 @@ def examine_sample(where: str, sample: Sample, limits: Limits) -> Finding:
 
 
 def examine_image(finding: Finding, name: str, file: bytes, limits: Limits) -> Finding:
-    """Decode an image in full and add its size and digest. Raises BadSample if it cannot be decoded."""
+    """Decode an image in full and add what it shows. Raises BadSample if it cannot be decoded."""
     name = f"{finding.where}: {name}"
     height, width = image_decode.size(BytesIO(file), name, limits.max_pixels)
-    image = image_decode.read(BytesIO(file), name, limits.max_pixels)
+    image, profile = image_decode.decode(BytesIO(file), name, limits.max_pixels)
+    darkest, lightest = image.convert("L").getextrema()
 
-    finding = replace(finding, size=(height, width), content=hashlib.blake2b(file, digest_size=16).digest())
+    finding = replace(
+        finding,
+        size=(height, width),
+        content=hashlib.blake2b(file, digest_size=16).digest(),
+        profile=profile,
+        contrast=lightest - darkest,
+    )
     if min(image.size) < limits.min_side:
         problem = f"{name}: {width} x {height} pixels; the minimum side is {limits.min_side}"
         return replace(finding, kind="too small", problem=problem)
@@ -168,6 +178,7 @@ class Report:
         self.items = items  # lines or samples
         self.problems, self.good = Counter(), 0
         self.sizes, self.tokens, self.captions_of = Counter(), Counter(), {}
+        self.profiles, self.flat = Counter(), 0
         self.count = self.exact(tokenizer) if tokenizer else lambda prompt: len(prompt.encode()) // BYTES_PER_TOKEN + 1
         self.unit = "tokens" if tokenizer else f"tokens, estimated as bytes / {BYTES_PER_TOKEN}"
 
@@ -194,6 +205,14 @@ class Report:
             return False
 
         self.good += 1
+        self.profiles[finding.profile] += 1
+        if finding.contrast <= FLAT:
+            self.flat += 1
+            log.print_line(
+                f"no contrast: {finding.where}: {finding.path}: all pixels are within {finding.contrast} of 255 levels; "
+                "it counts as valid"
+            )
+
         self.sizes[finding.size] += 1
         self.tokens[self.count(finding.prompt)] += 1
         return True
@@ -212,6 +231,9 @@ class Report:
 
             ratios = np.repeat(sizes[:, 1] / sizes[:, 0], counts)
             histogram("width / height", ratios, [0, 0.25, 0.5, 0.67, 0.8, 1, 1.25, 1.5, 2, 4])
+
+            bars("colour profile (none, sRGB and unreadable: pixels unchanged)", self.profiles.most_common())
+            log.print_line(f"{self.flat} of {self.good} images have no contrast")
 
             lengths = np.repeat(list(self.tokens), list(self.tokens.values()))
             histogram(f"caption length ({self.unit})", lengths, [0, 8, 16, 32, 64, 77, 128, 256, 512])
