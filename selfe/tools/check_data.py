@@ -208,10 +208,8 @@ class Report:
         self.profiles[finding.profile] += 1
         if finding.contrast <= FLAT:
             self.flat += 1
-            log.print_line(
-                f"no contrast: {finding.where}: {finding.path}: all pixels are within {finding.contrast} of 255 levels; "
-                "it counts as valid"
-            )
+            extent = f"all pixels are within {finding.contrast} of 255 levels"
+            log.print_line(f"no contrast: {finding.where}: {finding.path}: {extent}; it counts as valid")
 
         self.sizes[finding.size] += 1
         self.tokens[self.count(finding.prompt)] += 1
