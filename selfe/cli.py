@@ -106,6 +106,12 @@ def processes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
 
 
+def trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust", action="store_true", help="allow the run's config.yaml to run code that is not part of selfe"
+    )
+
+
 def plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -165,6 +171,7 @@ def export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", choices=("ema", "live"), default="ema")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the denoiser")
     parser.add_argument("--format", choices=("safetensors", "diffusers"), default="safetensors")
+    trust(parser)
 
 
 def report(parser: argparse.ArgumentParser) -> None:
@@ -183,6 +190,7 @@ def demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, help="the run's config.yaml (default: next to the checkpoints)")
     parser.add_argument("--weights", choices=("ema", "live"), default="ema")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    trust(parser)
     parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     parser.add_argument(

@@ -11,7 +11,7 @@ import inspect
 import math
 import re
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import is_dataclass
 from difflib import get_close_matches
 from importlib import import_module
@@ -41,28 +41,47 @@ class Problem(Exception):
         self.path = path
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> dict:
+def load(path: str | Path, overrides: Sequence[str] = (), trust: bool = True) -> dict:
     """The merged, resolved and checked settings of a file, with values of the types in the constructors' signatures.
+
+    Checking imports the modules that the file names, which runs their code. Without `trust`, for a file that came with
+    weights, it may name parts of this package only.
 
     Raises UserError that names the file, the key path and the nearest valid key.
     """
-    # merge base files, the file and the command line
-    layers = read(Path(path), ())
-    layers += [("command line", parse_override(override)) for override in overrides]
-    merged: dict = {}
-    for _, tree in layers:
-        merged = merge(merged, tree)
-
-    # resolve ${...}, then check against the schema
-    try:
-        resolved = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{source(layers, error.full_key or '')}: {error.full_key}: {reason}") from error
+    layers = read_layers(path, overrides)
+    resolved = resolve_layers(layers)
+    if not trust:
+        refuse_foreign(path, resolved)
     try:
         return {"seed": 0} | {key: visit_root(key, value, build=False) for key, value in resolved.items()}
     except Problem as problem:
         raise UserError(f"{source(layers, problem.path)}: {problem}") from problem
+
+
+def resolve(path: str | Path, overrides: Sequence[str] = ()) -> dict:
+    """The merged and resolved settings of a file, not checked: nothing that they name is imported. Raises UserError."""
+    return resolve_layers(read_layers(path, overrides))
+
+
+def refuse_foreign(path: str | Path, tree: Any, trusted: Collection[str] = ()) -> None:
+    """Raise UserError if settings name a module that is neither part of this package nor in `trusted`."""
+    foreign = [module for module in modules(tree) if not module.startswith("selfe.") and module not in trusted]
+    if foreign:
+        raise UserError(
+            f"{path}: names {foreign[0]}, which is not part of selfe; loading it runs its code. If you trust the "
+            "author of this file, repeat the command with --trust"
+        )
+
+
+def modules(tree: Any) -> list[str]:
+    """The values of all `module` keys in settings, at any depth."""
+    if isinstance(tree, (list, tuple)):
+        return [module for item in tree for module in modules(item)]
+    if not isinstance(tree, dict):
+        return []
+    named_here = [str(tree["module"])] if "module" in tree else []
+    return named_here + [module for item in tree.values() for module in modules(item)]
 
 
 def build(settings: dict, section: str) -> Any:
@@ -71,6 +90,14 @@ def build(settings: dict, section: str) -> Any:
         raise UserError(f"{section}: this section is missing; add it, or name a base file that has it")
     try:
         return visit_root(section, settings[section], build=True)
+    except Problem as problem:
+        raise UserError(str(problem)) from problem
+
+
+def build_part(part: dict, path: str) -> Any:
+    """Build a part {module, params} of a config at a key path. Raises UserError."""
+    try:
+        return swap(part, path, build=True)
     except Problem as problem:
         raise UserError(str(problem)) from problem
 
@@ -90,6 +117,23 @@ def plain(value: Any) -> Any:
 
 
 # ---- files ----
+
+
+def read_layers(path: str | Path, overrides: Sequence[str]) -> list[tuple[str, dict]]:
+    """(source, tree) of the base files, the file and the command line; later ones override earlier ones."""
+    return [*read(Path(path), ()), *(("command line", parse_override(override)) for override in overrides)]
+
+
+def resolve_layers(layers: list[tuple[str, dict]]) -> dict:
+    """Merge layers and resolve `${...}`. Raises UserError that names the source and the key."""
+    merged: dict = {}
+    for _, tree in layers:
+        merged = merge(merged, tree)
+    try:
+        return OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{source(layers, error.full_key or '')}: {error.full_key}: {reason}") from error
 
 
 def read(path: Path, above: tuple[Path, ...]) -> list[tuple[str, dict]]:

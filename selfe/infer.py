@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from selfe import config, launch, log
+from selfe import compare, config, launch, log
 from selfe.checkpoint import state, verify
 from selfe.distributed import activation_checkpoint, collectives
 from selfe.distributed.collectives import World
@@ -52,6 +52,7 @@ class Inferencer:
     format: Format = "png"
     layout: Layout = "flat"
     gallery: bool = True
+    allow_changes: tuple[str, ...] = ()  # keys of the system that may differ from the run's config.yaml
 
     def __post_init__(self):
         at_least(1, self, "batch_size", "batch_pixels")
@@ -71,12 +72,15 @@ class Inferencer:
 
         # one process finds the checkpoint for all, because a training run may be saving newer ones meanwhile
         path = collectives.broadcast(verify.find(Path(self.ckpt_dir)) if world.is_main else None, world)
+        if world.is_main:
+            self.check_run(path, settings)
         folder = Path(self.output_dir)
         nets, facts = self.load(path, system.backbone, world.device)
 
         # open the output directory, which records the settings that identify its images
         shared = facts | {"precision": self.precision, "format": self.format, "layout": self.layout}
-        opened = job.opened(folder, shared | of_system(settings), todo, self.layout, lost=partial(launch.end, 1))
+        identity = shared | compare.describe_system(settings["system"])
+        opened = job.opened(folder, identity, todo, self.layout, lost=partial(launch.end, 1))
         with collectives.on_main(opened, world):
             # generate what is missing
             there = collectives.broadcast(set(job.drawn(folder)) if world.is_main else None, world)
@@ -96,6 +100,14 @@ class Inferencer:
                 log.print_line(
                     f"{len(todo)} images from {path} ({self.weights} weights) in {folder}, {new} of them new"
                 )
+
+    def check_run(self, path: Path, settings: dict) -> None:
+        """Raise UserError if the system differs from that of the run whose checkpoint is at `path`."""
+        run = compare.config_beside(path)
+        if run is None:
+            log.print_line(f"{path}: no config.yaml beside it, so the system is not compared with that of the run")
+        else:
+            compare.check_run(run, settings, self.allow_changes, "inferencer")
 
     @property
     def kinds(self) -> tuple[Weights, ...]:
@@ -207,21 +219,6 @@ def record(spec: ImageSpec, facts: dict) -> dict:
     """Metadata of an image: its settings, and the checkpoint and fingerprint of the weights."""
     mine = {"fingerprint": facts[f"{spec.weights}_fingerprint"]}
     return spec.record() | {name: facts[name] for name in ("step", "checkpoint") if name in facts} | mine
-
-
-def of_system(settings: dict) -> dict:
-    """Settings that determine an image besides the denoiser's weights: `system` without file locations."""
-    found = {}
-
-    def walk(path: str, value: object) -> None:
-        if isinstance(value, dict):
-            for key, item in value.items():
-                walk(f"{path}.{key}", item)
-        elif not path.endswith(".cache_dir"):
-            found[path] = config.plain(value)
-
-    walk("system", {name: part for name, part in settings["system"].items() if name != "objective"})
-    return found
 
 
 def check_one_size(todo: Sequence[ImageSpec]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,10 @@ class Backbone(Denoiser, Protocol):
     patch_dim: int
     text_dim: int
     pooled_dim: int
+
+    def output_settings(self) -> dict[str, Any]:
+        """Constructor parameters, besides the weights, that change what it computes; values as in YAML."""
+        ...
 
     def initial(self, name: str, shape: torch.Size, seed: int) -> Tensor:
         """The initial value of a parameter, float32 on the host: a function of (seed, name, shape) only."""
@@ -50,6 +54,10 @@ class TextEncoder(Protocol):
     text_dim: int
     pooled_dim: int
 
+    def output_settings(self) -> dict[str, Any]:
+        """Constructor parameters, besides the weights, that change what it computes; values as in YAML."""
+        ...
+
     def load(self, device: torch.device, shard: ShardLoader | None = None) -> None:
         """Load the weights. With `shard`, large modules are sharded; every rank must then make the same calls."""
         ...
@@ -62,6 +70,10 @@ class Autoencoder(Protocol):
 
     token_dim: int
     multiple: int  # image height and width must be multiples of this many pixels
+
+    def output_settings(self) -> dict[str, Any]:
+        """Constructor parameters, besides the weights, that change what it computes; values as in YAML."""
+        ...
 
     def load(self, device: torch.device) -> None: ...
 
@@ -130,6 +142,10 @@ GuidedDenoiser = Callable[[Packed, Tensor, Tensor], Tensor]
 
 class Sampler(Protocol):
     """Integrates from noise (t = 1) to data (t = 0)."""
+
+    def output_settings(self) -> dict[str, Any]:
+        """Constructor parameters, besides the weights, that change what it computes; values as in YAML."""
+        ...
 
     def __call__(self, denoise: GuidedDenoiser, noise: Packed, t: Tensor, s: Tensor, rng: SampleRNG) -> Tensor:
         """noise (T, d), times t (N + 1, B) from 1 to 0, secondary times s (N, B) -> x0 (T, d) after N calls."""

@@ -88,6 +88,7 @@ class TrainerConfig:
     samples: SampleGridConfig = SampleGridConfig()  # noqa: RUF009 - frozen
     wandb: WandbConfig = WandbConfig()  # noqa: RUF009 - frozen
     tensorboard: bool = False
+    allow_changes: tuple[str, ...] = ()  # keys of the system in which a resumed run may differ from the run so far
 
     def __post_init__(self):
         at_least(1, self, "max_steps", "total_batch_size", "micro_batch_size", "log_every", "checkpoint_every")

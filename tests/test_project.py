@@ -22,8 +22,9 @@ EDGES = {
     "rng": {"device", "types"},
     "protocols": {"rng", "types"},
     "flow": {"device", "rng", "types"},
-    "io": BASE,
     "config": {"types"},
+    "compare": {"config", "types"},
+    "io": BASE | {"compare"},  # the fingerprint of a feature cache
     "backbones": PARTS,
     "encoders": PARTS,
     "objectives": PARTS,
@@ -32,7 +33,7 @@ EDGES = {
     "distributed": BASE | {"backbones"},  # the attention kernels that selective checkpointing keeps
     "data": PARTS | {"distributed"},  # a loader reads what its rank trains on
     "checkpoint": PARTS | {"distributed", "encoders"},  # FLUX files hold a denoiser and a VAE
-    "training": PARTS | {"config", "distributed", "samplers", "system"},
+    "training": PARTS | {"compare", "config", "distributed", "samplers", "system"},
     "inference": PARTS | {"config", "samplers"},
     "gallery": {"io", "types"},
     "launch": BASE,

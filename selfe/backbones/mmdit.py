@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -47,6 +48,7 @@ class MMDiT(nn.Module):
         if width != num_heads * sum(rope_axes) or any(axis % 2 for axis in rope_axes):
             raise ValueError(f"rope_axes {rope_axes} must be even and sum to width / num_heads = {width} / {num_heads}")
         self.patch_dim, self.text_dim, self.pooled_dim = patch_dim, text_dim, pooled_dim
+        self.width, self.num_heads, self.mlp_ratio = width, num_heads, mlp_ratio
         self.rope_axes, self.rope_theta = rope_axes, rope_theta
 
         # Input projections, time embeddings and pooled text embedding.
@@ -63,6 +65,22 @@ class MMDiT(nn.Module):
         self.single_blocks = nn.ModuleList(SingleBlock(width, num_heads, mlp_ratio) for _ in range(num_single_blocks))
         self.out_modulation = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, patch_dim)
+
+    def output_settings(self) -> dict[str, Any]:
+        return {
+            "patch_dim": self.patch_dim,
+            "text_dim": self.text_dim,
+            "pooled_dim": self.pooled_dim,
+            "width": self.width,
+            "num_heads": self.num_heads,
+            "num_double_blocks": len(self.double_blocks),
+            "num_single_blocks": len(self.single_blocks),
+            "rope_axes": self.rope_axes,
+            "rope_theta": self.rope_theta,
+            "mlp_ratio": self.mlp_ratio,
+            "s_branch": self.s_in is not None,
+            "learned_grid": self.learned_grid,
+        }
 
     def forward(self, x_t: Packed, t: Tensor, s: Tensor, cond: TextCond) -> Tensor:
         """x_t (T, patch_dim), times t and s (B,) -> v (T, patch_dim), in the dtype of x_t."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ class CachedLatents:
         feature_cache.check(Path(cache_dir), feature_cache.describe("autoencoder", autoencoder))
         self.autoencoder, self.draws_pictures = autoencoder, decode
         self.token_dim, self.multiple = autoencoder.token_dim, autoencoder.multiple
+
+    def output_settings(self) -> dict[str, Any]:
+        return self.autoencoder.output_settings()
 
     def load(self, device: torch.device) -> None:
         self.device = device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,11 @@ class CachedText:
     def __init__(self, cache_dir: str, encoder: TextEncoder):
         self.folder = Path(cache_dir)
         feature_cache.check(self.folder, feature_cache.describe("text_encoder", encoder))
+        self.encoder = encoder
         self.text_dim, self.pooled_dim = encoder.text_dim, encoder.pooled_dim
+
+    def output_settings(self) -> dict[str, Any]:
+        return self.encoder.output_settings()
 
     def load(self, device: torch.device, shard: ShardLoader | None = None) -> None:
         self.device = device

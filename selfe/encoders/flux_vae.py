@@ -9,7 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -58,8 +58,18 @@ class FluxVAE:
             raise ValueError(
                 f"decode_pixels must be at least {(4 * TILE_OVERLAP * PIXELS) ** 2} (one tile), got {decode_pixels}"
             )
-        self.latent, self.dtype, self.decode_pixels = latent, DTYPES[dtype], decode_pixels
+        self.latent, self.width, self.decode_pixels = latent, width, decode_pixels
+        self.precision, self.dtype = dtype, DTYPES[dtype]
         self.net = nn.ModuleDict({"encoder": Encoder(width), "decoder": Decoder(width)})
+
+    def output_settings(self) -> dict[str, Any]:
+        return {
+            "skip_pretrained": self.skip_pretrained,
+            "latent": self.latent,
+            "width": self.width,
+            "dtype": self.precision,
+            "decode_pixels": self.decode_pixels,
+        }
 
     def load(self, device: torch.device) -> None:
         """Load the weights onto the device. On the meta device only shapes exist and no file is read.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -20,6 +21,9 @@ class Identity:
             raise ValueError(f"patch must be at least 1 pixel, got {patch}")
         self.patch = self.multiple = patch
         self.token_dim = 3 * patch**2
+
+    def output_settings(self) -> dict[str, Any]:
+        return {"patch": self.patch}
 
     def load(self, device: torch.device) -> None:
         self.device = device

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,9 +88,19 @@ class T5Clip:
             dtype: precision of both networks.
         """
         self.cache_dir, self.skip_pretrained, self.max_tokens = cache_dir, skip_pretrained, max_tokens
-        self.t5_size, self.clip_size, self.dtype = t5, clip, DTYPES[dtype]
+        self.t5_size, self.clip_size = t5, clip
+        self.precision, self.dtype = dtype, DTYPES[dtype]
         self.text_dim, self.pooled_dim = t5.d_model, clip.hidden_size
         self.num_cut = 0  # captions truncated for T5
+
+    def output_settings(self) -> dict[str, Any]:
+        return {
+            "skip_pretrained": self.skip_pretrained,
+            "max_tokens": self.max_tokens,
+            "t5": asdict(self.t5_size),
+            "clip": asdict(self.clip_size),
+            "dtype": self.precision,
+        }
 
     def load(self, device: torch.device, shard: ShardLoader | None = None) -> None:
         """Load tokenizers and weights onto the device. With `shard`, T5 (but not CLIP) is sharded over ranks.

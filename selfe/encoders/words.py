@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,9 @@ class Words:
             raise ValueError(f"dim and max_words must be at least 1, got {dim} and {max_words}")
         self.text_dim = self.pooled_dim = dim
         self.max_words = max_words
+
+    def output_settings(self) -> dict[str, Any]:
+        return {"dim": self.text_dim, "max_words": self.max_words}
 
     def load(self, device: torch.device, shard: ShardLoader | None = None) -> None:
         self.device = device  # no parameters to shard

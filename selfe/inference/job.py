@@ -71,7 +71,7 @@ class ImageSpec:
 
 def sampler_record(sampler: Sampler) -> dict:
     """The module name of the sampler in `selfe.samplers` and its parameters."""
-    return {"sampler": type(sampler).__module__.rpartition(".")[2]} | vars(sampler)
+    return {"sampler": type(sampler).__module__.rpartition(".")[2]} | sampler.output_settings()
 
 
 # ---- plan ----

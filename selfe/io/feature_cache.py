@@ -12,7 +12,6 @@ import json
 import os
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import is_dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from selfe import compare
 from selfe.types import BadSample, UserError
 
 FIELDS = "high:<u8 low:<u8 offset:<u8 shard:<u4 width:<u4 rows:<u2 columns:<u2"  # high and low: the 128-bit key
 RECORD = np.dtype([tuple(field.split(":")) for field in FIELDS.split()])
-PLAIN = (str, int, float, bool, tuple, type(None), torch.dtype)
-ELSEWHERE = {"cache_dir", "decode_pixels"}  # no effect on the entries
 AGAIN = "run selfe precompute again"
 
 
@@ -113,15 +111,14 @@ def write_index(folder: Path, num_shards: int) -> None:
 # ---- fingerprint: the settings a cache was built with ----
 
 
-def describe(name: str, part: Any) -> dict[str, str]:
-    """The settings of a component before its weights are loaded, by key path."""
-    plain = {k: v for k, v in vars(part).items() if isinstance(v, PLAIN) or is_dataclass(v)}
-    return {f"{name}.module": type(part).__qualname__} | {
-        f"{name}.{key}": str(value) for key, value in plain.items() if key not in ELSEWHERE
-    }
+def describe(name: str, part: Any) -> dict[str, Any]:
+    """The settings of an encoder that change its entries, by key path."""
+    facts = compare.describe(name, part)
+    facts.pop(f"{name}.params.decode_pixels", None)  # for decoding only
+    return facts
 
 
-def check(folder: Path, facts: Mapping[str, str]) -> None:
+def check(folder: Path, facts: Mapping[str, Any]) -> None:
     """Compare settings with those of the cache. Only components named in `facts` are compared.
 
     Raises:
@@ -133,11 +130,7 @@ def check(folder: Path, facts: Mapping[str, str]) -> None:
 
     parts = {key.split(".")[0] for key in facts}
     stored = {key: value for key, value in json.loads(path.read_text()).items() if key.split(".")[0] in parts}
-    changed = [
-        f"{key} was {stored.get(key, 'not set')}, is now {facts.get(key, 'not set')}"
-        for key in sorted(stored.keys() | facts.keys())
-        if stored.get(key) != facts.get(key)
-    ]
+    changed = [f"{key} was {before}, is now {now}" for key, (before, now) in compare.differences(stored, facts).items()]
 
     if changed:
         raise UserError(f"{folder}: the cache is stale: {'; '.join(changed)}; create a new one with selfe precompute")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from selfe import flow
@@ -12,6 +14,9 @@ from selfe.types import Packed
 
 class Euler:
     """x <- x - (t_k - t_{k+1}) v (Eq. 22)."""
+
+    def output_settings(self) -> dict[str, Any]:
+        return {}
 
     def __call__(self, denoise: GuidedDenoiser, noise: Packed, t: Tensor, s: Tensor, rng: SampleRNG) -> Tensor:
         """noise (T, d), t (N + 1, B) from 1 to 0, s (N, B) -> x0 (T, d)."""

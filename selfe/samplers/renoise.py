@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,9 @@ class Renoise:
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must be in [0, 1], got {eta}")
         self.eta = eta
+
+    def output_settings(self) -> dict[str, Any]:
+        return {"eta": self.eta}
 
     def __call__(self, denoise: GuidedDenoiser, noise: Packed, t: Tensor, s: Tensor, rng: SampleRNG) -> Tensor:
         """noise (T, d), t (N + 1, B) from 1 to 0, s (N, B) -> x0 (T, d)."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from selfe import config, device
+from selfe import compare, config, device
 from selfe.checkpoint import verify
 from selfe.checkpoint.state import load_weights
 from selfe.inference import prompts
@@ -34,16 +34,31 @@ class DemoModel:
     """A checkpoint loaded for sampling."""
 
     def __init__(
-        self, ckpt: Path, config_path: Path | None, weights: str, precision: str, size: tuple[int, int] | None
+        self,
+        ckpt: Path,
+        config_path: Path | None,
+        weights: str,
+        precision: str,
+        size: tuple[int, int] | None,
+        trust: bool = False,
     ):
         """
         Args:
             ckpt: checkpoint directory, or a parent directory (newest is used).
             config_path: the run's `config.yaml`; None: the one beside the checkpoints.
             size: height and width of the images; None: those of the run's sample grids.
+            trust: let the config.yaml beside the checkpoints name modules that are not part of this package, which
+                runs their code.
         """
         path = verify.find(ckpt)
-        settings = config.load(config_path or config_beside(path))
+        if config_path is None:
+            beside = compare.config_beside(path)
+            if beside is None:
+                raise UserError(f"{path}: no config.yaml found beside the checkpoints; pass it with --config")
+            settings = config.load(beside, trust=trust)
+        else:
+            settings = config.load(config_path)
+        settings["system"] = compare.uncached(settings["system"])
         with torch.device("meta"):
             self.system = config.build(settings, "system")
 
@@ -128,14 +143,6 @@ def steps(number: int) -> str:
     return "1 step" if number == 1 else f"{number} steps"
 
 
-def config_beside(path: Path) -> Path:
-    """A run's `config.yaml` from one of its checkpoints."""
-    found = [folder / "config.yaml" for folder in path.absolute().parents[:2] if (folder / "config.yaml").is_file()]
-    if not found:
-        raise UserError(f"{path}: no config.yaml found beside the checkpoints; pass it with --config")
-    return found[0]
-
-
 def page(painter: DemoModel) -> Any:
     """The gradio page."""
     import gradio as gr
@@ -200,7 +207,7 @@ def serve(painter: DemoModel, port: int | None, everywhere: bool, block: bool) -
 
 def main(options: argparse.Namespace) -> None:
     """Entry point of `selfe demo`."""
-    painter = DemoModel(options.ckpt, options.config, options.weights, options.precision, options.size)
+    painter = DemoModel(options.ckpt, options.config, options.weights, options.precision, options.size, options.trust)
     try:
         serve(painter, options.port, options.listen_on_all_interfaces, block=True)
     except ImportError as error:

@@ -8,11 +8,10 @@ import subprocess
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from selfe import config, log
+from selfe import compare, config, log
 
 CODE = Path(__file__).parents[2]
 
@@ -26,6 +25,7 @@ def describe(folder: Path, settings: dict, command: list[str], processes: int) -
     path = folder / "config.yaml"
     changed = []
     if path.is_file() and any(folder.glob("checkpoints/step_*")):
+        compare.check_run(path, settings, settings["trainer"].get("allow_changes", ()), "trainer")
         changed = difference(yaml.safe_load(path.read_text(encoding="utf-8")), config.plain(settings))
         for line in changed:
             log.print_line(f"config differs from the run so far: {line}")
@@ -49,16 +49,8 @@ def describe(folder: Path, settings: dict, command: list[str], processes: int) -
 
 def difference(before: dict, after: dict) -> list[str]:
     """`key: old -> new` for every key that differs; a missing key is `(none)`."""
-    old, new = flat(before), flat(after)
-    keys = [key for key in {**old, **new} if old.get(key, "(none)") != new.get(key, "(none)")]
-    return [f"{key}: {old.get(key, '(none)')} -> {new.get(key, '(none)')}" for key in keys]
-
-
-def flat(tree: Any, path: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
-    if not isinstance(tree, dict) or not tree:
-        return {path: tree}
-    return {k: v for key, value in tree.items() for k, v in flat(value, f"{path}.{key}" if path else key).items()}
+    changed = compare.differences(compare.flat(before), compare.flat(after))
+    return [f"{key}: {old} -> {new}" for key, (old, new) in changed.items()]
 
 
 def git(*arguments: str) -> str | None:

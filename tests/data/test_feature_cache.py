@@ -119,8 +119,16 @@ def test_the_cache_holds_each_caption_once_and_null_and_fake_prompts(cached):
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("system.text_encoder.params.encoder.params.max_tokens", "64", "text_encoder.max_tokens was 512, is now 64"),
-        ("system.autoencoder.params.autoencoder.params.latent", "mean", "autoencoder.latent was sample, is now mean"),
+        (
+            "system.text_encoder.params.encoder.params.max_tokens",
+            "64",
+            "text_encoder.params.max_tokens was 512, is now 64",
+        ),
+        (
+            "system.autoencoder.params.autoencoder.params.latent",
+            "mean",
+            "autoencoder.params.latent was sample, is now mean",
+        ),
         ("data.params.source.params.multiple", "32", "data.multiple was 16, is now 32"),
         ("data.params.source.params.pixels", "2048", r"data.pixels was \[1024, 4096\], is now \[1024, 2048, 4096\]"),
     ],

@@ -89,6 +89,10 @@ def test_a_changed_config_is_shown_and_another_shape_refused(straight, tmp_path)
     wide = ("system.backbone.params.width=96", "system.backbone.params.rope_axes=[8, 16, 24]")
     run = Run(tmp_path, 1, *wide)
     assert run.wait() == [2]
+    assert "system.backbone.params.width was 48, is now 96" in run.failures[0]["message"]
+    keys = ",".join(f"system.backbone.params.{name}" for name in ("width", "rope_axes"))
+    run = Run(tmp_path, 1, *wide, f"trainer.allow_changes=[{keys}]")
+    assert run.wait() == [2]
     assert "the checkpoint has" in run.failures[0]["message"]
     assert verify.is_complete(tmp_path / HALF)
 

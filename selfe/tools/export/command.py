@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, CLIPTextModel
 
-from selfe import config
+from selfe import compare, config
 from selfe.backbones.mmdit import MMDiT
 from selfe.checkpoint import flux, state, verify
 from selfe.encoders.flux_vae import CHANNELS, SCALE, SHIFT, STAGES, FluxVAE
@@ -32,7 +32,7 @@ CODE = Path(__file__).parent / "diffusers_folder"
 def main(options: argparse.Namespace) -> None:
     """Entry point of `selfe export`."""
     path = verify.find(options.ckpt)
-    settings, system = read_run(path)
+    settings, system = read_run(path, options.trust)
     if options.out.exists() and any(options.out.iterdir()):
         raise UserError(f"{options.out}: the folder is not empty; choose another or remove it")
 
@@ -48,13 +48,18 @@ def main(options: argparse.Namespace) -> None:
     print(f"{path} ({options.weights} weights, {options.dtype}) exported to {options.out}")
 
 
-def read_run(path: Path) -> tuple[dict, System]:
-    """Settings of the run that a checkpoint belongs to, and its system on the meta device."""
-    settings_path = path.parent.parent / "config.yaml"
-    if not settings_path.is_file():
-        raise UserError(f"{settings_path}: not found; expected RUN/config.yaml for a checkpoint in RUN/checkpoints")
+def read_run(path: Path, trust: bool) -> tuple[dict, System]:
+    """Settings of the run that a checkpoint belongs to, and its system on the meta device.
 
-    settings = config.load(settings_path, ["system.autoencoder.params.dtype=fp32"])
+    `trust`: the run's config.yaml may name modules that are not part of this package, which runs their code.
+    """
+    settings_path = compare.config_beside(path)
+    if settings_path is None:
+        raise UserError(f"{path}: no config.yaml beside it; expected RUN/config.yaml for RUN/checkpoints/step_...")
+
+    settings = config.load(settings_path, trust=trust)
+    settings["system"] = compare.uncached(settings["system"])
+    settings["system"]["autoencoder"]["params"]["dtype"] = "fp32"
     with torch.device("meta"):
         system = config.build(settings, "system")
     for part, kind in ((system.backbone, MMDiT), (system.text_encoder, T5Clip), (system.autoencoder, FluxVAE)):
