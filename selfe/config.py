@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import re
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -18,10 +19,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import typing_extensions
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from selfe.protocols import Data
 from selfe.types import UserError
 
 SECTIONS = {
@@ -29,7 +32,7 @@ SECTIONS = {
     "trainer": "selfe.train.TrainerConfig",
     "inferencer": "selfe.infer.Inferencer",
 }
-ROOT = {"seed": int, "data": object} | SECTIONS
+ROOT = {"seed": int, "data": Data} | SECTIONS
 PLAIN = (int, float, str, bool, Path, types.NoneType)
 
 
@@ -97,14 +100,25 @@ def build(settings: dict, section: str) -> Any:
 def build_part(part: dict, path: str) -> Any:
     """Build a part {module, params} of a config at a key path. Raises UserError."""
     try:
-        return swap(part, path, build=True)
+        return swap(part, object, path, build=True)
     except Problem as problem:
         raise UserError(str(problem)) from problem
 
 
 def save(settings: dict, path: Path) -> None:
-    """Write settings as a YAML file that loads to equal settings."""
-    path.write_text(yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    """Write settings as a YAML file that loads to equal settings. The file is complete or not there."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(OmegaConf.to_yaml(OmegaConf.create(escape(plain(settings)))), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def escape(value: Any) -> Any:
+    r"""Settings in which `${` stands for itself: written as `\${`, with the backslashes before it doubled."""
+    if isinstance(value, dict):
+        return {key: escape(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [escape(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def plain(value: Any) -> Any:
@@ -132,8 +146,17 @@ def resolve_layers(layers: list[tuple[str, dict]]) -> dict:
     try:
         return OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
     except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{source(layers, error.full_key or '')}: {error.full_key}: {reason}") from error
+        raise UserError(unresolved(source(layers, error.full_key or ""), error)) from error
+
+
+def unresolved(where: str, error: OmegaConfBaseException) -> str:
+    """One line for an interpolation `${...}` that cannot be parsed or resolved."""
+    reason = " ".join(str(error).split("full_key:")[0].split())
+    return (
+        f"{where}: {error.full_key}: {reason}; a literal ${{ is written \\${{"
+        if error.full_key
+        else f"{where}: {reason}"
+    )
 
 
 def read(path: Path, above: tuple[Path, ...]) -> list[tuple[str, dict]]:
@@ -145,7 +168,10 @@ def read(path: Path, above: tuple[Path, ...]) -> list[tuple[str, dict]]:
         raise UserError(f"{named_by}{path}: no such config file; base paths are relative to the file that names them")
 
     try:
+        refuse_traps(yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader), str(path))
         tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except OmegaConfBaseException as error:
+        raise UserError(unresolved(str(path), error)) from error
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         problem = " ".join((error.problem or str(error)).split())
@@ -166,13 +192,37 @@ def read(path: Path, above: tuple[Path, ...]) -> list[tuple[str, dict]]:
 
 def parse_override(override: str) -> dict:
     """`a.b=value` -> {"a": {"b": value}}, the value parsed as YAML."""
-    key, equals, _ = override.partition("=")
+    key, equals, value = override.partition("=")
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
         raise UserError(f"command line: {override!r} is not key=value, such as trainer.lr=2e-4")
     try:
+        refuse_traps(yaml.compose(value, Loader=yaml.SafeLoader), f"command line: {override!r}")
         return OmegaConf.to_container(OmegaConf.from_dotlist([override]), resolve=False)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"command line: {override!r}: {str(error).splitlines()[0]}") from error
+
+
+# integers of YAML 1.1 that readers of YAML 1.2 and of Python take for something else
+TRAPS = {r"[-+]?0[0-7_]+": "octal", r"[-+]?[0-9_]+(:[0-5]?[0-9])+(\.[0-9_]*)?": "base 60"}
+
+
+def refuse_traps(node: yaml.Node | None, where: str) -> None:
+    """Raise UserError for numbers such as 010 (8 in YAML 1.1) and 1:30 (90). Strings are written in quotes."""
+    if isinstance(node, yaml.MappingNode):
+        for pair in node.value:
+            for inner in pair:
+                refuse_traps(inner, where)
+    elif isinstance(node, yaml.SequenceNode):
+        for inner in node.value:
+            refuse_traps(inner, where)
+    elif isinstance(node, yaml.ScalarNode) and node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
+        for pattern, kind in TRAPS.items():
+            if re.fullmatch(pattern, node.value):
+                line = f", line {node.start_mark.line + 1}" if where.endswith((".yaml", ".yml")) else ""
+                raise UserError(
+                    f"{where}{line}: {node.value} would be read as a number in {kind}; write it in base 10, or in "
+                    "quotes for a string"
+                )
 
 
 def merge(below: Any, above: Any) -> Any:
@@ -186,15 +236,18 @@ def merge(below: Any, above: Any) -> Any:
 
 def source(layers: list[tuple[str, dict]], path: str) -> str:
     """The file that set a key path, or its longest prefix that any file set; the last file wins a tie."""
-    keys = re.findall(r"\w+", path)
-    depths = []
-    for _, tree in layers:
-        depth = 0
-        while depth < len(keys) and isinstance(tree, dict) and keys[depth] in tree:
-            tree, depth = tree[keys[depth]], depth + 1
-        depths.append(depth)
-    deepest = max(range(len(layers)), key=lambda i: (depths[i], i))
-    return layers[deepest][0]
+    lengths = [matched(tree, path) for _, tree in layers]
+    longest = max(range(len(layers)), key=lambda i: (lengths[i], i))
+    return layers[longest][0]
+
+
+def matched(tree: Any, path: str) -> int:
+    """The number of characters of a key path that the keys of a tree spell. A key may contain dots itself."""
+    longest = 0
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        if path == key or path.startswith((f"{key}.", f"{key}[")):
+            longest = max(longest, len(str(key)) + matched(value, path[len(str(key)) :].removeprefix(".")))
+    return longest
 
 
 # ---- schema: one traversal that checks values and, if `build`, constructs objects ----
@@ -203,6 +256,8 @@ def source(layers: list[tuple[str, dict]], path: str) -> str:
 def visit_root(key: str, value: Any, build: bool) -> Any:
     """A top-level section. Raises Problem, as do the functions below."""
     if key not in ROOT:
+        if "." in str(key):
+            raise Problem(key, "unknown section; keys with dots are for the command line, nest them in a file")
         raise Problem(key, f"unknown section{suggest(key, list(ROOT))}")
     wanted = ROOT[key]
     if isinstance(wanted, str):
@@ -232,13 +287,15 @@ def visit(value: Any, wanted: Any, path: str, build: bool) -> Any:
         return coerce(value, wanted, path)
     if is_dataclass(wanted):
         return call(wanted, value, path, build)
-    return swap(value, path, build)
+    return swap(value, wanted, path, build)
 
 
 def visit_union(value: Any, arms: tuple, path: str, build: bool) -> Any:
     """The first alternative of a union that `value` fits; otherwise the error of the closest one."""
     if value is None and types.NoneType in arms:
         return None
+    if value in ("None", "none") and types.NoneType in arms:
+        raise Problem(path, f"got the text {value!r}; the absent value is written null")
     arms = tuple(arm for arm in arms if arm is not types.NoneType)
     if len(arms) == 1:
         return visit(value, arms[0], path, build)
@@ -273,22 +330,58 @@ def coerce(value: Any, wanted: type, path: str) -> Any:
         return float(value)
     if wanted is bool and type(value) is int and value in (0, 1):
         return bool(value)
-    if wanted is Path and isinstance(value, str):
-        return Path(value)
+    if wanted is Path and isinstance(value, (str, Path)):
+        return expand(value, path)
     if type(value) is not wanted or (wanted is float and math.isnan(value)):
         raise mismatch(value, wanted, path)
     return value
 
 
-def swap(value: Any, path: str, build: bool) -> Any:
-    """A swappable part: {module: dotted.path.Class, params: {...}}."""
+def expand(value: str | Path, path: str) -> Path:
+    """A path, with `~` and `~user` replaced by the home directory."""
+    if not str(value):
+        raise Problem(path, "expected a path, got an empty text")
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:
+        raise Problem(path, f"{value}: {error}") from error
+
+
+def swap(value: Any, wanted: Any, path: str, build: bool) -> Any:
+    """A swappable part: {module: dotted.path.Class, params: {...}}, of a class that offers what `wanted` asks for."""
     if not isinstance(value, Mapping) or not isinstance(value.get("module"), str):
         raise Problem(path, f"expected a part {{module: dotted.path.Class, params: {{...}}}}, got {value!r}")
     for key in value:
         if key not in ("module", "params"):
             raise Problem(f"{path}.{key}", "unknown key; a part has the keys module and params")
-    params = call(named(value["module"], f"{path}.module"), value.get("params") or {}, f"{path}.params", build)
-    return params if build else {"module": value["module"], "params": params}
+    kind = named(value["module"], f"{path}.module")
+    expect_offers(kind, wanted, f"{path}.module")
+    built = call(kind, value.get("params") or {}, f"{path}.params", build)
+    if not build:
+        return {"module": value["module"], "params": built}
+    if typing_extensions.is_protocol(wanted):
+        for name in sorted(typing_extensions.get_protocol_members(wanted)):
+            if not hasattr(built, name):
+                raise Problem(f"{path}.module", f"{value['module']} has no {name}, which a {wanted.__name__} needs")
+    return built
+
+
+def expect_offers(kind: Any, wanted: Any, path: str) -> None:
+    """Raise Problem unless `kind` is a class with the methods of the protocol `wanted`, or a subclass of `wanted`.
+
+    Other callables are refused, because a config must not be able to call any function of any module.
+    """
+    if not inspect.isclass(kind):
+        raise Problem(path, f"{kind!r} is not a class")
+    if not typing_extensions.is_protocol(wanted):
+        if not issubclass(kind, wanted):
+            raise Problem(path, f"{kind.__name__} is not a {wanted.__name__}")
+        return
+
+    defined = {name for base in kind.__mro__ if base is not object for name in vars(base)}
+    methods = [name for name in typing_extensions.get_protocol_members(wanted) if callable(getattr(wanted, name, None))]
+    if missing := sorted(set(methods) - defined):
+        raise Problem(path, f"{kind.__name__} is not a {wanted.__name__}: it has no {', '.join(missing)}")
 
 
 def call(target: Callable, values: Any, path: str, build: bool) -> Any:
@@ -301,7 +394,8 @@ def call(target: Callable, values: Any, path: str, build: bool) -> Any:
     parameters = {name: p for name, p in inspect.signature(target).parameters.items() if name != "self"}
     for key in values:
         if key not in parameters:
-            raise Problem(f"{path}.{key}", f"unknown key{suggest(key, list(parameters))}")
+            hint = "; nest keys instead of writing dots" if "." in str(key) else suggest(key, list(parameters))
+            raise Problem(f"{path}.{key}", f"unknown key{hint}")
     given = {key: value for key, value in values.items() if value != "???"}
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in given:

@@ -10,6 +10,8 @@ from typing import Literal
 import pytest
 import torch
 import yaml
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
 
 from selfe import config
 from selfe.objectives.self_evaluation import SelfEvaluation
@@ -43,6 +45,14 @@ class Part:
         section: Section = Section(),
     ):
         self.given = locals()
+
+    def resolution(self, step): ...
+
+    def costs(self, seed, step, samples, split): ...
+
+    def batch(self, seed, step, samples, positions, split): ...
+
+    has_val, multiple = False, 1
 
 
 def write(folder: Path, **trees: dict) -> Path:
@@ -87,6 +97,25 @@ def test_resolved_settings_load_to_the_same(tmp_path):
     settings = config.load(SMOKE, ["trainer.lr=1e-4"])
     config.save(settings, tmp_path / "config.yaml")
     assert config.load(tmp_path / "config.yaml") == settings
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.one_of(st.text(), st.from_regex(r"[\\${}:#~'\"\n a-z0-9.e+_-]*", fullmatch=True)))
+@example(r"a sign that says ${price}")
+@example(r"\${oc.env:HOME}")
+@example("\\\\\\${x}")
+@example("${")
+@example("1e3")
+@example("1:30")
+@example("\u0085 \ufeff \u2028")
+def test_every_text_is_saved_and_loaded_as_it_is(tmp_path, text):
+    assume(text != "???")  # stands for a missing value
+    path, again = tmp_path / "config.yaml", tmp_path / "again.yaml"
+    config.save({"seed": 0} | part(needed=text, either=[text, text]), path)
+    loaded = config.load(path)
+    assert loaded["data"]["params"] == {"needed": text, "either": [text, text]}
+    config.save(loaded, again)
+    assert again.read_bytes() == path.read_bytes()
 
 
 def test_later_files_and_then_the_command_line_win(tmp_path):
@@ -204,6 +233,34 @@ def test_wrong_types_are_named(tmp_path, params, message):
     assert error(path) == f"{path}: {message}"
 
 
+@pytest.mark.parametrize("text", ["010", "-017", "1:30", "1:30.5", "[1, 010]", "{a: 1:30}"])
+def test_numbers_in_octal_and_base_60_are_refused(tmp_path, text):
+    path = tmp_path / "top.yaml"
+    path.write_text(f"data:\n  module: tests.training.test_config.Part\n  params: {{needed: a, many: {text}}}")
+    assert f"{path}, line 3: " in error(path)
+    assert "write it in base 10, or in quotes" in error(path)
+    assert "write it in base 10, or in quotes" in error(SMOKE, f"trainer.max_steps={text}")
+    path.write_text(path.read_text().replace(text, "[0, 0.5, 1_000, 0x10]").replace("needed: a", "needed: '010'"))
+    assert config.load(path)["data"]["params"] == {"needed": "010", "many": (0, 0.5, 1000, 16)}
+
+
+def test_the_text_none_is_not_null(tmp_path):
+    message = "trainer.init_from: got the text 'None'; the absent value is written null"
+    assert message in error(SMOKE, "trainer.init_from=None")
+    assert config.load(SMOKE, ["trainer.init_from=null"])["trainer"]["init_from"] is None
+    assert config.load(write(tmp_path, top=part(needed="None")))["data"]["params"]["needed"] == "None"
+
+
+def test_a_key_with_dots_is_blamed_on_the_file_that_has_it(tmp_path):
+    base = str(SMOKE)
+    path = write(tmp_path, top={"base": base, "trainer.lr": 1e-3})
+    assert error(path) == (
+        f"{path}: trainer.lr: unknown section; keys with dots are for the command line, nest them in a file"
+    )
+    path = write(tmp_path, top={"base": base, "trainer": {"samples.every": 3}})
+    assert error(path) == f"{path}: trainer.samples.every: unknown key; nest keys instead of writing dots"
+
+
 def test_missing_values_are_named(tmp_path):
     path = write(tmp_path, top={"data": {"module": "tests.training.test_config.Part", "params": {}}})
     assert "data.params.needed: missing" in error(path)
@@ -218,6 +275,10 @@ def test_missing_values_are_named(tmp_path):
         ("selfe.nowhere.Thing", "cannot import selfe.nowhere.Thing"),
         ("selfe.flow.Thing", "'selfe.flow.Thing' is not the dotted path of a class"),
         ("Thing", "'Thing' is not the dotted path of a class"),
+        ("os.system", "data.module: <built-in function system> is not a class"),
+        ("selfe.launch.start", "is not a class"),
+        ("pathlib.Path", "data.module: Path is not a Data: it has no batch, costs, resolution"),
+        ("selfe.samplers.euler.Euler", "Euler is not a Data"),
         (None, "expected a part {module: dotted.path.Class, params: {...}}"),
     ],
 )
@@ -246,11 +307,13 @@ def test_base_files(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"data: [1, 2", "line 2: not valid YAML"),
+        (b"data: [1, 2", "line 1: not valid YAML"),
         (b"data: {a: 1}\n  b: 2", "line 2: not valid YAML"),
         (b"- 1\n- 2", "must be a mapping of sections"),
         (b"data: \xff\xfe", "not a YAML file in UTF-8"),
         (b"seed: ${nowhere}", "nowhere"),
+        (b"trainer:\n  output_dir: runs/${", "trainer.output_dir: "),
+        (b"trainer: {output_dir: 'runs/${'}", r"trainer.output_dir: "),
     ],
 )
 def test_files_that_are_no_configuration(tmp_path, content, message):
@@ -266,9 +329,10 @@ def test_overrides_that_are_none(override):
 
 
 def test_a_value_the_constructor_refuses_is_named(tmp_path):
-    path = write(tmp_path, top={"data": {"module": "selfe.samplers.renoise.Renoise", "params": {"eta": 2}}})
-    with pytest.raises(UserError, match=r"data.params: eta must be in \[0, 1\], got 2.0"):
-        config.build(config.load(path), "data")
+    sampler = {"module": "selfe.samplers.renoise.Renoise", "params": {"eta": 2}}
+    path = write(tmp_path, top={"inferencer": {"ckpt_dir": "a", "output_dir": "b", "defaults": {"sampler": sampler}}})
+    with pytest.raises(UserError, match=r"inferencer.defaults.sampler.params: eta must be in \[0, 1\], got 2.0"):
+        config.build(config.load(path), "inferencer")
     assert Renoise(1.0).eta == 1
 
 
