@@ -22,7 +22,7 @@ EDGES = {
     "rng": {"device", "types"},
     "protocols": {"rng", "types"},
     "flow": {"device", "rng", "types"},
-    "config": {"types"},
+    "config": {"protocols", "types"},
     "compare": {"config", "types"},
     "io": BASE | {"compare"},  # the fingerprint of a feature cache
     "backbones": PARTS,

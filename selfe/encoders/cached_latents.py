@@ -38,16 +38,22 @@ class CachedLatents:
             self.autoencoder.load(device)
 
     def encode(self, images: Sequence[Tensor], rng: SampleRNG) -> Packed:
-        """Cache entries -> tokens (T, token_dim), float32.
+        """Cache entries -> tokens (T, token_dim), float32; latents are sampled if deviations are cached."""
+        mean, deviation = self.moments(images)
+        if deviation is None:
+            return mean
+        return mean.with_tokens(mean.tokens + deviation * rng.normal_like("latent", mean))
 
-        An entry is (rows, columns, token_dim) for latents, or (rows, columns, 2 token_dim) for means and standard
-        deviations, from which latents are sampled.
+    def moments(self, images: Sequence[Tensor]) -> tuple[Packed, Tensor | None]:
+        """Cache entries -> means, standard deviations, (T, token_dim) each, float32.
+
+        An entry is (rows, columns, token_dim) for latents, whose deviations are None, or (rows, columns, 2 token_dim)
+        for means and standard deviations.
         """
         entries = torch.cat([image.flatten(0, 1) for image in images]).to(self.device).float()
         mean = packed(entries[:, : self.token_dim], [tuple(image.shape[:2]) for image in images])
-        if entries.shape[1] == self.token_dim:
-            return mean
-        return mean.with_tokens(mean.tokens + entries[:, self.token_dim :] * rng.normal_like("latent", mean))
+        deviation = entries[:, self.token_dim :] if entries.shape[1] > self.token_dim else None
+        return mean, deviation
 
     def decode(self, latents: Packed) -> list[Tensor]:
         """Tokens (T, token_dim) -> B x (3, H, W), float32."""
