@@ -53,13 +53,13 @@ def tracked() -> list[Path]:
 
 
 def texts() -> dict[str, str]:
-    found = {}
+    contents = {}
     for path in tracked():
         try:
-            found[str(path.relative_to(ROOT))] = path.read_text(encoding="utf-8")
+            contents[str(path.relative_to(ROOT))] = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            continue  # a picture
-    return found
+            continue  # an image
+    return contents
 
 
 def room(path: Path) -> str:
@@ -72,13 +72,13 @@ def imports(path: Path) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             node.body = []
-    found = set()
+    names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -93,8 +93,8 @@ def test_the_table_and_the_modules_have_no_circle():
     modules = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
     edges = {}
     for name, path in modules.items():
-        found = imports(path) | {imported.rpartition(".")[0] for imported in imports(path)}
-        edges[name] = found & set(modules) - {name, "selfe"}
+        imported = imports(path) | {name.rpartition(".")[0] for name in imports(path)}
+        edges[name] = imported & set(modules) - {name, "selfe"}
     tuple(TopologicalSorter(edges).static_order())  # raises CycleError
     tuple(TopologicalSorter(EDGES).static_order())
 
@@ -116,8 +116,8 @@ def test_one_home_for_each_thing_that_differs():
         r"torch\.accelerator": {"device"},
     }
     for pattern, allowed in homes.items():
-        found = {room(path) for path in FILES if re.search(pattern, path.read_text())}
-        assert found <= allowed, f"{pattern} stands in {found - allowed}"
+        rooms = {room(path) for path in FILES if re.search(pattern, path.read_text())}
+        assert rooms <= allowed, f"{pattern} stands in {rooms - allowed}"
 
 
 def test_no_address_of_a_package_registry():
@@ -126,10 +126,10 @@ def test_no_address_of_a_package_registry():
         r"https?://[^\s\"']*(?:/simple\b|/packages/[0-9a-f]{2}/)|python[h]osted|\bpyp[i]\.[a-z]", re.IGNORECASE
     )
     assert hosts.search("https://any.host" + "/simple")
-    found = {name: hosts.search(text).group() for name, text in texts().items() if hosts.search(text)}
+    addresses = {name: hosts.search(text).group() for name, text in texts().items() if hosts.search(text)}
     committed = subprocess.run(["git", "show", ":uv.lock"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    found.pop("uv.lock", None)  # the file on disk may be uv's own; what counts is what git holds of it
-    assert found == {}
+    addresses.pop("uv.lock", None)  # the file on disk may be uv's own; what counts is what git holds of it
+    assert addresses == {}
     assert not hosts.search(committed)
     assert len(re.findall(r"^version = ", committed, re.MULTILINE)) > 50
 
@@ -139,7 +139,7 @@ def test_nothing_unsafe():
     patterns = r"weights_only\s*=\s*False|\bpickle\b|except\s*:|except (Base)?Exception:\s*(pass)?$|verify\s*=\s*False"
     for path in FILES:
         lines = [line for line in path.read_text().splitlines() if re.search(patterns, line)]
-        allowed = ["    except Exception:"] if path.name == "launch.py" else []  # told, not swallowed
+        allowed = ["    except Exception:"] if path.name == "launch.py" else []  # reported, not swallowed
         assert lines == allowed, f"{path}: {lines}"
 
 

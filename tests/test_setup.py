@@ -47,9 +47,9 @@ def start(checkout: Path, *options: str) -> subprocess.Popen:
 
 def calls(checkout: Path) -> list[str]:
     path = checkout.parent / "calls"
-    found = path.read_text().splitlines() if path.exists() else []
+    calls = path.read_text().splitlines() if path.exists() else []
     path.unlink(missing_ok=True)
-    return found
+    return calls
 
 
 def setup(checkout: Path, *options: str) -> tuple[list[str], str]:
@@ -90,18 +90,18 @@ def test_the_users_torch_is_kept(checkout):
     packages = checkout / ".venv/lib/python3/site-packages"
     (packages / "torch-2.13.0.dist-info").rename(packages / "torch-2.11.0+cu126.dist-info")
     (checkout / "uv.lock").write_text("other")
-    found, printed = setup(checkout)
+    calls, printed = setup(checkout)
     assert "keeping the torch 2.11.0+cu126" in printed
-    assert any(call.startswith("export") and call.endswith("--prune torch") for call in found)
+    assert any(call.startswith("export") and call.endswith("--prune torch") for call in calls)
 
 
 @pytest.mark.parametrize(("cuda", "other"), [("12.4", True), ("13.0", False)])
 def test_an_old_driver_gets_the_build_that_fits(checkout, cuda, other):
     tool(checkout.parent / "bin/nvidia-smi", f"#!/bin/sh\necho '| Driver Version: 550.54   CUDA Version: {cuda} |'\n")
-    found, _ = setup(checkout)
-    builds = [call for call in found if "--torch-backend=auto" in call]
+    calls, _ = setup(checkout)
+    builds = [call for call in calls if "--torch-backend=auto" in call]
     assert [call.split()[-1] for call in builds] == ["torch==2.13.0"] * other
-    assert sum(call.endswith("--prune torch") for call in found) == other
+    assert sum(call.endswith("--prune torch") for call in calls) == other
     assert setup(checkout)[0] == []
 
 
@@ -114,6 +114,6 @@ def test_a_failed_update_keeps_what_is_there(checkout, monkeypatch):
     setup(checkout)
     monkeypatch.setenv("FAILS", "1")
     (checkout / "uv.lock").write_text("other")
-    found, printed = setup(checkout)
-    assert found
+    calls, printed = setup(checkout)
+    assert calls
     assert "warning: could not update .venv" in printed

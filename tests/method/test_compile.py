@@ -1,7 +1,7 @@
-"""Compiled blocks compute what plain ones do, without a break and without end of recompilation.
+"""Compiled blocks compute what plain ones do, in one graph each, with a bounded number of recompilations.
 
-Whole graphs are guaranteed by `fullgraph`: a break would be an error. Most tests trace without generating code, which
-leaves forward and backward graphs and guards what they are and saves most of the time.
+`fullgraph` makes a graph break an error. Most tests trace without generating code: forward and backward graphs and
+guards are the same, and most of the time is saved.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ def pair(
 
 def assert_same(plain: MMDiT, compiled: MMDiT, dtype: torch.dtype, atol: float) -> None:
     """Values and all gradients, of the inputs too."""
-    found = []
+    results = []
     for net in (plain, compiled):
         x, t, s, cond = inputs(dtype)
         wanted = [x.tokens, t, s, cond.text.tokens, cond.pooled]
         for tensor in wanted:
             tensor.requires_grad_()
         v = net(x, t, s, cond)
-        found.append([v, *torch.autograd.grad(v.square().mean(), [*wanted, *net.parameters()])])
-    for one, other in zip(*found, strict=True):
+        results.append([v, *torch.autograd.grad(v.square().mean(), [*wanted, *net.parameters()])])
+    for one, other in zip(*results, strict=True):
         torch.testing.assert_close(other, one, rtol=0, atol=atol * max(1, one.abs().max().item()))
 
 
@@ -57,7 +57,7 @@ def test_values_and_gradients(recompute):
 
 
 def test_generated_code():
-    """The same for what really runs; of one block, because a compiler's work takes long."""
+    """The same for generated code, on one block only, because compilation is slow."""
     torch.compiler.set_default_backend(None)
     assert_same(*pair(torch.float32, "selective", singles=0), torch.float32, 1e-5)
 
@@ -66,8 +66,8 @@ def test_packed_samples_do_not_see_each_other():
     _, net = pair(torch.float64)
     x, t, s, cond = inputs()
     with torch.no_grad():
-        run_on_all_ranks = x.with_tokens(net(x, t, s, cond)).split()
-        for i, v in enumerate(run_on_all_ranks):
+        together = x.with_tokens(net(x, t, s, cond)).split()
+        for i, v in enumerate(together):
             alone = net(x.select([i]), t[[i]], s[[i]], cond.select([i]))
             torch.testing.assert_close(v, alone, rtol=0, atol=1e-12)
 
@@ -76,21 +76,21 @@ def test_packed_samples_do_not_see_each_other():
 def test_self_evaluation(alone, precision, recompute, rtol):
     """Its gradients with the auxiliary term, sharded, against those of plain fp32."""
     options = {"activation_checkpointing": recompute, "compile": True}
-    found = gradients(*fsdp.build_model_and_ema(small_net(), alone, precision, 0, **options), 0, 1, micro=8)
+    grads = gradients(*fsdp.build_model_and_ema(small_net(), alone, precision, 0, **options), 0, 1, micro=8)
     for name, expected in gradients(small_net(), small_net().requires_grad_(False), 0, 1, micro=8).items():
-        assert (found[name] - expected).norm() <= rtol * expected.norm(), name
+        assert (grads[name] - expected).norm() <= rtol * expected.norm(), name
 
 
 # --- recompilation
 
 
 def batch(seed: int, size: int) -> tuple[Packed, torch.Tensor, list[str]]:
-    """Pictures from the buckets of two budgets, times and captions."""
-    draw = random.Random(seed)
+    """Images from the buckets of two budgets, times and captions."""
+    rng = random.Random(seed)
     shapes = [tuple(shape) for pixels in (16, 36) for shape in Buckets(pixels, 1, 3.0).shapes.tolist()]
-    grids = draw.choices(shapes, k=size)
+    grids = rng.choices(shapes, k=size)
     x = packed(torch.randn(sum(rows * columns for rows, columns in grids), 8), grids)
-    return x, torch.rand(size), ["x" * draw.randint(0, 9) for _ in grids]
+    return x, torch.rand(size), ["x" * rng.randint(0, 9) for _ in grids]
 
 
 def all_that_happens(net: MMDiT, ema: MMDiT, seeds: range) -> None:

@@ -141,8 +141,8 @@ def test_draws_do_not_depend_on_the_batch():
     rows = [2, 0, 3]
     few = rng.select(rows)
     assert few == SampleRNG.of_step(7, 3, [9, 5, 2])
-    for draw in (rng.uniform, rng.normal):
-        assert torch.equal(draw("t", x.tokens)[rows], getattr(few, draw.__name__)("t", x.tokens))
+    for sample in (rng.uniform, rng.normal):
+        assert torch.equal(sample("t", x.tokens)[rows], getattr(few, sample.__name__)("t", x.tokens))
     run_on_all_ranks = x.with_tokens(rng.normal_like("noise", x)).select(rows)
     assert torch.equal(run_on_all_ranks.tokens, few.normal_like("noise", x.select(rows)))
 
@@ -194,9 +194,9 @@ def test_distributions(dtype):
 
 def test_double_precision_draws_have_all_their_digits():
     rng, like = SampleRNG.of_step(0, 0, range(64)), f64(0)
-    for draw in (rng.uniform, rng.normal):
-        assert (draw("s", like) != draw("s", like).float().double()).any()
-        close(draw("s", like), draw("s", like.float()), atol=1e-6)
+    for sample in (rng.uniform, rng.normal):
+        assert (sample("s", like) != sample("s", like).float().double()).any()
+        close(sample("s", like), sample("s", like.float()), atol=1e-6)
 
 
 def test_a_prompt_is_dropped_with_its_probability():

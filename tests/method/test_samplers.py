@@ -39,7 +39,7 @@ def test_samplers_equal_the_reference(eta, num_steps, s_ratio, cfg_scale):
     cond, null = encode(prompts), encode([""] * len(prompts))
     t, s = flow.sampling_times(num_steps, s_ratio, noise)
     sampler = Euler() if eta is None else Renoise(eta)
-    found = noise.with_tokens(sampler(guided(net, cond, null, cfg_scale), noise, t, s, IMAGES).detach()).split()
+    samples = noise.with_tokens(sampler(guided(net, cond, null, cfg_scale), noise, t, s, IMAGES).detach()).split()
 
     fresh = [noise.with_tokens(IMAGES.normal_like(f"fresh {k}", noise)).split() for k in range(num_steps)]
     for i, x in enumerate(noise.split()):
@@ -50,7 +50,7 @@ def test_samplers_equal_the_reference(eta, num_steps, s_ratio, cfg_scale):
         else:
             parts = [part[i].numpy() for part in fresh]
             expected = reference.ddim(velocity, x.numpy(), num_steps, s_ratio, eta, parts)
-        np.testing.assert_allclose(found[i], expected, rtol=1e-10, atol=1e-10)
+        np.testing.assert_allclose(samples[i], expected, rtol=1e-10, atol=1e-10)
 
 
 def test_times_that_round_to_one_make_no_nan():

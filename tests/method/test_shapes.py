@@ -16,13 +16,13 @@ CPU = torch.device("cpu")
 
 def test_a_picture_depends_on_seed_and_number_alone():
     data = ShapesData()
-    whole = data.batch(3, 5, range(40, 48), range(8), "train")
+    complete = data.batch(3, 5, range(40, 48), range(8), "train")
     parts = [data.batch(3, 5, range(40, 48), positions, "train") for positions in (range(3), range(3, 8))]
-    assert whole.prompts == parts[0].prompts + parts[1].prompts
-    for a, b in zip(whole.images, parts[0].images + parts[1].images, strict=True):
+    assert complete.prompts == parts[0].prompts + parts[1].prompts
+    for a, b in zip(complete.images, parts[0].images + parts[1].images, strict=True):
         assert torch.equal(a, b)
     other = data.batch(4, 5, range(40, 48), range(8), "train")
-    assert not torch.equal(whole.images[0], other.images[0])
+    assert not torch.equal(complete.images[0], other.images[0])
 
 
 def test_held_out_combinations_are_in_validation_and_nowhere_else():
@@ -78,8 +78,8 @@ def test_pixels_come_back_as_they_were():
     latents = autoencoder.encode(images, SampleRNG(((0,), (1,))))
     assert latents.grids == ((2, 3), (1, 1))
     assert latents.tokens.shape == (7, autoencoder.token_dim)
-    for image, found in zip(images, autoencoder.decode(latents), strict=True):
-        assert torch.equal(image, found)
+    for image, decoded in zip(images, autoencoder.decode(latents), strict=True):
+        assert torch.equal(image, decoded)
     # the first token is the upper left patch
     assert torch.equal(latents.tokens[0], images[0][:, :2, :2].flatten())
     noise = autoencoder.noise([(4, 6), (2, 2)], SampleRNG(((0,), (1,))))
@@ -118,14 +118,14 @@ def test_learned_places_start_at_zero_and_tell_places_apart():
     net.position.weight.data[5] += torch.randn(48)  # row 1, column 1: the last of the four
     assert (net(x, time, time, cond) - before).abs().max() > 1e-3
     after = net(x, time, time, cond)
-    net.position.weight.data[6] += torch.randn(48)  # row 1, column 2: not in this picture
+    net.position.weight.data[6] += torch.randn(48)  # row 1, column 2: not in this image
     assert torch.equal(net(x, time, time, cond), after)
     with pytest.raises(UserError, match="too small for an image"):
         net(packed(torch.randn(16, 12), [(4, 4)]), time, time, cond)
 
 
 def test_draw_covers_the_right_area():
-    """Anti-aliased by exact coverage: the mean of the mask is the rectangle's area, wherever it lies."""
+    """Anti-aliased by exact coverage: the mean of the mask is the rectangle's area, for any position."""
     data = ShapesData(size=16)
     combination = next(c for c in COMBINATIONS if c.prompt == "red plank on blue")
     look = data.look(np.full((50, 11), 0.5))

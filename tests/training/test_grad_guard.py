@@ -1,4 +1,4 @@
-"""Sick gradients: what counts as a spike, and a run that meets two of them."""
+"""Non-finite gradients and spikes: what counts as a spike, and a run with one of each."""
 
 import json
 import math
@@ -156,12 +156,12 @@ def poisoned(tmp_path_factory) -> Path:
 
 def test_a_run_skips_both_and_goes_on(poisoned, tmp_path):
     assert [int(path.stem[5:]) for path in sorted((poisoned / "skipped").iterdir())] == [NAN[0], HUGE[0]]
-    found = {line["step"]: line for line in lines(poisoned)}
-    assert sorted(found) == list(range(12))
-    assert "loss" not in found[NAN[0]]
-    assert all(math.isfinite(line["loss"]) for step, line in found.items() if step not in (NAN[0], HUGE[0]))
-    assert found[11]["skipped"] == 2
-    # the same verdicts by one process, and a resumed run remembers what is usual
+    by_step = {line["step"]: line for line in lines(poisoned)}
+    assert sorted(by_step) == list(range(12))
+    assert "loss" not in by_step[NAN[0]]
+    assert all(math.isfinite(line["loss"]) for step, line in by_step.items() if step not in (NAN[0], HUGE[0]))
+    assert by_step[11]["skipped"] == 2
+    # the same decisions by one process, and a resumed run remembers what is usual
     finish(tmp_path, 1, *POISONED, "trainer.stop_step=8")
     finish(tmp_path, 1, *POISONED)
     for one, two in zip(lines(tmp_path), lines(poisoned), strict=True):
@@ -173,17 +173,17 @@ def test_replay(poisoned):
     """Losses of the skipped batch again, the one that is not a number included."""
     for step in (NAN[0], HUGE[0]):
         head, _, *rows, norms = command("replay", str(poisoned), str(step)).splitlines()
-        told = json.loads((poisoned / "skipped" / f"step_{step:08d}.json").read_text())
-        samples = list(chain(*told["micro_batches"]))
+        record = json.loads((poisoned / "skipped" / f"step_{step:08d}.json").read_text())
+        samples = list(chain(*record["micro_batches"]))
         assert sorted(sample["position"] for sample in samples) == list(range(8))
         for row, sample in zip(rows, samples, strict=True):
             position, _, _, then, now = row.split()[:5]
             assert int(position) == sample["position"]
-            if step == NAN[0]:  # a checkpoint lies just before this step
+            if step == NAN[0]:  # there is a checkpoint just before this step
                 assert float(then) == pytest.approx(float(now), rel=1e-5, nan_ok=True)
                 assert math.isnan(float(now)) == (sample["position"] == NAN[1])
         assert f"weights after {step // 2 * 2} steps" in head
-        assert f"recorded {told['grad_norm']:.7g}" in norms
+        assert f"recorded {record['grad_norm']:.7g}" in norms
 
 
 def test_too_many_in_a_row_stop_the_run(tmp_path):

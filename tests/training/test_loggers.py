@@ -48,8 +48,8 @@ def test_tensorboard(tmp_path, image):
             loggers.numbers(step, {"loss": loss})
         loggers.image(2, "cells", image)
         loggers.close()
-    found = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0})
-    found.Reload()
-    assert [(event.step, event.value) for event in found.Scalars("loss")] == [(0, 1.0), (1, 2.0), (2, 2.0)]
-    assert found.Images("cells")[0].step == 2
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(0, 1.0), (1, 2.0), (2, 2.0)]
+    assert events.Images("cells")[0].step == 2
     assert Loggers(tmp_path, 0, WandbConfig("offline"), True, is_main=False).loggers == []

@@ -1,4 +1,4 @@
-"""A resumed run is the run: on the same number of processes to the bit, on another within rounding."""
+"""A resumed run equals an uninterrupted one: bitwise on the same number of processes, within rounding on another."""
 
 import json
 import shutil
@@ -18,10 +18,10 @@ SIZES = (1, 2, 4)
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory) -> dict[int, Path]:
     """The same run on one, two and four processes."""
-    found = {size: tmp_path_factory.mktemp(f"straight_{size}") for size in SIZES}
-    for size, folder in found.items():
+    folders = {size: tmp_path_factory.mktemp(f"straight_{size}") for size in SIZES}
+    for size, folder in folders.items():
         finish(folder, size, *MEASURED)
-    return found
+    return folders
 
 
 def copy_until(half: Path, source: Path, folder: Path) -> None:
@@ -50,7 +50,7 @@ def test_sharded_in_groups_with_activations_of_every_second_block_kept(straight,
 
 
 def test_batch_sizes_by_step(tmp_path):
-    """The sums of a step's parts are those of its whole, and a run goes on in the middle of a phase."""
+    """Micro-batches of a step add up to its batch, and a run resumes in the middle of a phase."""
     phases = "trainer.phases=[{step: 2, total_batch_size: 4}, {step: 4, lr: 1e-4}]"
     finish(tmp_path / "one", 1, phases, "trainer.stop_step=6")
     finish(tmp_path / "two", 2, phases, "trainer.stop_step=3")
@@ -65,9 +65,9 @@ def test_batch_sizes_by_step(tmp_path):
 @pytest.mark.parametrize("save", SIZES)
 def test_save_on_some_load_on_others(save, load, straight, tmp_path):
     copy_until(HALF, straight[save], tmp_path)
-    said = finish(tmp_path, load, *MEASURED)
-    assert f"resuming from {tmp_path / HALF}" in said
-    assert "config differs" not in said
+    output = finish(tmp_path, load, *MEASURED)
+    assert f"resuming from {tmp_path / HALF}" in output
+    assert "config differs" not in output
     resumed, expected = lines(tmp_path), lines(straight[save])
     for a, b in zip(expected, resumed, strict=True):
         assert a.keys() == b.keys()
@@ -80,8 +80,8 @@ def test_save_on_some_load_on_others(save, load, straight, tmp_path):
 
 def test_a_changed_config_is_shown_and_another_shape_refused(straight, tmp_path):
     copy_until(HALF, straight[1], tmp_path)
-    said = finish(tmp_path, 1, *MEASURED, "trainer.stop_step=5", "trainer.lr=2e-3")
-    assert "config differs from the run so far: trainer.lr: 0.001 -> 0.002" in said.splitlines()
+    output = finish(tmp_path, 1, *MEASURED, "trainer.stop_step=5", "trainer.lr=2e-3")
+    assert "config differs from the run so far: trainer.lr: 0.001 -> 0.002" in output.splitlines()
     (start,) = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
     assert set(start["config_changes"]) == {"trainer.stop_step: 6 -> 5", "trainer.lr: 0.001 -> 0.002"}
     assert start["processes"] == 1

@@ -63,9 +63,9 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("one")
-    said = train(folder, 1)
-    assert f"checkpoint: {folder}/checkpoints/step_00000012" in said
-    assert ("no GPU found" in said) == (accelerator_count() == 0)
+    output = train(folder, 1)
+    assert f"checkpoint: {folder}/checkpoints/step_00000012" in output
+    assert ("no GPU found" in output) == (accelerator_count() == 0)
     return folder
 
 
@@ -113,11 +113,11 @@ def test_stopped_and_resumed_equals_uninterrupted(two, tmp_path):
     assert "resuming from" in train(tmp_path, 2)
     for a, b in zip(losses(two), losses(tmp_path), strict=True):
         assert a == b
-    expected, found = (weights(folder / "checkpoints" / "step_00000012") for folder in (two, tmp_path))
-    assert expected.keys() == found.keys()
+    expected, resumed = (weights(folder / "checkpoints" / "step_00000012") for folder in (two, tmp_path))
+    assert expected.keys() == resumed.keys()
     assert len([name for name in expected if name.startswith("optimizer.")]) > 100
     for name, tensor in expected.items():
-        assert torch.equal(tensor, found[name]), name
+        assert torch.equal(tensor, resumed[name]), name
 
 
 def test_finished_run_has_nothing_to_do(one):
@@ -129,9 +129,9 @@ def test_images_do_not_depend_on_processes_or_batch(one, tmp_path):
     expected = infer(one, tmp_path / "a", 1, "inferencer.weights=both")
     assert {name[-6:-4] for name in expected} == {"01", "02", "04"}
     assert len({image.tobytes() for image in expected.values()}) == len(expected)
-    found = infer(one, tmp_path / "b", 2, "inferencer.weights=both", "inferencer.batch_size=1")
-    assert found.keys() == expected.keys()
-    assert max(np.abs(expected[file] - found[file]).max() for file in expected) <= 1
+    images = infer(one, tmp_path / "b", 2, "inferencer.weights=both", "inferencer.batch_size=1")
+    assert images.keys() == expected.keys()
+    assert max(np.abs(expected[file] - images[file]).max() for file in expected) <= 1
 
 
 def only_line(done: subprocess.CompletedProcess) -> str:
