@@ -1,8 +1,6 @@
-"""Pictures as the world has them, and 300 that it should not have: through the checker and the data set alike."""
+"""Ordinary image files, and more than 300 damaged or unusual ones that checker and training must judge alike."""
 
-import struct
 import warnings
-import zlib
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -16,15 +14,11 @@ from selfe.data.manifest import ManifestData
 from selfe.io import image_decode
 from selfe.tools import check_data
 from selfe.types import BadSample, signed
+from tests.helpers import image_files
+from tests.helpers.image_files import saved
 from tests.helpers.images import picture
 
 SIZE = (48, 64)
-
-
-def saved(image: Image.Image, kind: str, **options: object) -> bytes:
-    file = BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def read(content: bytes, **options: object) -> np.ndarray:
@@ -71,7 +65,7 @@ def test_transparency_is_put_on_white(mode):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_put_upright(orientation):
+def test_images_are_put_upright(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     turned = read(content := saved(picture(0, SIZE), "PNG", exif=exif))
@@ -110,7 +104,18 @@ def test_too_many_pixels_are_refused_before_decoding():
     assert image_decode.read(BytesIO(content), "it", max_pixels=9_000_000).size == (3000, 3000)
 
 
-# ---- what goes wrong ----
+# ---- damaged and unusual files ----
+
+FLIPS = 14  # damaged versions of each file
+SIZES_CLAIMED = ((2**31 - 1, 2**31 - 1), (60000, 60000), (0, 10), (1, 70000), (10**6, 1), (3, 5))
+NAMES = ("with space.jpg", "été.jpg", "紅い.jpg", "quote'\".jpg", "-dash.jpg", "%20.jpg", "a#b?.jpg", "x" * 200)
+NO_FILES = ("nothing.jpg", "y" * 300 + ".jpg", "no/such/folder.jpg", "empty.jpg/below.jpg", ".")
+NOT_IMAGES = {
+    "empty.jpg": b"",
+    "one.jpg": b"\xff",
+    "page.jpg": b"<html>not found</html>",
+    "program.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+}
 
 
 def good_files() -> dict[str, bytes]:
@@ -130,122 +135,130 @@ def good_files() -> dict[str, bytes]:
     }
 
 
-def png_of_size(width: int, height: int) -> bytes:
-    """A PNG that claims these dimensions and holds next to nothing."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = [header, b"IDAT" + zlib.compress(b"\0" * 100), b"IEND"]
-    framed = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+def with_flipped_bits(content: bytes, count: int, random: np.random.Generator) -> bytes:
+    flipped = np.frombuffer(content, np.uint8).copy()
+    for position in random.integers(len(flipped), size=count):
+        flipped[position] ^= 1 << random.integers(8)
+    return flipped.tobytes()
+
+
+def damaged_files(suffix: str, content: bytes, random: np.random.Generator) -> Iterator[tuple[str, bytes]]:
+    """Versions of a file, with their names: cut, with flipped bits, with zeros at the end, under wrong names."""
+    for version in range(FLIPS):
+        yield f"cut_{version}.{suffix}", content[: random.integers(len(content))]
+    for version in range(FLIPS):
+        yield f"flipped_{version}.{suffix}", with_flipped_bits(content, random.integers(1, 20), random)
+
+    start = random.integers(len(content) // 2)
+    yield f"zeros.{suffix}", content[:start] + bytes(len(content) - start)
+
+    yield f"called_{suffix}.txt", content
+    yield f"really_{suffix}.{'png' if suffix == 'jpg' else 'jpg'}", content
+    yield f"twice.{suffix}", content + content
 
 
 def odd_inputs(seed: int) -> Iterator[tuple[str, bytes | None]]:
-    """(file name, content or None for no file): always bad or always good is for the caller to find out."""
+    """(file name, content or None for no file); some can be read, some cannot."""
     random, good = np.random.default_rng(seed), good_files()
     for suffix, content in good.items():
-        for n in range(14):
-            yield f"cut_{n}.{suffix}", content[: random.integers(len(content))]
-        for n in range(14):
-            flipped = np.frombuffer(content, np.uint8).copy()
-            for at in random.integers(len(flipped), size=random.integers(1, 20)):
-                flipped[at] ^= 1 << random.integers(8)
-            yield f"flipped_{n}.{suffix}", flipped.tobytes()
-        start = random.integers(len(content) // 2)
-        yield f"zeros.{suffix}", content[:start] + bytes(len(content) - start)
-        yield f"called_{suffix}.txt", content
-        yield f"really_{suffix}.{'png' if suffix == 'jpg' else 'jpg'}", content
-        yield f"twice.{suffix}", content + content
-    for width, height in ((2**31 - 1, 2**31 - 1), (60000, 60000), (0, 10), (1, 70000), (10**6, 1), (3, 5)):
-        yield f"claims_{width}x{height}.png", png_of_size(width, height)
+        yield from damaged_files(suffix, content, random)
+
+    # sizes and modes
+    for width, height in SIZES_CLAIMED:
+        rows = np.zeros((1, 5, 3), np.uint8)
+        yield f"claims_{width}x{height}.png", image_files.png(rows, 8, 2, size=(width, height))
     for mode in ("F", "I", "YCbCr", "CMYK"):
         yield f"mode_{mode}.tiff", saved(picture(0, SIZE, mode), "TIFF")
-    for mode in ("LA", "RGBA", "1", "P"):
-        yield f"mode_{mode}.png", saved(transparent("L") if mode == "LA" else picture(0, SIZE, mode), "PNG")
-    for name in (
-        "with space.jpg",
-        "été.jpg",
-        "紅い.jpg",
-        "quote'\".jpg",
-        "-dash.jpg",
-        "%20.jpg",
-        "a#b?.jpg",
-        "x" * 200,
-    ):
+    for mode in ("RGBA", "1", "P"):
+        yield f"mode_{mode}.png", saved(picture(0, SIZE, mode), "PNG")
+    yield "mode_LA.png", saved(transparent("L"), "PNG")
+
+    # names, missing files, other files
+    for name in NAMES:
         yield name, good["jpg"]
-    for name in ("nothing.jpg", "y" * 300 + ".jpg", "nul\0byte.jpg", "no/such/folder.jpg", "empty.jpg/below.jpg", "."):
+    for name in NO_FILES:
         yield name, None
-    yield "empty.jpg", b""
-    yield "one.jpg", b"\xff"
-    yield "page.jpg", b"<html>not found</html>"
-    yield "program.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
+    yield from NOT_IMAGES.items()
 
 
-def test_every_odd_input_is_named_alike_by_checker_and_training(tmp_path):
+def check(manifest: Path, base_dir: Path) -> dict[int, check_data.Finding]:
+    """The findings of check-data, by line."""
+    limits = check_data.Limits(base_dir, min_side=1, max_pixels=10**7)
+    lines = check_data.batched(check_data.read_lines(manifest))
+    findings = check_data.findings(lines, manifest.stat().st_size, limits, workers=0)
+    return {int(finding.where.removeprefix("line ")): finding for finding in findings}
+
+
+def test_checker_and_training_refuse_the_same_files(tmp_path):
     lines, number_of = [], {}
     for number, (name, content) in enumerate(odd_inputs(0), start=1):
         if content is not None:
             (tmp_path / name).write_bytes(content)
-        lines.append(f"{name}\tpicture {number}".encode())
+        lines.append(f"{name}\timage {number}".encode())
         number_of[name] = number
     assert len(number_of) == len(lines) >= 300
     path = tmp_path / "odd.tsv"
     path.write_bytes(b"\n".join(lines) + b"\n")
-    limits = check_data.Limits(tmp_path, min_side=1, max_pixels=10**7)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow, about metadata
-        found = {finding.number: finding for finding in check_data.findings(path, limits, workers=0)}
-        feed = ManifestData(str(path), str(tmp_path), pixels=1024, max_pixels=10**7, on_bad_image="replace")
-        assert sorted(found) == list(range(1, len(lines) + 1))
-        bad = trained(feed, found)
-    kinds = {finding.kind for finding in found.values()}
+        findings = check(path, tmp_path)
+        data = ManifestData(str(path), str(tmp_path), pixels=1024, max_pixels=10**7, on_bad_image="replace")
+        problems = problems_of_training(data)
+        batch = data.batch(0, 0, range(16), range(16), "train")
+
+    # the same lines, each with its number
+    assert sorted(findings) == list(range(1, len(lines) + 1))
+    assert set(problems) == {number for number, finding in findings.items() if finding.kind}
+    for number, problem in problems.items():
+        for message in (problem, findings[number].problem):
+            assert f"line {number}: " in message
+            assert "\n" not in message
+
+    # a batch replaces them
+    assert all(image.shape[1] * image.shape[2] <= 1024 for image in batch.images)
+    assert batch.replaced
+
+    kinds = {finding.kind for finding in findings.values()}
     assert {"", "missing", "undecodable", "truncated", "too large"} <= kinds
-    assert 100 < len(bad) < len(lines) - 30
-    always_bad = ("claims_60000x60000.png", "mode_F.tiff", "program.jpg", "empty.jpg", "zeros.png")
-    never_bad = ("with space.jpg", "été.jpg", "紅い.jpg", "called_jpg.txt", "twice.jpg", "mode_CMYK.tiff")
-    assert {name: number_of[name] in bad for name in always_bad + never_bad} == dict.fromkeys(
-        always_bad, True
-    ) | dict.fromkeys(never_bad, False)
+    assert 100 < len(problems) < len(lines) - 30
+    for name in ("claims_60000x60000.png", "mode_F.tiff", "mode_I.tiff", "program.jpg", "empty.jpg", "zeros.png"):
+        assert number_of[name] in problems, name
+    for name in ("with space.jpg", "été.jpg", "紅い.jpg", "called_jpg.txt", "twice.jpg", "mode_CMYK.tiff"):
+        assert number_of[name] not in problems, name
 
 
-def trained(feed: ManifestData, found: dict[int, check_data.Finding]) -> set[int]:
-    """The line numbers of bad pictures: each is refused by the data set exactly if the checker names it."""
-    source, bad = feed.sources["train"][0], {}
+def problems_of_training(data: ManifestData) -> dict[int, str]:
+    """Read every image as training does; the messages by line."""
+    source, problems = data.sources["train"][0], {}
     for index in range(len(source)):
         try:
             tensor = image_decode.fit(source.image(index, 32), (32, 32))
+        except BadSample as problem:
+            problems[index + 1] = str(problem)
+        else:
             assert tensor.shape == (3, 32, 32)
             assert tensor.dtype == torch.uint8
-        except BadSample as problem:
-            bad[index + 1] = str(problem)
-    assert set(bad) == {number for number, finding in found.items() if finding.kind}
-    for number, problem in bad.items():
-        for told in (problem, found[number].problem):
-            assert f"line {number}: " in told
-            assert "\n" not in told
-    batch = feed.batch(0, 0, range(16), range(16), "train")
-    assert all(image.shape[1] * image.shape[2] <= 1024 for image in batch.images)
-    assert batch.replaced
-    return set(bad)
+    return problems
 
 
-def test_every_odd_line_is_named_alike_by_checker_and_training(tmp_path):
+def test_checker_and_training_refuse_the_same_lines(tmp_path):
     """Lines of a manifest with flipped bits: whatever the checker names, opening or reading the manifest names too."""
     random = np.random.default_rng(1)
     picture(0, SIZE).save(tmp_path / "a.jpg")
-    good = "a.jpg\tan été, 紅い\t64\t48".encode()
+    good, path = "a.jpg\tan été, 紅い\t64\t48".encode(), tmp_path / "odd.tsv"
+
     for _ in range(100):
-        line = np.frombuffer(good, np.uint8).copy()
-        for at in random.integers(len(line), size=random.integers(1, 4)):
-            line[at] ^= 1 << random.integers(8)
-        path = tmp_path / "odd.tsv"
-        path.write_bytes(line.tobytes() + b"\n")
-        limits = check_data.Limits(Path(tmp_path), min_side=1, max_pixels=10**7)
-        kinds = {finding.kind for finding in check_data.findings(path, limits, workers=0)} - {"", "wrong size"}
-        assert said_by_training(path) in (kinds or {""}), line.tobytes()
+        line = with_flipped_bits(good, random.integers(1, 4), random)
+        path.write_bytes(line + b"\n")
+        kinds = {finding.kind for finding in check(path, tmp_path).values()} - {"", "wrong size"}
+        assert kind_in_training(path) in (kinds or {""}), line
         for index in tmp_path.glob("*.index"):
             index.unlink()
 
 
-def said_by_training(path: Path) -> str:
+def kind_in_training(path: Path) -> str:
+    """The kind of problem that training has with a manifest of one line; empty if there is none."""
     try:
         ManifestData(str(path), str(path.parent), pixels=1024).batch(0, 0, range(1), [0], "train")
     except BadSample as problem:

@@ -50,22 +50,25 @@ def saved(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def png(
-    pixels: np.ndarray, depth: int, colour: int, chunks: Sequence[tuple[bytes, bytes]] = (), rows: int = 0
+    pixels: np.ndarray,
+    depth: int,
+    colour: int,
+    chunks: Sequence[tuple[bytes, bytes]] = (),
+    size: tuple[int, int] | None = None,
 ) -> bytes:
-    """A PNG of samples (height, width) or (height, width, channels); of the first `rows` rows only, if given."""
-    height, width = pixels.shape[:2]
-    lines = []
-    for row in pixels[: rows or height].reshape(-1, pixels[0].size):
+    """A PNG of samples (height, width) or (height, width, channels); `size` (width, height): what the header states."""
+    rows = []
+    for row in pixels.reshape(len(pixels), -1):
         if depth == 16:
             line = row.astype(">u2").tobytes()
         else:
             bits = np.unpackbits(row.astype(np.uint8)[:, None], axis=1)[:, 8 - depth :]
             line = np.packbits(bits.reshape(-1)).tobytes()
-        lines.append(b"\0" + line)
+        rows.append(b"\0" + line)
 
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", *(size or pixels.shape[1::-1]), depth, colour, 0, 0, 0)
     content = b"\x89PNG\r\n\x1a\n"
-    for name, data in ((b"IHDR", header), *chunks, (b"IDAT", zlib.compress(b"".join(lines))), (b"IEND", b"")):
+    for name, data in ((b"IHDR", header), *chunks, (b"IDAT", zlib.compress(b"".join(rows))), (b"IEND", b"")):
         content += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
     return content
 
@@ -387,7 +390,7 @@ def damaged() -> list[Case]:
         Case("cut_with_end.jpg", plain[: len(plain) * 2 // 3] + end, error="truncated"),
         Case("cut_with_end_progressive.jpg", progressive[: len(progressive) * 2 // 3] + end, error="truncated"),
         Case("cut.jpg", plain[: len(plain) * 2 // 3], error="truncated"),
-        Case("few_rows.png", png(QUARTERS, 8, 2, rows=12), error="truncated"),
+        Case("few_rows.png", png(QUARTERS[:12], 8, 2, size=(24, 16)), error="truncated"),
         Case("thumbnail_first.tif", tiff(pages), grey(large)),
         Case("thumbnail_last.tif", tiff(pages[::-1]), grey(large)),
         Case("rle4.bmp", bytes(bmp), error="RLE4"),
