@@ -24,9 +24,14 @@ def choose_device(local_rank: int) -> torch.device:
     return torch.device(torch.accelerator.current_accelerator().type, local_rank)
 
 
+def is_accelerator(device: torch.device) -> bool:
+    """Whether copies from the host to this device can run in the background, from pinned memory."""
+    return device.type not in ("cpu", "meta")
+
+
 def to_device(host: Tensor, device: torch.device) -> Tensor:
     """Copy a host tensor to the device without synchronising: pinned and non-blocking on accelerators."""
-    if device.type in ("cpu", "meta"):
+    if not is_accelerator(device):
         return host.to(device)
     return host.pin_memory().to(device, non_blocking=True)
 

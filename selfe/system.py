@@ -5,7 +5,8 @@ Both take the denoiser as an argument, because the trainer has two (live and EMA
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 
 import torch
@@ -15,7 +16,7 @@ from selfe import flow
 from selfe.protocols import Autoencoder, Backbone, Data, Denoiser, Objective, Sampler, ShardLoader, TextEncoder
 from selfe.rng import SampleRNG
 from selfe.samplers.guidance import guided
-from selfe.types import Batch, Loss, TextCond, UserError
+from selfe.types import Batch, Loss, StoredCaptions, TextCond, UserError
 
 
 class System:
@@ -54,7 +55,7 @@ class System:
 
         Raises UserError if an encoder returns non-finite values.
         """
-        conds = self.encode(self.objective.captions(batch.prompts, rng, step))
+        conds = self.encode(self.objective.captions(batch.prompts, rng, step), batch.text)
         x0 = self.autoencoder.encode(batch.images, rng)
         expect_finite(flow.sum_per_sample(x0.tokens, x0), batch.names, "system.autoencoder", HALF)
         return self.objective(net, ema, x0, conds, rng, step)
@@ -90,14 +91,42 @@ class System:
         expect_finite(torch.stack([image.sum() for image in images]), prompts, "system.autoencoder", HALF)
         return images
 
-    def encode(self, captions: dict[str, list[str]]) -> dict[str, TextCond]:
-        """Conditioning for lists of captions, by name. Each distinct caption is encoded once."""
-        number = {caption: i for i, caption in enumerate(dict.fromkeys(chain(*captions.values())))}
-        cond = self.text_encoder(list(number))
+    def caption_reader(self, seed: int) -> Callable[[Sequence[str], Sequence[int], int], StoredCaptions] | None:
+        """For loader workers: (prompts, positions, step) -> encodings of the captions that `loss` will ask for.
+
+        None unless the text encoder reads them from disk.
+        """
+        read = getattr(self.text_encoder, "read", None)
+        return read and partial(read_captions, self.objective, read, seed)
+
+    def encode(self, captions: dict[str, list[str]], stored: StoredCaptions | None = None) -> dict[str, TextCond]:
+        """Conditioning for lists of captions, by name. Each distinct caption is encoded once, or is in `stored`."""
+        number = {caption: i for i, caption in enumerate(distinct(captions))}
+        if stored is not None and stored.captions == tuple(number):
+            cond = stored.to(self.text_encoder.device)
+        else:
+            cond = self.text_encoder(list(number))
         sums = flow.sum_per_sample(cond.text.tokens, cond.text) + cond.pooled.sum(dim=1)
         expect_finite(sums, list(number), "system.text_encoder", HALF)
 
         return {name: cond.select([number[caption] for caption in wanted]) for name, wanted in captions.items()}
+
+
+def distinct(captions: dict[str, list[str]]) -> list[str]:
+    """The distinct captions of all lists, by first occurrence."""
+    return list(dict.fromkeys(chain(*captions.values())))
+
+
+def read_captions(
+    objective: Objective,
+    read: Callable[[Sequence[str]], StoredCaptions],
+    seed: int,
+    prompts: Sequence[str],
+    positions: Sequence[int],
+    step: int,
+) -> StoredCaptions:
+    """The stored encodings of the captions of a training micro-batch; prompt dropout is drawn as in the step."""
+    return read(distinct(objective.captions(prompts, SampleRNG.of_step(seed, step, positions), step)))
 
 
 # how to fix an encoder that overflows in half precision

@@ -359,7 +359,8 @@ class Trainer:
     def part(self, split: Split) -> MicroBatches:
         """This rank's micro-batches of a split, indexed by (step, micro-batch)."""
         sizes = self.cfg.samples_at, self.cfg.micro_batch_size, self.system.objective.batch_multiple
-        return MicroBatches(self.data, self.seed, *sizes, self.world, split)
+        read_captions = self.system.caption_reader(self.seed) if split == "train" else None
+        return MicroBatches(self.data, self.seed, *sizes, self.world, split, read_captions)
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:

@@ -93,30 +93,94 @@ class TextCond:
 
 
 @dataclass(frozen=True)
+class StoredCaptions:
+    """Stored encodings of distinct captions, on the host in their stored dtype."""
+
+    captions: tuple[str, ...]
+    tokens: Tensor  # (T, d_text), of all captions
+    lens: tuple[int, ...]  # tokens of each caption
+    pooled: Tensor  # (n, d_pooled)
+
+    def share_memory(self) -> None:
+        self.tokens.share_memory_(), self.pooled.share_memory_()
+
+    def pin_memory(self) -> StoredCaptions:
+        return replace(self, tokens=self.tokens.pin_memory(), pooled=self.pooled.pin_memory())
+
+    def to(self, device: torch.device) -> TextCond:
+        """The conditioning of the captions on `device`, float32."""
+        tokens, pooled = (to_device(values, device).float() for values in (self.tokens, self.pooled))
+        return TextCond(packed(tokens, [(1, length) for length in self.lens]), pooled)
+
+
+@dataclass(frozen=True)
 class Batch:
-    """B images of any shapes with captions, and their positions in the step's global batch."""
+    """B images of any shapes with captions, and their positions in the step's global batch.
+
+    Loader workers pass all images as views of one tensor (`flat`): each tensor that is sent costs a file descriptor,
+    and each copy to a device a call.
+    """
 
     images: tuple[Tensor, ...]  # B x (3, H, W), uint8 or float32 in [-1, 1]; or cached features of the autoencoder
     prompts: tuple[str, ...]
     positions: tuple[int, ...]  # index in the global batch, part of the key of a sample's random numbers
     names: tuple[str, ...]  # file of each sample, for error messages
     replaced: tuple[str, ...] = ()  # problems of bad samples that were replaced by others
+    text: StoredCaptions | None = None  # of the captions of this batch, if the text encoder reads a cache
+    flat: Tensor | None = None  # (n,), of which the images are views
+
+    def flattened(self) -> Batch:
+        """The batch with `flat`."""
+        if self.flat is not None or not self.images:
+            return self
+        return self.with_flat(torch.cat([image.flatten() for image in self.images]))
+
+    def with_flat(self, flat: Tensor) -> Batch:
+        """The same layout with other values (n,)."""
+        parts = flat.split([image.numel() for image in self.images])
+        images = tuple(part.view(image.shape) for part, image in zip(parts, self.images, strict=True))
+        return replace(self, images=images, flat=flat)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        tensors = [*self.images, *((self.text.tokens, self.text.pooled) if self.text else ())]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def share_memory(self) -> Batch:
+        """The batch in memory that other processes can map. Raises RuntimeError if there is not enough."""
+        batch = self.flattened()
+        if batch.flat is not None:
+            batch.flat.share_memory_()
+        if batch.text is not None:
+            batch.text.share_memory()
+        return batch
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory, from which copies to an accelerator do not block."""
+        batch = self.flattened()
+        if batch.flat is not None:
+            batch = batch.with_flat(batch.flat.pin_memory())
+        return replace(batch, text=batch.text and batch.text.pin_memory())
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on `device`, uint8 images converted to float32 in [-1, 1]."""
-        return replace(self, images=tuple(signed(image.to(device, non_blocking=True)) for image in self.images))
+        """The batch on `device` by one copy, uint8 images converted to float32 in [-1, 1]; `text` stays on the host."""
+        batch = self.flattened()
+        return batch if batch.flat is None else batch.with_flat(signed(to_device(batch.flat, device)))
 
     def __reduce__(self) -> tuple:
-        """Pickle all images as one tensor: each tensor sent by a loader worker costs a file descriptor."""
-        flat = torch.cat([image.flatten() for image in self.images])
-        rest = self.prompts, self.positions, self.names, self.replaced
-        return Batch.arrived, (flat, [image.shape for image in self.images], *rest)
+        """Pickle all images as one tensor."""
+        batch = self.flattened()
+        shapes = [image.shape for image in self.images]
+        return Batch.restored, (batch.flat, shapes, self.prompts, self.positions, self.names, self.replaced, self.text)
 
     @classmethod
-    def arrived(cls, flat: Tensor, shapes: Sequence[torch.Size], *rest: tuple) -> Batch:
-        """The inverse of `__reduce__`; images are views of `flat`."""
+    def restored(cls, flat: Tensor | None, shapes: Sequence[torch.Size], *fields: tuple) -> Batch:
+        """The inverse of `__reduce__`."""
+        if flat is None:
+            return cls((), *fields)
         parts = flat.split([shape.numel() for shape in shapes])
-        return cls(tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True)), *rest)
+        return cls(tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True)), *fields, flat)
 
 
 def signed(image: Tensor) -> Tensor:

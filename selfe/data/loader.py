@@ -2,30 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import math
+import multiprocessing
+import shutil
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from selfe import signals
 from selfe.data.buckets import balance
+from selfe.device import is_accelerator
+from selfe.distributed import collectives
 from selfe.distributed.collectives import World
 from selfe.protocols import Data
-from selfe.types import Batch, Split, UserError
+from selfe.types import Batch, Split, StoredCaptions, UserError
+
+AHEAD = 2  # batches that each worker prepares in advance
+SHARED = Path("/dev/shm")  # through which workers hand over batches (Linux)
+MORE_SHARED = "start the container with --ipc=host or --shm-size=8g, or lower trainer.num_workers"
 
 
 def make_loader(part: MicroBatches, order: Iterable[tuple[int, int]], num_workers: int) -> Iterator[Batch | UserError]:
     """Iterate over the micro-batches of (step, place) pairs, in order."""
     loader = DataLoader(
-        part,
+        Shared(part, num_workers),
         sampler=order,
         batch_size=None,
         num_workers=num_workers,
+        prefetch_factor=AHEAD if num_workers else None,
+        pin_memory=is_accelerator(part.world.device),
         worker_init_fn=signals.ignore,
         generator=torch.Generator(),  # keeps DataLoader from advancing the global generator
     )
-    return iter(loader)
+    return WatchedLoader(loader, f"rank {part.world.rank}", "trainer.num_workers")
+
+
+class WatchedLoader(Iterator):
+    """The items of a DataLoader; a worker that was ended by a signal is reported in one line.
+
+    torch raises an error wherever the main thread is when a worker ends. Here it is raised instead of the next item
+    that is missing, within seconds.
+    """
+
+    def __init__(self, loader: DataLoader, owner: str, option: str):
+        """`owner` of the workers and the `option` that sets their number, for error messages."""
+        self.owner, self.option = owner, option
+
+        # start the workers, without torch's handler for the end of a child process
+        handler, children = signal.getsignal(signal.SIGCHLD), set(multiprocessing.active_children())
+        self.items = iter(loader)
+        self.workers = [child for child in multiprocessing.active_children() if child not in children]
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+
+    def __next__(self) -> Any:
+        try:
+            return next(self.items)
+        except (RuntimeError, OSError, EOFError) as error:  # OSError: the batch of a worker that has just ended
+            self.raise_if_worker_ended(error)
+            raise
+
+    def raise_if_worker_ended(self, error: Exception) -> None:
+        """Raise UserError if a worker was ended by a signal."""
+        ended = connection.wait([worker.sentinel for worker in self.workers], timeout=1)
+        for worker in self.workers:
+            if worker.sentinel in ended:
+                worker.join(1)  # its exit code is there a moment after its files are closed
+            if (worker.exitcode or 0) < 0:
+                name = signal.Signals(-worker.exitcode).name
+                causes = {"SIGKILL": " (often: out of memory)", "SIGBUS": f" (often: {SHARED} is full)"}
+                remedy = MORE_SHARED if name == "SIGBUS" else f"lower {self.option}"
+                message = f"data worker of {self.owner} was ended by {name}{causes.get(name, '')}; {remedy}"
+                raise UserError(message) from error
+
+
+class Shared(Dataset):
+    """Micro-batches; in a worker process, in shared memory, where a lack of it can be reported."""
+
+    def __init__(self, part: MicroBatches, num_workers: int):
+        self.part = part
+        # the most that can be waiting: those prepared in advance, and the one in use, by every process of this machine
+        self.copies = (AHEAD * num_workers + 1) * collectives.local_size(part.world)
+        self.room = shutil.disk_usage(SHARED).free if SHARED.is_dir() else math.inf
+
+    def __getitem__(self, index: tuple[int, int]) -> Batch | UserError:
+        batch = self.part[index]
+        if isinstance(batch, UserError) or get_worker_info() is None:
+            return batch
+
+        needed, room = self.copies * batch.num_bytes, self.room
+        shortage = f"the data workers need {needed / 1e6:.0f} MB of {SHARED}, which has {room / 1e6:.0f}; {MORE_SHARED}"
+        if needed > room:
+            return UserError(shortage)
+        try:
+            return batch.share_memory()
+        except RuntimeError as error:
+            return UserError(f"{shortage} ({error})")
 
 
 @dataclass(frozen=True)
@@ -42,6 +119,8 @@ class MicroBatches(Dataset):
     multiple: int  # neighbouring positions that stay on one rank
     world: World
     split: Split
+    # (prompts, positions, step) -> stored encodings of the captions that the step needs
+    read_captions: Callable[[Sequence[str], Sequence[int], int], StoredCaptions] | None = None
 
     def __getitem__(self, index: tuple[int, int]) -> Batch | UserError:
         """Micro-batch `place` of a step on this rank."""
@@ -51,7 +130,10 @@ class MicroBatches(Dataset):
         try:
             costs = self.data.costs(self.seed, step, samples, self.split)
             positions = balance(costs, self.world.size, self.micro, self.multiple)[self.world.rank][place]
-            return self.data.batch(self.seed, step, samples, positions, self.split)
+            batch = self.data.batch(self.seed, step, samples, positions, self.split)
+            if self.read_captions is None:
+                return batch
+            return replace(batch, text=self.read_captions(batch.prompts, batch.positions, step))
         except UserError as error:
             return error
 

@@ -66,6 +66,11 @@ def _store(size: int) -> dist.Store:
     return store
 
 
+def local_size(world: World) -> int:
+    """Number of processes of the job on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+
+
 def set_note(name: str, note: str) -> None:
     """Publish a note for the other processes through the store; works even if collectives hang."""
     _notes.set(name, note)

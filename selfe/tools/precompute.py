@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from selfe import config, launch, log
 from selfe.data.dataset import BucketedDataset, SampleSpec
+from selfe.data.loader import WatchedLoader
 from selfe.distributed import collectives
 from selfe.distributed.collectives import World
 from selfe.io import feature_cache
@@ -224,6 +225,7 @@ class Precompute:
         """Write one shard of latents."""
         order = sorted(items, key=self.pictures.shape)  # equal shapes share a batch
         loader = DataLoader(self.pictures, sampler=order, batch_size=None, num_workers=self.options.workers)
+        loader = WatchedLoader(loader, f"rank {self.world.rank}", "--workers")
 
         entries = {}
         for part in chunks(loader, self.options.batch_size):
@@ -276,7 +278,7 @@ class Precompute:
             raise UserError(f"{self.folder}: the disk lacks {size(latents + text - done - free)}; use another --out")
 
 
-def chunks(items: Sequence | DataLoader, length: int) -> Iterator[list]:
+def chunks(items: Iterable, length: int) -> Iterator[list]:
     """Lists of `length` consecutive items; the last may be shorter."""
     items = iter(items)
     while part := list(islice(items, length)):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,21 @@ def test_the_cache_holds_each_caption_once_and_null_and_fake_prompts(cached):
     system.load_encoders(CPU)
     with pytest.raises(BadSample, match=r"does not contain the caption 'never seen'; run selfe precompute"):
         system.text_encoder(["picture 3", "never seen"])
+
+
+def test_captions_read_in_the_workers_are_those_of_the_step(cached, monkeypatch):
+    system, data, _ = build(cached)
+    system.load_encoders(CPU)
+    batch = data.batch(0, 5, range(40, 48), range(8), "train")
+    read = pickle.loads(pickle.dumps(system.caption_reader(seed=0)))
+    text = read(batch.prompts, batch.positions, 5)
+    captions = system.objective.captions(batch.prompts, SampleRNG.of_step(0, 5, batch.positions), 5)
+    expected = system.encode(captions)
+    monkeypatch.delattr(type(system.text_encoder), "__call__")  # the main process reads nothing
+    for name, cond in system.encode(captions, text).items():
+        assert torch.equal(cond.text.tokens, expected[name].text.tokens)
+        assert torch.equal(cond.pooled, expected[name].pooled)
+        assert cond.text.grids == expected[name].text.grids
 
 
 @pytest.mark.parametrize(
