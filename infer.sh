@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sample: ./infer.sh CONFIG [NGPUS] [key=value ...]. Installs what is missing into this folder first. --help says the rest.
+# Sample: ./infer.sh CONFIG [NGPUS] [key=value ...]. Installs missing packages into .venv first. Options: --help.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 "$here/scripts/setup.sh"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fetch the frozen encoders: scripts/cache_pretrained_only.sh --cache-dir DIR [--hf-token TOKEN] [--flux-vae-only]. --help says the rest.
+# Download the frozen encoders: scripts/cache_pretrained_only.sh --cache-dir DIR [--hf-token TOKEN] [--flux-vae-only].
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 "$here/scripts/setup.sh"

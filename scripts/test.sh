@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The tests: ./scripts/test.sh [pytest options]. Installs what is missing into this folder first; on CI also the browser
-# that tests drive, into the system.
+# The tests: ./scripts/test.sh [pytest options]. Installs missing packages into .venv first; on CI also the browser that
+# some tests drive, into the system.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
