@@ -23,15 +23,20 @@ class Conversion(NamedTuple):
     transform: ImageCms.ImageCmsTransform | None = None
 
 
-def to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str]:
+def to_srgb(image: Image.Image, profile: object) -> tuple[Image.Image, str]:
     """Convert an RGB, L or CMYK image without transparency to RGB.
+
+    Args:
+        profile: the bytes of its profile, empty if it has none. Of damaged profiles, Pillow gives None or a number.
 
     Returns:
         The image and the name of the profile: its description, or one of `NONE`, `SRGB` and `UNREADABLE`. A profile
         that is damaged, or not one of this kind of image, is `UNREADABLE`, and the image counts as sRGB.
     """
-    if not profile:
+    if profile == b"":
         return as_rgb(image), NONE
+    if not isinstance(profile, bytes):
+        return as_rgb(image), UNREADABLE
 
     name, mode, transform = conversion(profile)
     if transform is None:

@@ -29,6 +29,7 @@ Image.init()
 FORMATS = {"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP"}
 FORMATS = sorted(FORMATS & set(Image.OPEN))  # AVIF support is optional in Pillow
 SUFFIXES = {suffix[1:] for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+JPEGS = ("JPEG", "MPO")  # MPO: several JPEG images in one file, of which Pillow decodes the first
 NO_SIGNATURE = "TGA"  # the format that is tried when no other accepts the first bytes of a file
 Image.MAX_IMAGE_PIXELS = None  # replaced by `max_pixels`
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # Pillow logs some errors, without a name, before it raises them
@@ -90,7 +91,7 @@ def decode(
         if image.format == "PNG":
             image.verify()
             image, _ = open_image(stream)
-        if enough and image.format == "JPEG":
+        if enough and image.format in JPEGS:
             shrink = max(min(image.size) // enough, 1)
             image.draft(None, (image.width // shrink, image.height // shrink))
 
@@ -197,8 +198,11 @@ def limit(image: Image.Image, name: str, max_pixels: int) -> None:
 
 def refuse_incomplete(image: Image.Image, stream: BinaryIO) -> None:
     """Raise an OSError for a decoded image whose pixels end early without an error of the decoder."""
-    ends_early = {"JPEG": image_damage.jpeg_ends_early, "PNG": image_damage.png_ends_early}.get(image.format)
-    if ends_early and ends_early(image, stream):
+    if image.format in JPEGS:
+        ends_early = image_damage.jpeg_ends_early(image, stream)
+    else:
+        ends_early = image.format == "PNG" and image_damage.png_ends_early(image, stream)
+    if ends_early:
         raise OSError("image file is truncated: its pixel data end early")
 
 
@@ -256,8 +260,8 @@ def to_rgb(image: Image.Image, header: Header, stream: BinaryIO, convert_icc: bo
     elif image.mode not in ("RGB", "L", "CMYK"):
         image = image.convert("L" if image.mode == "1" else "RGB")
 
-    profile = (header.profile or image.info.get("icc_profile")) if convert_icc else None
-    image, name = color_profiles.to_srgb(image, profile)
+    profile = header.profile or image.info.get("icc_profile", b"")
+    image, name = color_profiles.to_srgb(image, profile if convert_icc else b"")
 
     if alpha:
         image.putalpha(alpha)

@@ -293,6 +293,9 @@ def profiles() -> list[Case]:
     cases += [
         Case("damaged_profile.png", saved(IMAGE, "PNG", icc_profile=b"not a profile"), QUARTERS),
         Case("cut_profile.png", saved(IMAGE, "PNG", icc_profile=profile[:200]), QUARTERS),
+        Case(
+            "profile_of_numbers.tif", tiff([(page(2, 1, [8], t34675=[1, 2, 3]), b"\0\x80")]), grey(np.array([[0, 128]]))
+        ),
         Case("cmyk_profile.png", saved(IMAGE, "PNG", icc_profile=cmyk_profile()), QUARTERS),
     ]
     text = PngImagePlugin.PngInfo()
@@ -375,7 +378,8 @@ def damaged() -> list[Case]:
     """Files that end early, are misread by Pillow, or are no images; each names its cause. And some that are fine."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)).resize((64, 64))
     plain, progressive = saved(noise, "JPEG"), saved(noise, "JPEG", progressive=True)
-    end = b"\xff\xd9"
+    stereo = saved(noise, "MPO", save_all=True, append_images=[noise])
+    end, cut = b"\xff\xd9", len(plain) * 2 // 3
     broken_start = bytearray(png(QUARTERS, 8, 2))
     broken_start[20] ^= 1  # the width, so that the checksum of the header is wrong
     twelve_bits = bytearray(plain)
@@ -387,9 +391,11 @@ def damaged() -> list[Case]:
     planes = tiff([(page(4, 4, [16, 16, 16], 2, t284=[2], t273=[8] * 3, t279=[32] * 3), bytes(96))])
 
     return [
-        Case("cut_with_end.jpg", plain[: len(plain) * 2 // 3] + end, error="truncated"),
+        Case("cut_with_end.jpg", plain[:cut] + end, error="truncated"),
         Case("cut_with_end_progressive.jpg", progressive[: len(progressive) * 2 // 3] + end, error="truncated"),
-        Case("cut.jpg", plain[: len(plain) * 2 // 3], error="truncated"),
+        Case("cut_with_end.mpo", stereo[:cut] + end + stereo[cut + 2 :], error="truncated"),
+        Case("stereo.mpo", stereo, np.asarray(noise), 60),
+        Case("cut.jpg", plain[:cut], error="truncated"),
         Case("few_rows.png", png(QUARTERS[:12], 8, 2, size=(24, 16)), error="truncated"),
         Case("thumbnail_first.tif", tiff(pages), grey(large)),
         Case("thumbnail_last.tif", tiff(pages[::-1]), grey(large)),
