@@ -18,7 +18,7 @@ from PIL import Image, ImageChops
 # ---- JPEG ----
 
 START_OF_SCAN, END_OF_IMAGE, PROGRESSIVE = 0xDA, 0xD9, (0xC2, 0xCA)
-MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")  # not a stuffed byte, not a restart inside of a scan
+MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # not a stuffed byte, not a restart inside of a scan
 MID_GREY = {127, 128}  # of blocks without data; 127 in inverted CMYK
 # other data in place of the end: decoded where data are missing, skipped where they are complete
 FILLER = bytes(range(1, 250)) * 40

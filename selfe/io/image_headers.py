@@ -25,6 +25,7 @@ from PIL.TiffImagePlugin import (
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 CODESTREAM = b"\xff\x4f\xff\x51"  # start of a JPEG 2000 codestream
 LAST_CHUNKS = (b"IDAT", b"IEND")  # end of a PNG header
+GREY, PALETTE, GREY_ALPHA = 0, 3, 4  # colour types of PNG
 RLE4 = 2  # compression of a BMP
 SIGNED = 2  # sample format of a TIFF
 YCBCR, WHITE_IS_ZERO, PLANES, UNCOMPRESSED = 6, 0, 2, 1  # values of TIFF tags
@@ -80,8 +81,8 @@ def examine(image: Image.Image, file: BinaryIO) -> Header:
         Unsupported: the file cannot be decoded to the right pixels.
     """
     position = file.tell()
-    read = {"TIFF": of_tiff, "PNG": of_png, "JPEG2000": of_jpeg2000, "BMP": of_bmp}.get(image.format)
-    header = read(image, file) if read else Header()
+    reader = {"TIFF": of_tiff, "PNG": of_png, "JPEG2000": of_jpeg2000, "BMP": of_bmp}.get(image.format)
+    header = reader(image, file) if reader else Header()
     file.seek(position)
 
     if image.mode == "F":
@@ -168,13 +169,13 @@ def of_tiff(image: Image.Image, file: BinaryIO) -> Header:
 def of_png(image: Image.Image, file: BinaryIO) -> Header:
     chunks = png_header(file)
     depth, colour = chunks[b"IHDR"][8:10]
-    if image.mode == "P" or colour == 3:
+    if colour == PALETTE:
         return Header()
 
     # significant bits, where samples were scaled up to fill `depth` bits
     container = 16 if image.mode.startswith("I") else 8  # bits of a decoded sample
     significant = tuple(chunks.get(b"sBIT", b""))
-    if colour == 4 and image.mode == "RGBA" and len(significant) == 2:  # grey and alpha of 16 bits
+    if colour == GREY_ALPHA and image.mode == "RGBA" and len(significant) == 2:  # of 16 bits, which Pillow reads so
         significant = (significant[0],) * 3 + significant[1:]
     if len(significant) != len(image.getbands()) or not all(0 < bits <= depth for bits in significant):
         significant = (depth,) * len(image.getbands())
@@ -185,8 +186,9 @@ def of_png(image: Image.Image, file: BinaryIO) -> Header:
     # a transparent colour is stored in 16 bits per sample; Pillow compares it with samples that it has scaled
     transparent = None
     if b"tRNS" in chunks and depth in (2, 4, 16):
-        stored = struct.unpack(f">{len(chunks[b'tRNS']) // 2}H", chunks[b"tRNS"][: len(chunks[b"tRNS"]) // 2 * 2])
-        if len(stored) == (1 if colour == 0 else 3):
+        values = chunks[b"tRNS"]
+        stored = [int.from_bytes(values[i : i + 2], "big") for i in range(0, len(values), 2)]
+        if len(stored) == (1 if colour == GREY else 3):
             transparent = tuple(value % 2**depth for value in stored)
     return Header(scales=scales, transparent=transparent, depth=depth)
 
@@ -195,7 +197,7 @@ def of_jpeg2000(image: Image.Image, file: BinaryIO) -> Header:
     profile = None
     file.seek(0)
     if file.read(4) != CODESTREAM:
-        boxes = dict(jpeg2000_boxes(file, 0, size_of(file)))
+        boxes = dict(jpeg2000_boxes(file, 0, file.seek(0, 2)))
         start, end = boxes.get(b"jp2h", (0, 0))
         inner = dict(jpeg2000_boxes(file, start, end))
 
@@ -207,7 +209,7 @@ def of_jpeg2000(image: Image.Image, file: BinaryIO) -> Header:
             content = file.read(end - start)
             profile = content[3:] if content[:1] == b"\2" else None  # method 2: an ICC profile
 
-        file.seek(boxes[b"jp2c"][0])
+        file.seek(boxes.get(b"jp2c", (0, 0))[0])
         if file.read(4) != CODESTREAM:
             raise Unsupported("the JPEG 2000 codestream is damaged")
 
@@ -262,11 +264,6 @@ def jpeg2000_boxes(file: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes
             return
         yield name, (content, start + length)
         start += length
-
-
-def size_of(file: BinaryIO) -> int:
-    """Number of bytes of a file."""
-    return file.seek(0, 2)
 
 
 def tiff_area(image: Image.Image) -> int:
