@@ -28,7 +28,7 @@ Image.init()
 # only raster image formats; excludes EPS, which runs an interpreter
 FORMATS = {"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP"}
 FORMATS = sorted(FORMATS & set(Image.OPEN))  # AVIF support is optional in Pillow
-SUFFIXES = {suffix[1:] for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+SUFFIXES = {suffix[1:] for suffix, kind in Image.registered_extensions().items() if kind in FORMATS} | {"avif"}
 JPEGS = ("JPEG", "MPO")  # MPO: several JPEG images in one file, of which Pillow decodes the first
 NO_SIGNATURE = "TGA"  # the format that is tried when no other accepts the first bytes of a file
 Image.MAX_IMAGE_PIXELS = None  # replaced by `max_pixels`
@@ -150,22 +150,39 @@ def open_image(stream: BinaryIO) -> tuple[Image.Image, Header]:
     if not start:
         raise ValueError("the file is empty")
 
-    # the one decoder that accepts the first bytes; unlike Image.open, it names what is wrong
-    accepting = [kind for kind in FORMATS if Image.OPEN[kind][1] and Image.OPEN[kind][1](start[:16]) is True]
-    kind = accepting[0] if accepting else NO_SIGNATURE
+    kind = format_of(start)
     stream.seek(0)
     try:
-        image = Image.OPEN[kind][0](stream, "")
+        factory, _ = Image.OPEN[kind]  # unlike Image.open, it raises an error that names what is wrong
+        image = factory(stream, "")
     except Exception as error:
-        what = image_headers.not_an_image(start) or f"not one of {', '.join(FORMATS)}"
-        if accepting and not image_headers.not_an_image(start):
-            what = f"{kind}: {error}"
-        raise UnidentifiedImageError(what) from error
+        raise UnidentifiedImageError(cause(error, kind, start)) from error
 
     if image.format == "TIFF":
         select_largest_page(image)
         image.info.pop("xmp", None)  # Pillow turns TIFF files by EXIF, and without it by XMP, which does not count
     return image, image_headers.examine(image, stream)
+
+
+def format_of(start: bytes) -> str:
+    """The format whose decoder accepts the first bytes of a file."""
+    for kind in FORMATS:
+        _, accept = Image.OPEN[kind]
+        answer = accept(start[:16]) if accept else False
+        if isinstance(answer, str):  # the format is known, and this installation of Pillow cannot decode it
+            raise UnidentifiedImageError(answer)
+        if answer:
+            return kind
+    return NO_SIGNATURE
+
+
+def cause(error: Exception, kind: str, start: bytes) -> str:
+    """Why a file that starts with these bytes could not be opened."""
+    if other := image_headers.not_an_image(start):
+        return other
+    if kind == NO_SIGNATURE:
+        return f"not one of {', '.join(FORMATS)}"
+    return f"{kind}: no tag {error}" if isinstance(error, KeyError) else f"{kind}: {error}"
 
 
 def select_largest_page(image: Image.Image) -> None:

@@ -16,6 +16,8 @@ from PIL import Image, PngImagePlugin
 
 ORIENTATION = 0x0112
 RESOLUTION_UNIT, WINDOWS_TITLE = 0x0128, 0x9C9B
+# first column and row of each pass of an interlaced PNG, then the steps between columns and between rows
+ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 # what each orientation does to the pixels of a stored image, to show it upright
 UPRIGHT = {
     1: lambda pixels: pixels,
@@ -55,22 +57,27 @@ def png(
     colour: int,
     chunks: Sequence[tuple[bytes, bytes]] = (),
     size: tuple[int, int] | None = None,
+    interlaced: bool = False,
 ) -> bytes:
     """A PNG of samples (height, width) or (height, width, channels); `size` (width, height): what the header states."""
-    rows = []
-    for row in pixels.reshape(len(pixels), -1):
-        if depth == 16:
-            line = row.astype(">u2").tobytes()
-        else:
-            bits = np.unpackbits(row.astype(np.uint8)[:, None], axis=1)[:, 8 - depth :]
-            line = np.packbits(bits.reshape(-1)).tobytes()
-        rows.append(b"\0" + line)
+    rows = b""
+    for left, top, across, down in ADAM7 if interlaced else ((0, 0, 1, 1),):
+        part = pixels[top::down, left::across]
+        for row in part if part.size else ():
+            rows += b"\0" + png_row(row.reshape(-1), depth)
 
-    header = struct.pack(">IIBBBBB", *(size or pixels.shape[1::-1]), depth, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", *(size or pixels.shape[1::-1]), depth, colour, 0, 0, interlaced)
     content = b"\x89PNG\r\n\x1a\n"
-    for name, data in ((b"IHDR", header), *chunks, (b"IDAT", zlib.compress(b"".join(rows))), (b"IEND", b"")):
+    for name, data in ((b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
         content += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
     return content
+
+
+def png_row(samples: np.ndarray, depth: int) -> bytes:
+    if depth == 16:
+        return samples.astype(">u2").tobytes()
+    bits = np.unpackbits(samples.astype(np.uint8)[:, None], axis=1)[:, 8 - depth :]
+    return np.packbits(bits.reshape(-1)).tobytes()
 
 
 def tiff(pages: Sequence[tuple[dict[int, Sequence[int]], bytes]]) -> bytes:
@@ -416,8 +423,23 @@ def damaged() -> list[Case]:
     ]  # fmt: skip
 
 
+def interlaced() -> list[Case]:
+    """Complete interlaced PNG files with a black end, and without their last row."""
+    cases = []
+    for width, height in ((1, 1), (2, 3), (5, 9), (8, 8), (13, 7)):
+        pixels = np.zeros((height, width), int)
+        pixels[: height // 2] = 1
+        for depth in (1, 8, 16):
+            name, shown = f"interlaced_{width}x{height}x{depth}", grey(pixels * 255 // (2**depth - 1))
+            cases.append(Case(f"{name}.png", png(pixels, depth, 0, interlaced=True), shown))
+
+        short = png(pixels[:-1], 8, 0, size=(width, height), interlaced=True)
+        cases.append(Case(f"interlaced_{width}x{height}_short.png", short, error="truncated"))
+    return cases
+
+
 def all_cases() -> list[Case]:
-    return orientations() + profiles() + ranges() + damaged()
+    return orientations() + profiles() + ranges() + interlaced() + damaged()
 
 
 def write(folder: Path, cases: Sequence[Case]) -> None:
