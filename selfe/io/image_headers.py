@@ -7,7 +7,6 @@ so that they accept the same files and agree on their sizes.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
@@ -197,9 +196,8 @@ def of_jpeg2000(image: Image.Image, file: BinaryIO) -> Header:
     profile = None
     file.seek(0)
     if file.read(4) != CODESTREAM:
-        boxes = dict(jpeg2000_boxes(file, 0, file.seek(0, 2)))
-        start, end = boxes.get(b"jp2h", (0, 0))
-        inner = dict(jpeg2000_boxes(file, start, end))
+        boxes = jpeg2000_boxes(file, 0, file.seek(0, 2))
+        inner = jpeg2000_boxes(file, *boxes.get(b"jp2h", (0, 0)))
 
         if b"pclr" in inner:
             raise Unsupported("Pillow misreads JPEG 2000 files with a palette")
@@ -249,8 +247,9 @@ def png_header(file: BinaryIO) -> dict[bytes, bytes]:
     return chunks
 
 
-def jpeg2000_boxes(file: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, tuple[int, int]]]:
-    """Name and extent of the content of each box between two offsets."""
+def jpeg2000_boxes(file: BinaryIO, start: int, end: int) -> dict[bytes, tuple[int, int]]:
+    """Start and end of the content of the boxes between two offsets, by name; of several, the first counts."""
+    boxes = {}
     while start + 8 <= end:
         file.seek(start)
         length, name = struct.unpack(">I4s", file.read(8))
@@ -261,9 +260,10 @@ def jpeg2000_boxes(file: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes
         if length == 0:  # up to the end
             length = end - start
         if length < content - start:
-            return
-        yield name, (content, start + length)
+            break
+        boxes.setdefault(name, (content, start + length))
         start += length
+    return boxes
 
 
 def tiff_area(image: Image.Image) -> int:

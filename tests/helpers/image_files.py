@@ -287,6 +287,12 @@ def profiles() -> list[Case]:
     half = np.broadcast_to((in_srgb(colour, DISPLAY_P3, 2.2) * 128 + 255 * 127) // 255, (16, 16, 3))
     cases.append(Case("display_p3_alpha.png", saved(solid, "PNG", icc_profile=profile), half, 3))
 
+    # in JPEG 2000, in a box that Pillow does not read; method 2 is an ICC profile
+    solid = Image.new("RGB", (16, 16), colour)
+    box = struct.pack(">I4sBBB", len(profile) + 11, b"colr", 2, 0, 0) + profile
+    pixels = np.broadcast_to(in_srgb(colour, DISPLAY_P3, 2.2), (16, 16, 3))
+    cases.append(Case("display_p3.jp2", with_box(saved(solid, "JPEG2000"), box, b"colr"), pixels, 3))
+
     steps = Image.fromarray(STEPS.astype(np.uint8))
     linear = grey(srgb_levels(STEPS / 255))
     cases.append(Case("grey_linear.png", saved(steps, "PNG", icc_profile=grey_profile(1.0)), linear, 3))
@@ -307,8 +313,6 @@ def profiles() -> list[Case]:
     ]
     text = PngImagePlugin.PngInfo()
     text.add_text("comment", "x" * LARGE, zip=True)
-    solid = Image.new("RGB", (16, 16), colour)
-    pixels = np.broadcast_to(in_srgb(colour, DISPLAY_P3, 2.2), (16, 16, 3))
     cases += [
         Case("large_text.png", saved(IMAGE, "PNG", pnginfo=text), QUARTERS),
         Case("large_profile.png", saved(solid, "PNG", icc_profile=profile + bytes(LARGE)), pixels, 3),
@@ -360,17 +364,26 @@ def ranges() -> list[Case]:
     eight = saved(Image.fromarray((120 + four).astype(np.uint8).repeat(4, axis=0)), "JPEG2000")
     sixteen = saved(Image.fromarray((32768 - 2048 + twelve[:, :5]).astype(np.uint16).repeat(4, axis=0)), "JPEG2000")
     colours = saved(IMAGE, "JPEG2000")
-    header = colours.index(b"jp2h") - 4
-    length = struct.unpack_from(">I", colours, header)[0]
     palette = struct.pack(">I4sHB", 12, b"pclr", 1, 1) + b"\7"
-    with_palette = colours[:header] + struct.pack(">I", length + 12) + colours[header + 4 : header + length] + palette
     cases += [
         Case("grey4.jp2", with_bits(eight, 4), grey((four * 17).repeat(4, axis=0))),
         Case("grey12.jp2", with_bits(sixteen, 12), grey(STEPS.repeat(4, axis=0)), 1),
         Case("colours16.jp2", with_bits(colours, 16), error="colours of 16 bits"),
-        Case("palette.jp2", with_palette + colours[header + length :], error="palette"),
+        Case("palette.jp2", with_box(colours, palette), error="palette"),
     ]
     return cases
+
+
+def with_box(content: bytes, box: bytes, in_place_of: bytes = b"") -> bytes:
+    """A JPEG 2000 file with another box in its header, instead of the one of a name."""
+    start = content.index(b"jp2h") - 4
+    end = start + struct.unpack_from(">I", content, start)[0]
+    inner = content[start + 8 : end]
+    if in_place_of:
+        old = inner.index(in_place_of) - 4
+        inner = inner[:old] + inner[old + struct.unpack_from(">I", inner, old)[0] :]
+    inner += box
+    return content[:start] + struct.pack(">I4s", len(inner) + 8, b"jp2h") + inner + content[end:]
 
 
 def with_bits(content: bytes, bits: int) -> bytes:
