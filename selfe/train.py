@@ -16,6 +16,7 @@ from selfe import config, launch, log
 from selfe.checkpoint import flux, state, verify
 from selfe.checkpoint.manager import CheckpointManager, RetentionPolicy
 from selfe.data import loader
+from selfe.data.cached import CachedData
 from selfe.data.loader import MicroBatches, raise_if_error
 from selfe.device import set_deterministic
 from selfe.distributed import collectives, fsdp
@@ -416,6 +417,8 @@ def main(arguments: list[str]) -> None:
         with collectives.on_main(lock, world):
             if world.is_main:
                 run_info.describe(folder, settings, sys.argv, world.size)
+                if isinstance(data, CachedData) and (warning := data.changed_images()):
+                    log.print_line(warning)
             Trainer(trainer, system, data, settings["seed"], world).run()
 
 

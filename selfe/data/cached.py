@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from selfe.data.dataset import BucketedDataset, SampleSpec
 from selfe.io import feature_cache
+from selfe.io.feature_cache import FileStamp
 from selfe.types import Batch, Split
+
+SAMPLED, STAMPS = 1024, "images.json"
 
 
 class CachedData:
@@ -18,7 +23,7 @@ class CachedData:
     def __init__(self, cache_dir: str, source: BucketedDataset):
         folder = Path(cache_dir)
         feature_cache.check(folder, source.facts())
-        self.source, self.latents = source, feature_cache.Store(folder / "latents")
+        self.folder, self.source, self.latents = folder, source, feature_cache.Store(folder / "latents")
         self.has_val, self.multiple = source.has_val, source.multiple
 
     def resolution(self, step: int) -> tuple[int, ...]:
@@ -36,3 +41,35 @@ class CachedData:
         key = feature_cache.latent_key(split, row.source, row.index, row.shape, flipped)
         name = f"{self.source.sources[split][row.source].name(row.index)} at {row.shape[0]} x {row.shape[1]}"
         return self.latents.read(key, name)
+
+    def changed_images(self) -> str:
+        """A warning if some of the images differ from those that were encoded, else an empty text.
+
+        Compares the files of up to `SAMPLED` images of each manifest.
+        """
+        stamps = json.loads((self.folder / STAMPS).read_text())
+        changed, num_compared = [], 0
+        for split, sources in self.source.sources.items():
+            for number, source in enumerate(sources):
+                for index, stamp in stamps[f"{split} {number}"]:
+                    num_compared += 1
+                    if feature_cache.has_changed(FileStamp(*stamp), source.location(index)):
+                        changed.append(source.name(index))
+        if not changed:
+            return ""
+        return (
+            f"warning: {self.folder}: {len(changed)} of {num_compared} images that were compared have changed since "
+            f"they were encoded, the first is {changed[0]}; {feature_cache.AGAIN}"
+        )
+
+
+def write_stamps(folder: Path, source: BucketedDataset) -> None:
+    """Record the files of up to `SAMPLED` images of each manifest, for `CachedData.changed_images`."""
+    stamps = {}
+    for split, sources in source.sources.items():
+        for number, images in enumerate(sources):
+            some = np.unique(np.linspace(0, len(images) - 1, SAMPLED).astype(int)).tolist()
+            stamps[f"{split} {number}"] = [(i, feature_cache.file_stamp(images.location(i))) for i in some]
+    partial = folder / f"{STAMPS}.partial"
+    partial.write_text(json.dumps(stamps) + "\n")
+    partial.rename(folder / STAMPS)

@@ -45,6 +45,10 @@ class Source(Protocol):
         """Name of the image in error messages."""
         ...
 
+    def location(self, index: int) -> tuple[Path, int, int | None]:
+        """File, offset and number of bytes of the image; None: to the end of the file."""
+        ...
+
     def image(self, index: int, enough: int | None) -> Image.Image:
         """The image as RGB; see `image_decode.read`."""
         ...

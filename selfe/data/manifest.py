@@ -89,6 +89,9 @@ class Manifest:
     def name(self, index: int) -> str:
         return str(self.base_dir / self.line(index).path)
 
+    def location(self, index: int) -> tuple[Path, int, int | None]:
+        return Path(self.name(index)), 0, None
+
     def image(self, index: int, enough: int | None) -> Image.Image:
         with self.naming_line(index):
             name = self.name(index)

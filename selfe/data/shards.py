@@ -84,6 +84,10 @@ class Shards:
         record = self.records[index]
         return f"{self.tars[record['shard']]}, image at byte {record['image']}"
 
+    def location(self, index: int) -> tuple[Path, int, int | None]:
+        record = self.records[index]
+        return self.tars[record["shard"]], int(record["image"]), int(record["image_bytes"])
+
     def image(self, index: int, enough: int | None) -> Image.Image:
         file = BytesIO(self.bytes_of(index, "image"))
         return image_decode.read(file, self.name(index), self.max_pixels, enough, self.convert_icc)

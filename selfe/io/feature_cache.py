@@ -2,7 +2,11 @@
 
 DIR/fingerprint.json            settings the cache was built with; checked before training
 DIR/config.yaml                 config for training from the cache
+DIR/images.json                 `FileStamp`s of some image files, compared before training
 DIR/latents/  text/  pooled/    one `Store` each
+
+Shards are never written again: entries of images that have changed go to further shards, and the index points to the
+last entry of each key.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -81,31 +85,106 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard_{number:06d}.safetensors"
 
 
-def write_shard(folder: Path, number: int, entries: Mapping[str, Tensor]) -> None:
-    """Write entries, key -> (rows, columns, width), as bf16 under a temporary name, then rename the file."""
+def shard_numbers(folder: Path) -> list[int]:
+    """Numbers of the complete shards of a directory, in order."""
+    return sorted(int(path.stem.removeprefix("shard_")) for path in folder.glob("shard_*.safetensors"))
+
+
+def write_shard(
+    folder: Path, number: int, entries: Mapping[str, Tensor], stamps: Mapping[str, FileStamp] | None = None
+) -> None:
+    """Write entries, key -> (rows, columns, width), as bf16 under a temporary name, then rename the file.
+
+    `stamps` of the image files, by key, become metadata; images that could not be read have a stamp and no entry.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    aside = shard_path(folder, number).with_suffix(".partial")
-    save_file({key: tensor.to(torch.bfloat16).contiguous().cpu() for key, tensor in entries.items()}, aside)
-    aside.rename(shard_path(folder, number))
+    partial = shard_path(folder, number).with_suffix(".partial")
+    tensors = {key: tensor.to(torch.bfloat16).contiguous().cpu() for key, tensor in entries.items()}
+    metadata = {key: json.dumps(stamp) for key, stamp in (stamps or {}).items()}
+    save_file(tensors, partial, metadata or None)
+    partial.rename(shard_path(folder, number))
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and its length in bytes."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(length)), length
+
+
+def read_stamps(path: Path) -> dict[str, FileStamp]:
+    """The stamps of the image files of a shard, by key."""
+    header, _ = read_header(path)
+    return {key: FileStamp(*json.loads(stamp)) for key, stamp in header.get("__metadata__", {}).items()}
 
 
 def write_index(folder: Path, num_shards: int) -> None:
-    """Write the index of a directory of complete shards, from the safetensors headers."""
-    found = []
-    for number in range(num_shards):
-        with shard_path(folder, number).open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+    """Write the index of a directory, from the headers of its first `num_shards` shards and of those added later."""
+    records = {}
+    for number in sorted({*range(num_shards), *shard_numbers(folder)}):
+        header, length = read_header(shard_path(folder, number))
+        for key in header.pop("__metadata__", {}):
+            records.pop(key, None)  # of an image that could not be read any more
         for key, entry in header.items():
             rows, columns, width = entry["shape"]
             offset = 8 + length + entry["data_offsets"][0]
-            found.append((int(key[:16], 16), int(key[16:], 16), offset, number, width, rows, columns))
+            records[key] = (int(key[:16], 16), int(key[16:], 16), offset, number, width, rows, columns)
 
     # sorted by key, for binary search
-    records = np.array(found, RECORD)
-    aside = folder / "entries.partial"
-    records[np.argsort(records["high"], kind="stable")].tofile(aside)
-    aside.rename(folder / "entries.index")
+    records = np.array(list(records.values()), RECORD)
+    partial = folder / "entries.partial"
+    records[np.argsort(records["high"], kind="stable")].tofile(partial)
+    partial.rename(folder / "entries.index")
+
+
+# ---- stamps: has an image file changed since it was encoded? ----
+
+
+class FileStamp(NamedTuple):
+    """Identity of the bytes of an image."""
+
+    size: int  # bytes
+    modified: int  # time of the last change of its file, ns
+    content: str  # digest of sampled bytes
+
+
+Location = tuple[Path, int, int | None]  # file, offset and number of bytes of an image; None: to the end of the file
+
+
+def file_stamp(location: Location) -> FileStamp:
+    """The stamp of an image now; `ABSENT` if it cannot be read."""
+    path, offset, size = location
+    try:
+        facts = path.stat()
+        size = facts.st_size - offset if size is None else size
+        return FileStamp(size, facts.st_mtime_ns, sampled_digest(path, offset, size))
+    except OSError:
+        return ABSENT
+
+
+ABSENT = FileStamp(0, 0, "")
+
+
+def sampled_digest(path: Path, offset: int, size: int) -> str:
+    """Digest of up to 16 KiB at the beginning, in the middle and at the end of these bytes of a file."""
+    digest, length = hashlib.blake2b(digest_size=8), 1 << 14
+    with path.open("rb", buffering=0) as file:
+        for start in sorted({0, max(size // 2 - length // 2, 0), max(size - length, 0)}):
+            digest.update(os.pread(file.fileno(), min(length, size), offset + start))
+    return digest.hexdigest()
+
+
+def has_changed(stamp: FileStamp, location: Location) -> bool:
+    """Whether an image differs from its stamp. Reads the file only if its size or modification time differs."""
+    path, offset, size = location
+    try:
+        facts = path.stat()
+    except OSError:
+        return stamp != ABSENT
+    size = facts.st_size - offset if size is None else size
+    if (size, facts.st_mtime_ns) == (stamp.size, stamp.modified):
+        return False
+    return size != stamp.size or file_stamp(location).content != stamp.content
 
 
 # ---- fingerprint: the settings a cache was built with ----

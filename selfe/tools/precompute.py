@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
@@ -21,11 +21,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from selfe import config, launch, log
+from selfe.data import cached
 from selfe.data.dataset import BucketedDataset, SampleSpec
 from selfe.data.loader import WatchedLoader
 from selfe.distributed import collectives
 from selfe.distributed.collectives import World
 from selfe.io import feature_cache
+from selfe.io.feature_cache import FileStamp
 from selfe.io.folder_lock import FolderLock
 from selfe.protocols import Objective
 from selfe.rng import SampleRNG
@@ -35,6 +37,8 @@ from selfe.types import BadSample, Split, UserError, signed
 LATENTS_PER_SHARD, CAPTIONS_PER_SHARD = 4096, 512
 SAMPLE = 64  # captions encoded to estimate the size of the text cache
 BYTES = 2  # per value in bf16
+
+Work = Callable[[int, Sequence[int], log.Progress], None]  # encode these items to the shard of this number
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,10 @@ class Block:
 
 
 class Pictures(Dataset):
-    """Every image at every pixel budget that training uses: number -> (key of its cache entry, image)."""
+    """Every image at every pixel budget that training uses: number -> (key of its cache entry, file stamp, image).
+
+    A `BadSample` takes the place of an image that cannot be read.
+    """
 
     def __init__(self, feed: BucketedDataset):
         self.feed = feed
@@ -64,14 +71,25 @@ class Pictures(Dataset):
     def __len__(self) -> int:
         return sum(block.length for block in self.blocks)
 
-    def __getitem__(self, number: int) -> tuple[str, Tensor] | BadSample:
+    def __getitem__(self, number: int) -> tuple[str, FileStamp, Tensor | BadSample]:
         block, index = self.locate(number)
         shape = self.shape(number)
+        stamp = feature_cache.file_stamp(self.location(number))  # before reading: a change in between is seen later
         try:
-            picture = self.feed.read(block.split, SampleSpec(block.source, index, 0, 0, shape, 0), block.flipped)
+            image = self.feed.read(block.split, SampleSpec(block.source, index, 0, 0, shape, 0), block.flipped)
         except BadSample as problem:  # returned: raised in a worker, it would arrive as a traceback
-            return problem
-        return feature_cache.latent_key(block.split, block.source, index, shape, block.flipped), picture
+            image = problem
+        return self.key(number), stamp, image
+
+    def key(self, number: int) -> str:
+        """The key of an item's cache entry."""
+        block, index = self.locate(number)
+        return feature_cache.latent_key(block.split, block.source, index, self.shape(number), block.flipped)
+
+    def location(self, number: int) -> feature_cache.Location:
+        """Where the bytes of an item's image are."""
+        block, index = self.locate(number)
+        return self.feed.sources[block.split][block.source].location(index)
 
     def locate(self, number: int) -> tuple[Block, int]:
         """The block of an item, and the image's index in its source."""
@@ -178,25 +196,56 @@ class Precompute:
 
         self.encode("pooled", len(self.captions), CAPTIONS_PER_SHARD, self.encode_captions)
         self.encode("latents", len(self.pictures), LATENTS_PER_SHARD, self.encode_pictures)
+        collectives.barrier()
+        self.encode_changed()
 
         # an index is written once all ranks have written their shards
         collectives.barrier()
         if self.world.is_main:
+            cached.write_stamps(self.folder, self.feed)
             for name, number in self.num_shards.items():
                 feature_cache.write_index(self.folder / name, number)
 
-    def encode(self, name: str, total: int, per_shard: int, work) -> None:
+    def encode(self, name: str, total: int, per_shard: int, work: Work) -> None:
         """Encode this rank's shards, except existing ones."""
-        mine = [
-            number
-            for number in range(self.world.rank, self.num_shards[name], self.world.size)
-            if not feature_cache.shard_path(self.folder / name, number).exists()
-        ]
-        ranges = [range(number * per_shard, min((number + 1) * per_shard, total)) for number in mine]
+        mine = set(range(self.world.rank, self.num_shards[name], self.world.size))
+        self.existing = mine & set(feature_cache.shard_numbers(self.folder / name))
+        missing = {
+            number: range(number * per_shard, min((number + 1) * per_shard, total))
+            for number in sorted(mine - self.existing)
+        }
+        self.encode_shards({"pooled": "captions", "latents": "images"}[name], missing, work)
 
-        what = {"pooled": "captions", "latents": "images"}[name]
-        progress = log.Progress(what, sum(map(len, ranges)), quiet=not self.world.is_main)
-        for number, items in zip(mine, ranges, strict=True):
+    def encode_changed(self) -> None:
+        """Encode images again whose files have changed since they were encoded, to shards behind the existing ones."""
+        folder, num_shards = self.folder / "latents", self.num_shards["latents"]
+        added = [number for number in feature_cache.shard_numbers(folder) if number >= num_shards]
+        later = {}
+        for number in added:
+            later |= feature_cache.read_stamps(feature_cache.shard_path(folder, number))
+        first = (added[-1] + 1 if added else num_shards) + self.world.rank
+        collectives.barrier()  # every rank has listed the shards
+
+        changed = []
+        for number in sorted(self.existing):
+            stamps = feature_cache.read_stamps(feature_cache.shard_path(folder, number)) | later
+            items = range(number * LATENTS_PER_SHARD, min((number + 1) * LATENTS_PER_SHARD, len(self.pictures)))
+            for item in items:
+                stamp = stamps.get(self.pictures.key(item))
+                if stamp is None or feature_cache.has_changed(stamp, self.pictures.location(item)):
+                    changed.append(item)
+
+        if changed:
+            rank = f"rank {self.world.rank}: " if self.world.size > 1 else ""
+            log.print_line(f"{rank}{len(changed)} cached images have changed; encoding them again")
+        parts = enumerate(chunks(changed, LATENTS_PER_SHARD))
+        shards = {first + place * self.world.size: items for place, items in parts}
+        self.encode_shards("changed images", shards, self.encode_pictures)
+
+    def encode_shards(self, what: str, shards: dict[int, Sequence[int]], work: Work) -> None:
+        """Encode the items of each shard."""
+        progress = log.Progress(what, sum(map(len, shards.values())), quiet=not self.world.is_main)
+        for number, items in shards.items():
             work(number, items, progress)
         progress.close()
 
@@ -221,27 +270,27 @@ class Precompute:
         feature_cache.write_shard(self.folder / "pooled", number, pooled)
         progress.advance(len(items))
 
-    def encode_pictures(self, number: int, items: range, progress: log.Progress) -> None:
+    def encode_pictures(self, number: int, items: Sequence[int], progress: log.Progress) -> None:
         """Write one shard of latents."""
         order = sorted(items, key=self.pictures.shape)  # equal shapes share a batch
         loader = DataLoader(self.pictures, sampler=order, batch_size=None, num_workers=self.options.workers)
         loader = WatchedLoader(loader, f"rank {self.world.rank}", "--workers")
 
-        entries = {}
-        for part in chunks(loader, self.options.batch_size):
+        entries, stamps = {}, {}
+        for items in chunks(loader, self.options.batch_size):
             # unreadable images are recorded and have no entry, or stop the run
-            problems = [problem for problem in part if isinstance(problem, BadSample)]
+            problems = [image for _, _, image in items if isinstance(image, BadSample)]
             if problems and self.feed.on_bad_image == "error":
                 raise problems[0]
             log.record_replaced(self.folder, list(map(str, problems)))
 
-            good = [item for item in part if not isinstance(item, BadSample)]
+            stamps |= {key: stamp for key, stamp, _ in items}
+            good = {key: image for key, _, image in items if not isinstance(image, BadSample)}
             if good:
-                keys, pictures = zip(*good, strict=True)
-                entries |= zip(keys, self.latents(keys, pictures), strict=True)
-            progress.advance(len(part))
+                entries |= zip(good, self.latents(list(good), list(good.values())), strict=True)
+            progress.advance(len(items))
 
-        feature_cache.write_shard(self.folder / "latents", number, entries)
+        feature_cache.write_shard(self.folder / "latents", number, entries, stamps)
 
     def latents(self, keys: Sequence[str], pictures: Sequence[Tensor]) -> list[Tensor]:
         """B x (rows, columns, values per token): means and standard deviations, or one fixed sample (--one-sample)."""
@@ -257,7 +306,8 @@ class Precompute:
     def check_space(self) -> None:
         """Print the estimated size of the cache; raise a UserError if it does not fit on the disk."""
         # latents: exact, from the values per token of one image
-        _, picture = next(self.pictures[i] for i in range(len(self.pictures)) if isinstance(self.pictures[i], tuple))
+        images = (self.pictures[i][2] for i in range(len(self.pictures)))
+        picture = next(image for image in images if not isinstance(image, BadSample))
         width = self.latents(["0"], [picture])[0].shape[-1]
         latents = self.pictures.num_tokens() * width * BYTES
 

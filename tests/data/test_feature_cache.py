@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import os
 import pickle
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from selfe.io import feature_cache
 from selfe.rng import SampleRNG
 from selfe.tools import precompute
 from selfe.types import BadSample, UserError
-from tests.helpers.images import manifest
+from tests.helpers.images import manifest, picture
 from tests.helpers.ranks import on_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -187,6 +189,61 @@ def test_interrupted_and_continued_by_two_processes_is_the_same_cache(settings, 
     other = settings | {"data": settings["data"] | {"params": settings["data"]["params"] | {"flip": False}}}
     with pytest.raises(UserError, match=r"data\.flip was True, is now False"):
         encode(other, out, World(0, 1, CPU))
+
+
+def test_images_that_were_replaced_are_encoded_again_and_training_warns(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(precompute, "LATENTS_PER_SHARD", 8)
+    monkeypatch.setattr(precompute.collectives, "barrier", lambda: None)
+    path = manifest(tmp_path, [(32, 32)] * 12)
+    files = [tmp_path / f"train_{i:04d}.jpg" for i in range(12)]
+    parts = {
+        "data.params": f"{{train_manifest: '{path}', base_dir: '{tmp_path}', val_manifest: null, pixels: 1024}}",
+        "data.params.on_bad_image": "replace",
+        "system.autoencoder": "{module: selfe.encoders.identity.Identity, params: {patch: 4}}",
+        "system.text_encoder": "{module: selfe.encoders.words.Words, params: {dim: 64}}",
+        "system.backbone.params.patch_dim": "48",
+        "system.backbone.params.pooled_dim": "64",
+    }
+    settings = config.load(SMOKE, [f"{key}={value}" for key, value in parts.items()])
+    out = tmp_path / "cache"
+
+    def run() -> tuple[dict[int, torch.Tensor], str, str]:
+        """Encode; returns the entries by image, what was printed, and what training would print."""
+        encode(settings, out, World(0, 1, CPU))
+        data = config.build(config.load(out / "config.yaml"), "data")
+        entries = {}
+        for i in range(12):
+            with suppress(BadSample):
+                entries[i] = data.latents.read(feature_cache.latent_key("train", 0, i, (32, 32), False), str(i))
+        return entries, capsys.readouterr().out, data.changed_images()
+
+    first, printed, _ = run()
+    assert "have changed" not in printed
+
+    # new content under an old name, the same content with another time, and a file that is damaged
+    picture(100, (32, 32)).save(files[3])
+    os.utime(files[5], ns=(1, 1))
+    content = files[9].read_bytes()
+    files[9].write_bytes(content[:300])
+    data = config.build(config.load(out / "config.yaml"), "data")
+    assert f"2 of 12 images that were compared have changed since they were encoded, the first is {files[3]}" in (
+        data.changed_images()
+    )
+    shards = {shard: shard.read_bytes() for shard in (out / "latents").glob("*.safetensors")}
+    second, printed, warning = run()
+    assert "2 cached images have changed; encoding them again" in printed
+    assert warning == ""
+    assert all(shard.read_bytes() == before for shard, before in shards.items())
+    assert sorted(second) == [i for i in range(12) if i != 9]
+    assert [i for i in second if not torch.equal(second[i], first[i])] == [3]
+
+    # nothing to do; then the damaged file is repaired
+    assert "have changed" not in run()[1]
+    files[9].write_bytes(content)
+    third, printed, _ = run()
+    assert "1 cached images have changed" in printed
+    assert torch.equal(third[9], first[9])
+    assert torch.equal(third[3], second[3])
 
 
 def test_one_sample_is_half_the_size(settings, tmp_path, capfd, monkeypatch):
