@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -136,11 +135,10 @@ def check_data(parser: argparse.ArgumentParser) -> None:
 
 
 def precompute(parser: argparse.ArgumentParser) -> None:
-    workers = min(4, len(os.sched_getaffinity(0)))
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--out", type=Path, required=True, help="cache folder")
-    parser.add_argument("--workers", type=int, default=workers, help="reader processes per encoder")
+    parser.add_argument("--workers", type=int, help="reader processes per encoder (default: one per core, up to 4)")
     parser.add_argument("--batch-size", type=int, default=32, help="images or captions encoded together")
     parser.add_argument(
         "--one-sample", action="store_true", help="store one fixed latent sample instead of mean and std: half the size"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import sys
 
 import torch
 from torch import Tensor
@@ -59,4 +61,17 @@ def peak_memory() -> int:
     """Peak bytes allocated on the accelerator; on the CPU, peak resident set size of this process."""
     if accelerator_count():
         return torch.accelerator.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, others KiB
+
+
+def usable_cores() -> int:
+    """Number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def loopback() -> tuple[str, str]:
+    """Address and name of the network device that reaches this machine only."""
+    return "127.0.0.1", "lo0" if sys.platform == "darwin" else "lo"

@@ -9,19 +9,23 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from selfe import device
+from selfe import device, signals
+from selfe.distributed import collectives
 from selfe.signals import Stopped
-from selfe.types import UserError
+from selfe.types import PeerFailure, UserError
 
 STATUS: dict[str, int] = {}  # included in the failure report of this process: the current step
 
@@ -35,31 +39,99 @@ def main(options: argparse.Namespace) -> None:
 
 def start(program: str, path: str, num_processes: int, overrides: Sequence[str]) -> int:
     """Run `python -m selfe.{program} PATH OVERRIDES` on `num_processes` processes; returns the exit code."""
-    nodes, max_restarts, grace = multi_node(), number("MAX_RESTARTS", 0), number("GRACE_SECONDS", 600)
+    nodes, max_restarts = multi_node(), number("MAX_RESTARTS", 0)
     if not device.accelerator_count():
         print("no GPU found: all processes run on the CPU", flush=True)
-
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes)))
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # 32 MiB, for trainer.deterministic
+    set_environment(num_processes)
     logging.disable()  # torchrun logs failures at length; `report` prints one line instead
 
-    # single machine: the rendezvous files are in this temporary directory
+    # ids of the processes; on a single machine, also the rendezvous files
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["SELFE_PROCESSES"] = folder
         config = LaunchConfig(
             nproc_per_node=num_processes,
             max_restarts=max_restarts,
             signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
-            shutdown_timeout=grace,
             run_id="selfe",
             **(nodes or single_node(Path(folder))),
         )
+        watch = ProcessWatch(Path(folder), num_processes, nodes)
         try:
             elastic_launch(config, sys.executable)("-m", f"selfe.{program}", path, *overrides)
         except ChildFailedError as error:
+            watch.close()
             return report(error)
         except SignalException as error:
             return 128 + error.sigval
     return 0
+
+
+def set_environment(num_processes: int) -> None:
+    """Environment variables of the processes, except those that the user has set."""
+    defaults = {
+        "OMP_NUM_THREADS": str(max(1, device.usable_cores() // num_processes)),
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # 32 MiB, for trainer.deterministic
+    }
+    # The number of tokens differs between micro-batches, which fragments memory.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        defaults["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+    os.environ["SELFE_LAUNCHER"] = str(os.getpid())
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(grace_seconds())
+
+
+def grace_seconds() -> int:
+    """Seconds between a stop signal and the end of all processes."""
+    return number("GRACE_SECONDS", 600)
+
+
+class ProcessWatch:
+    """A thread of the launcher that notices when a process of this machine was killed, and publishes it.
+
+    Every process keeps a file with its id until it reports how it ended (`end`). The other processes, which may be on
+    other machines, read the failure from the store; they may hang in a collective otherwise.
+    """
+
+    def __init__(self, folder: Path, num_processes: int, nodes: dict | None):
+        self.folder, self.num_processes = folder, num_processes
+        self.node = os.environ.get("NODE_RANK", "0") if nodes else "0"
+        self.address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])) if nodes else None
+        self.closed = threading.Event()
+        self.thread = threading.Thread(target=self.run, name="processes", daemon=True)
+        self.thread.start()
+
+    def run(self) -> None:
+        """The thread: looks twice a second."""
+        while not self.closed.wait(0.5):
+            self.look()
+
+    def look(self) -> bool:
+        """Publish the failure of a process that was killed; whether there was one."""
+        for path in sorted(self.folder.glob("process_*")):
+            with suppress(FileNotFoundError):  # it has just ended in good order
+                pid = path.read_text()  # empty while it is written
+                if pid and signals.process_start(int(pid)) is None:
+                    _, restart, rank = path.name.split("_")
+                    path.unlink()
+                    self.publish(restart, rank)
+                    return True
+        return False
+
+    def publish(self, restart: str, rank: str) -> None:
+        message = f"a process of node {self.node} was ended (process {rank}); the output of that node names the reason"
+        with suppress(DistError):  # the node that holds the store may have ended first
+            notes = collectives.launcher_notes(restart, self.num_processes, self.address)
+            collectives.publish_failure(notes, message)
+
+    def close(self) -> None:
+        """Look a last time. The launcher of node 0 holds the store: let the others read it."""
+        self.closed.set()
+        self.thread.join()
+        self.look()
+        if self.address and self.node == "0":
+            time.sleep(3)
 
 
 def parse(path: str, rest: Sequence[str]) -> tuple[str, int, list[str]]:
@@ -85,14 +157,15 @@ def parse(path: str, rest: Sequence[str]) -> tuple[str, int, list[str]]:
 
 def single_node(folder: Path) -> dict:
     """Launch settings for one machine: rendezvous through a file, loopback only; no port is open to the network."""
-    os.environ |= {"SELFE_STORE": str(folder / "store"), "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    address, name = device.loopback()
+    os.environ |= {"SELFE_STORE": str(folder / "store"), "GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
     return {
         "min_nodes": 1,
         "max_nodes": 1,
         "rdzv_backend": "c10d",
         "rdzv_endpoint": str(folder / "rendezvous"),
         "rdzv_configs": {"store_type": "file"},
-        "local_addr": "127.0.0.1",
+        "local_addr": address,
     }
 
 
@@ -162,10 +235,19 @@ def fail(message: str, exit_code: int = 2) -> int:
 def worker(program: Callable[[], None]) -> None:
     """Run a program and exit: a user error is one line, any other error a traceback. Never returns."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # exit immediately; only the launcher prints a message
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warn when loader workers are forked
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # By a launcher of this package or by torchrun, without which nothing would end this process.
+        signals.stop_with_parent(int(os.environ.get("SELFE_LAUNCHER", os.getppid())))
+        if path := process_file():
+            path.write_text(str(os.getpid()))
+
     try:
         program()
     except UserError as error:
         end(2, str(error))
+    except PeerFailure as failure:
+        end(1, str(failure))
     except Stopped as stopped:
         end(stopped.exit_code, str(stopped))
     except SystemExit as exit:
@@ -173,6 +255,14 @@ def worker(program: Callable[[], None]) -> None:
     except Exception:
         end(1, f"process {os.environ.get('RANK', 0)} failed{where()}\n{traceback.format_exc()}")
     end(0)
+
+
+def process_file() -> Path | None:
+    """The file that holds this process's id as long as it has not ended in good order; None without a launcher."""
+    if "SELFE_PROCESSES" not in os.environ or "RANK" not in os.environ:
+        return None
+    name = f"process_{os.environ['TORCHELASTIC_RESTART_COUNT']}_{os.environ['RANK']}"
+    return Path(os.environ["SELFE_PROCESSES"]) / name
 
 
 def where() -> str:
@@ -188,10 +278,13 @@ def end(exit_code: int, message: str = "") -> NoReturn:
     """
     if exit_code and (path := os.environ.get("TORCHELASTIC_ERROR_FILE")):
         now = time.time_ns()
-        told = {"message": message, "timestamp": now // 10**9, "time_ns": now} | STATUS
-        Path(path).write_text(json.dumps(told))
+        failure = {"message": message, "timestamp": now // 10**9, "time_ns": now} | STATUS
+        with suppress(FileNotFoundError):  # the launcher has been killed, and its folder removed
+            Path(path).write_text(json.dumps(failure))
     elif message:
         fail(message)
+    if path := process_file():
+        path.unlink(missing_ok=True)
 
     # not sys.exit: a gloo thread that frees a tensor during interpreter shutdown aborts the process
     sys.stdout.flush()

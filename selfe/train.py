@@ -157,10 +157,10 @@ class Trainer:
         self.folder = Path(cfg.output_dir)
 
         # live and EMA denoisers, both sharded; the text encoder is sharded over the same ranks on request
-        names = "shard_size", "activation_checkpointing", "compile", "gathering"
-        how = {name: getattr(cfg, name) for name in names}
-        self.net, self.ema = fsdp.build_model_and_ema(system.backbone, world, cfg.precision, seed, **how)
-        shard_encoder = partial(fsdp.load_sharded, mesh=fsdp.make_mesh(world, cfg.shard_size))
+        mesh = fsdp.make_mesh(world, cfg.shard_size)
+        how = {name: getattr(cfg, name) for name in ("activation_checkpointing", "compile", "gathering")}
+        self.net, self.ema = fsdp.build_model_and_ema(system.backbone, mesh, cfg.precision, seed, **how)
+        shard_encoder = partial(fsdp.load_sharded, mesh=mesh)
         system.load_encoders(world.device, shard_encoder if cfg.shard_text_encoder else None)
         cfg.samples.check(system)
 
@@ -178,6 +178,7 @@ class Trainer:
         self.measured, self.cells = MetricAccumulator(), TimeGrid()
         self.clock = StepTimer(world.device, cfg.peak_tflops)
         self.steps_logged, self.replaced = self.start, 0
+        self.has_learned, self.last_skip = False, ""  # since this start
 
         if found and world.is_main:
             log.print_line(f"resuming from {found}")
@@ -215,7 +216,8 @@ class Trainer:
 
         loggers = Loggers(self.folder, self.start, cfg.wandb, cfg.tensorboard, main)
         progress = log.Progress("training", end, self.start, quiet=not main)
-        stop_signal, watch = StopSignal(), Watchdog(self.world, cfg.timeout_minutes, partial(launch.end, 1))
+        watch = Watchdog(self.world, cfg.timeout_minutes, partial(launch.end, 1))
+        stop_signal = StopSignal(0.9 * launch.grace_seconds(), self.end_late)
 
         # one data loader for the run; workers prefetch micro-batches in this order
         order = ((step, place) for step in range(self.start, end) for place in range(self.num_micro(step)))
@@ -223,7 +225,8 @@ class Trainer:
 
         for step in range(self.start, end):
             launch.STATUS["step"] = step  # reported if this process fails
-            watch.heartbeat(step, "training")
+            # the first step of a phase may compile for minutes; the timeout of the process group still holds
+            watch.heartbeat(step, "training", limited=not (cfg.compile and self.is_first_of_phase(step)))
             if cfg.health.compare_every and step % cfg.health.compare_every == 0:
                 fsdp.compare_replicas(self.net, self.world, cfg.shard_size, f"step {step}")
 
@@ -243,8 +246,8 @@ class Trainer:
                 loggers.numbers(step, values)
             progress.advance(1, f"loss {values['loss']:.4f}" if "loss" in values else "")
 
-            # checkpoint; written to disk in the background
-            if done % cfg.checkpoint_every == 0 or last:
+            # checkpoint, if there is anything new; written to disk in the background
+            if self.has_learned and (done % cfg.checkpoint_every == 0 or last):
                 watch.heartbeat(step, "saving", limited=False)
                 self.save(done, values.get("val_plain_loss"))
 
@@ -260,7 +263,26 @@ class Trainer:
         path = self.saver.finish()
         for part in (progress, watch, stop_signal, loggers):
             part.close()
-        self.finish(f"{done} steps done; checkpoint: {path}", stop)
+        if not self.has_learned and not stop:
+            raise UserError(
+                f"{self.folder}: nothing was learned, every step from {self.start} to {step} was skipped and no "
+                f"checkpoint was saved; {self.last_skip}"
+            )
+        self.finish(f"{done} steps done; checkpoint: {path}" if path else f"{done} steps done, all skipped", stop)
+
+    def is_first_of_phase(self, step: int) -> bool:
+        """Whether a step is the first of this start, or the first with other loss terms."""
+        phase = self.system.objective.phase
+        return step == self.start or phase(step) != phase(step - 1)
+
+    def end_late(self, stop: int) -> None:
+        """End this process at once: it was asked to stop long ago, and hangs in a step, a save or the data."""
+        name, allowed = signal.Signals(stop).name, launch.grace_seconds()
+        launch.end(
+            128 + stop,
+            f"stopped by {name}{launch.where()}, which did not end within GRACE_SECONDS={allowed}; run the same "
+            "command again to resume from the newest checkpoint",
+        )
 
     def finish(self, message: str, stop: int) -> None:
         """Print the final message of a run; raises Stopped if `stop` is a signal number rather than 0."""
@@ -307,15 +329,17 @@ class Trainer:
             losses.append(mean_loss.detach())
             measured.add(loss, batch)
 
-        # clip, and agree with all ranks on norm, loss and stop signal
+        # agree with all ranks on norm, loss and stop signal
         clock.mark("optimizer")
         self.enter_phase(step)
         limit = self.guard.limit()
-        grad_norm = fsdp.clip_grad_norm(self.net, cfg.clip_norm)
-        grad_norm, mean_loss, stop = collectives.sync_step_outcome(grad_norm, sum(losses), received())
+        norm = fsdp.grad_norm(self.net)
+        grad_norm, mean_loss, stop = collectives.sync_step_outcome(norm, sum(losses), received())
 
         # update live and EMA weights, or skip the step
         if self.guard.accepts(grad_norm, mean_loss):
+            self.has_learned = True
+            fsdp.clip_gradients(self.net, norm, cfg.clip_norm)
             self.optimizer.step()
             ema.update(self.ema, self.net, ema.decay_at(step, cfg.ema_decay, cfg.ema_warmup))
             self.measured.extend(measured)
@@ -336,12 +360,19 @@ class Trainer:
 
     def skip(self, step: int, grad_norm: float, limit: float, measured: MetricAccumulator) -> None:
         """Log and record a skipped step. The decision is the same on every rank. Raises UserError after too many."""
+        # the first non-finite tensor of all ranks, if it is not a spike
+        mine = grad_guard.first_non_finite(self.net, self.ema, measured.samples)
+        causes = list(filter(None, collectives.gather_on_all(mine, self.world)))
+        cause = min(causes)[1] if causes else None
+        self.last_skip = f"step {step}, gradient norm {grad_norm:.4g}, first non-finite: {cause or 'none'}"
+
         parts = collectives.gather(measured.describe(), self.world)
         if self.world.is_main:
-            path = grad_guard.record(self.folder / "skipped", step, grad_norm, limit, list(chain(*parts)))
-            norms, lost = f"gradient norm {grad_norm:.4g}, limit {limit:.4g}", len(self.cfg.samples_at(step))
-            log.print_line(f"step {step} skipped: {norms}; its {lost} samples: {path}")
-        self.guard.check(step, grad_norm)
+            path = grad_guard.record(self.folder / "skipped", step, grad_norm, limit, cause, list(chain(*parts)))
+            why = f"first non-finite: {cause}" if cause else f"limit {limit:.4g}"
+            lost = len(self.cfg.samples_at(step))
+            log.print_line(f"step {step} skipped: gradient norm {grad_norm:.4g}, {why}; its {lost} samples: {path}")
+        self.guard.check(step, grad_norm, cause)
 
     def summary(self, step: int, grad_norm: float) -> dict[str, float]:
         """Metrics since the last summary, averaged over all ranks, and throughput."""
@@ -411,7 +442,8 @@ def main(arguments: list[str]) -> None:
     set_deterministic(trainer.deterministic)
 
     # longer than the watchdog's timeout, whose report names ranks and steps and not only collectives
-    with collectives.process_group(timeout_minutes=2 * trainer.timeout_minutes + 1) as world:
+    timeout = 2 * trainer.timeout_minutes + 1
+    with collectives.process_group(timeout, trainer.deterministic) as world:
         folder = Path(trainer.output_dir)
         lock = FolderLock(folder, "trainer.output_dir", lost=partial(launch.end, 1))
         with collectives.on_main(lock, world):

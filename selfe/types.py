@@ -20,6 +20,10 @@ class UserError(ValueError):
     """An error the user can fix. The message is one line: where, what, how to fix it. Exit code 2."""
 
 
+class PeerFailure(RuntimeError):
+    """Another process of the job has failed, so this one cannot go on. The message is one line. Exit code 1."""
+
+
 class BadSample(UserError):
     """An image or a manifest line that cannot be used; `kind` is a short category for counting."""
 

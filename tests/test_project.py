@@ -36,7 +36,7 @@ EDGES = {
     "training": PARTS | {"compare", "config", "distributed", "samplers", "system"},
     "inference": PARTS | {"config", "samplers"},
     "gallery": {"io", "types"},
-    "launch": BASE,
+    "launch": BASE | {"distributed"},  # the failure of one process is published for the others
     "cli": set(),
     "__main__": {"cli"},
     "__init__": set(),

@@ -7,7 +7,6 @@ not touched.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -91,8 +90,8 @@ class CheckpointManager:
         except OSError as error:
             self.failures.append(str(error))
 
-    def finish(self) -> Path:
-        """Wait for the last save and return its folder.
+    def finish(self) -> Path | None:
+        """Wait for the last save and return its folder; None if nothing was saved.
 
         Raises:
             UserError: the last save failed.
@@ -149,10 +148,7 @@ def prepare(aside: Path, needed: int) -> None:
 
 def publish(aside: Path, final: Path, marker: dict) -> None:
     """Write the marker, then rename the folder; each step is synced before the next."""
-    with (aside / verify.MARKER).open("w") as file:
-        file.write(json.dumps(marker) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    verify.write_marker(aside, marker)
     sync(aside)
 
     if final.exists():  # damaged: a valid one would have been resumed from

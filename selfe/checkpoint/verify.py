@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from pathlib import Path
 
@@ -35,8 +36,8 @@ def newest_valid(folder: Path, world: World) -> Path | None:
     paths = collectives.broadcast(list_checkpoints(folder), world)
     for path in paths:
         # Each rank verifies its share of the files.
-        found = collectives.gather(damage(path, world.rank, world.size), world)
-        problem = collectives.broadcast(next(filter(None, found), None), world)
+        problems = collectives.gather_on_all(damage(path, world.rank, world.size), world)
+        problem = next(filter(None, problems), None)
         if problem is None:
             return path
         if world.is_main:
@@ -63,15 +64,15 @@ def find(path: Path) -> Path:
     Raises:
         UserError: there is no complete checkpoint.
     """
-    found = path if is_complete(path) else latest(path)
-    if found is None:
+    checkpoint = path if is_complete(path) else latest(path)
+    if checkpoint is None:
         remedy = "give a checkpoint directory (step_...) or its parent directory"
         if not path.is_dir():
             raise UserError(f"{path}: no such checkpoint directory; {remedy}")
         if path.name.startswith("step_"):
             raise UserError(f"{path}: incomplete checkpoint ({damage(path, contents=False)}); {remedy}")
         raise UserError(f"{path}: contains no complete checkpoint; {remedy}")
-    return found
+    return checkpoint
 
 
 def is_complete(path: Path) -> bool:
@@ -89,20 +90,36 @@ def damage(path: Path, rank: int = 0, size: int = 1, contents: bool = True) -> s
         if path.name[5:].isdecimal() and marker["step"] != int(path.name[5:]):
             return f"{MARKER} is for step {marker['step']}"
         for name, (length, crc) in sorted(marker["files"].items())[rank::size]:
-            if (found := (path / name).stat().st_size) != length:
-                return f"{name} has {found} of {length} bytes"
+            if (actual := (path / name).stat().st_size) != length:
+                return f"{name} has {actual} of {length} bytes"
             if contents and checksum(path / name) != crc:
                 return f"the checksum of {name} is wrong"
     except OSError as error:
         return f"{Path(error.filename or path).name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError) as error:
-        return f"{MARKER} cannot be read: {error!r}"
+    except ValueError as error:
+        return f"{MARKER} cannot be read: {error}"
     return None
 
 
 def read_marker(path: Path) -> dict:
-    """Contents of a checkpoint's marker file."""
-    return json.loads((path / MARKER).read_text())
+    """Contents of a checkpoint's marker file. Raises ValueError if it is damaged."""
+    entries = json.loads((path / MARKER).read_text())
+    if not isinstance(entries, dict) or entries.pop("checksum", None) != checksum_of(entries):
+        raise ValueError("its checksum is wrong")
+    return entries
+
+
+def write_marker(path: Path, entries: dict) -> None:
+    """Write and sync a checkpoint's marker file: the entries, which are JSON values, and their checksum."""
+    with (path / MARKER).open("w") as file:
+        file.write(json.dumps(entries | {"checksum": checksum_of(entries)}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def checksum_of(entries: dict) -> int:
+    """CRC-32 of JSON values, the same before they are written and after they are read."""
+    return zlib.crc32(json.dumps(entries).encode())
 
 
 def read_step(path: Path) -> int:

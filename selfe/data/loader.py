@@ -37,7 +37,7 @@ def make_loader(part: MicroBatches, order: Iterable[tuple[int, int]], num_worker
         num_workers=num_workers,
         prefetch_factor=AHEAD if num_workers else None,
         pin_memory=is_accelerator(part.world.device),
-        worker_init_fn=signals.ignore,
+        worker_init_fn=signals.outlast_stops,
         generator=torch.Generator(),  # keeps DataLoader from advancing the global generator
     )
     return WatchedLoader(loader, f"rank {part.world.rank}", "trainer.num_workers")

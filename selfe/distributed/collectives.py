@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -14,10 +15,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from selfe.device import choose_device, to_device
-from selfe.types import UserError
+from selfe.signals import Stopped
+from selfe.types import PeerFailure, UserError
 
 Group = dist.ProcessGroup
-_notes: dist.Store  # global, like the default process group
+# Global, like the default process group: the store that carries notes, and the group for objects in host memory.
+_notes: dist.Store
+_host: Group
+_posted = False  # whether this process has published its failure
+# Of several algorithms that NCCL may choose, those that always add in the same order. Read when a group is set up.
+DETERMINISTIC = {"NCCL_NVLS_ENABLE": "0", "NCCL_COLLNET_ENABLE": "0", "NCCL_ALGO": "Ring"}
 
 
 @dataclass(frozen=True)
@@ -34,21 +41,46 @@ class World:
 
 
 @contextmanager
-def process_group(timeout_minutes: float = 10) -> Iterator[World]:
-    """Set up the default process group from torchrun's environment variables, or a group of one; destroy it on exit."""
+def process_group(timeout_minutes: float = 10, deterministic: bool = False) -> Iterator[World]:
+    """Set up the default process group from torchrun's environment variables, or a group of one; destroy it on exit.
+
+    An error that leaves the block is published for the other processes (`post_failure`). If it was caused by the end of
+    another process, that process's failure is raised instead.
+
+    Raises:
+        PeerFailure: another process has failed.
+    """
+    global _notes, _host, _posted
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if deterministic:
+        os.environ |= DETERMINISTIC
 
-    # The store that sets up the group also carries notes (`set_note`).
-    global _notes
-    store = _store(size)
-    _notes = dist.PrefixStore("notes", store)
-    dist.init_process_group(store=store, rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes))
+    # The store that sets up the group also carries notes; a clone, because a wait of one thread blocks the others.
+    store = dist.HashStore() if size == 1 else open_store(size)
+    _notes, _posted = with_notes(store.clone()), False
+
+    # On accelerators the default group gets one backend, bound to the device, and objects go through a second group.
+    on_host = device.type == "cpu"
+    options = {"timeout": timedelta(minutes=timeout_minutes)} | ({} if on_host else {"device_id": device})
+    dist.init_process_group(store=store, rank=rank, world_size=size, **options)
+    _host = dist.group.WORLD if on_host else host_group(timeout_minutes)
 
     failed = True
     try:
         yield World(rank, size, device)
         failed = False
+    except Stopped:
+        raise
+    except Exception as error:
+        if size == 1:
+            raise
+        # A process that ends breaks the collectives of the others, possibly before its failure is published.
+        if isinstance(error, RuntimeError) and (failure := wait_for_failure(seconds=3)):
+            raise PeerFailure(failure) from error
+        node, what = os.environ.get("GROUP_RANK", "0"), f"{type(error).__name__}: {error}".splitlines()[0]
+        post_failure(str(error) if isinstance(error, UserError) else f"process {rank} of node {node} failed: {what}")
+        raise
     finally:
         # After a failure the other ranks may be blocked in a collective; destroying the group would wait for them and
         # delay the error report.
@@ -56,14 +88,26 @@ def process_group(timeout_minutes: float = 10) -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def _store(size: int) -> dist.Store:
+def open_store(size: int) -> dist.Store:
     """Rendezvous store: a file if the launcher sets SELFE_STORE, otherwise torchrun's address and port."""
-    if size == 1:
-        return dist.HashStore()
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if path := os.environ.get("SELFE_STORE"):
-        return dist.FileStore(f"{path}_{os.environ['TORCHELASTIC_RESTART_COUNT']}", size)
+        return dist.FileStore(f"{path}_{restart}", size)
     store, _, _ = next(dist.rendezvous("env://"))
-    return store
+    return dist.PrefixStore(restart, store)
+
+
+def with_notes(store: dist.Store) -> dist.Store:
+    """The part of a store that carries notes."""
+    return dist.PrefixStore("notes", store)
+
+
+def launcher_notes(restart: str, size: int, address: tuple[str, int] | None) -> dist.Store:
+    """The notes of the ranks, for their launcher: through SELFE_STORE, or through an address and port."""
+    if address is None:
+        return with_notes(dist.FileStore(f"{os.environ['SELFE_STORE']}_{restart}", size))
+    store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=10))
+    return with_notes(dist.PrefixStore(restart, store))
 
 
 def local_size(world: World) -> int:
@@ -79,6 +123,41 @@ def set_note(name: str, note: str) -> None:
 def get_note(name: str) -> str | None:
     """The note published under this name by any process, or None."""
     return _notes.get(name).decode() if _notes.check([name]) else None
+
+
+def post_failure(message: str) -> None:
+    """Publish why this process fails, unless another failure was published before."""
+    global _posted
+    with suppress(dist.DistError):
+        _posted = publish_failure(_notes, message)
+
+
+def publish_failure(notes: dist.Store, message: str) -> bool:
+    """Publish the failure of a process; False if another failure was published before."""
+    if notes.check(["failure"]):
+        return False
+    notes.set("failure", message)
+    return True
+
+
+def failure_of_another() -> str | None:
+    """Why another process has failed, None as long as all run.
+
+    Raises:
+        DistError: the store does not answer.
+    """
+    return None if _posted else get_note("failure")
+
+
+def wait_for_failure(seconds: float) -> str | None:
+    """Wait at most some seconds for `failure_of_another`."""
+    end = time.monotonic() + seconds
+    with suppress(dist.DistError):
+        while True:
+            if (failure := failure_of_another()) or time.monotonic() >= end:
+                return failure
+            time.sleep(0.1)
+    return "lost the connection to node 0, whose launcher has ended; its output names the reason"
 
 
 def sync_step_outcome(grad_norm: Tensor, loss: Tensor, signal: int) -> tuple[float, float, int]:
@@ -113,14 +192,21 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 def gather(value: Any, world: World) -> list[Any]:
     """The values of all ranks on rank 0, an empty list on other ranks. For small picklable objects."""
     values = [None] * world.size if world.is_main else None
-    dist.gather_object(value, values)
+    dist.gather_object(value, values, group=_host)
     return values or []
+
+
+def gather_on_all(value: Any, world: World) -> list[Any]:
+    """The values of all ranks on every rank. For small picklable objects."""
+    values = [None] * world.size
+    dist.all_gather_object(values, value, group=_host)
+    return values
 
 
 def broadcast(value: Any, world: World) -> Any:
     """Rank 0's value on every rank. For small picklable objects."""
     values = [value if world.is_main else None]
-    dist.broadcast_object_list(values, src=0)
+    dist.broadcast_object_list(values, src=0, group=_host)
     return values[0]
 
 
@@ -165,4 +251,4 @@ def on_main(context: AbstractContextManager, world: World) -> Iterator[None]:
 
 def barrier() -> None:
     """Wait until all ranks get here."""
-    dist.barrier()
+    dist.barrier(group=_host)

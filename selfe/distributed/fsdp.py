@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from selfe.distributed import activation_checkpoint
+from selfe.distributed import activation_checkpoint, collectives
 from selfe.distributed.activation_checkpoint import ActivationCheckpointing
 from selfe.distributed.collectives import World
 from selfe.protocols import TensorReader
@@ -24,7 +23,7 @@ from selfe.types import DTYPES, Precision, UserError, at_least
 
 def make_mesh(world: World, shard_size: int | None) -> DeviceMesh:
     """HSDP mesh (replicate, shard): parameters are sharded over `shard_size` ranks (default: all) and replicated across
-    the groups.
+    the groups. Call it once per process: every call sets up process groups.
 
     Raises:
         UserError: `shard_size` does not divide the number of processes.
@@ -136,30 +135,28 @@ def shard_frozen(module: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMes
 
 
 def build_model_and_ema(
-    module: nn.Module, world: World, precision: Precision, seed: int, **options: Any
+    module: nn.Module, mesh: DeviceMesh, precision: Precision, seed: int, **options: Any
 ) -> tuple[nn.Module, nn.Module]:
     """Build the live and the EMA denoiser from a module on the meta device: same sharding, same initial values.
 
     `options` are passed to `shard_model_and_ema`.
     """
-    nets = shard_model_and_ema(module, world, precision, **options)
+    nets = shard_model_and_ema(module, mesh, precision, **options)
     for part in nets:
-        materialise(part, world.device, seed)
+        materialise(part, torch.device(mesh.device_type), seed)
     return nets
 
 
 def shard_model_and_ema(
     module: nn.Module,
-    world: World,
+    mesh: DeviceMesh,
     precision: Precision,
     *,
-    shard_size: int | None = None,
     activation_checkpointing: ActivationCheckpointing = False,
     compile: bool = False,
     gathering: GatherConfig = GatherConfig(),
 ) -> tuple[nn.Module, nn.Module]:
     """Shard the live and the EMA denoiser on the meta device, without allocating memory."""
-    mesh = make_mesh(world, shard_size)
     net, ema = module, copy.deepcopy(module).requires_grad_(False)
     how = {"precision": precision, "compile": compile}
     shard(net, mesh, **how, activation_checkpointing=activation_checkpointing, gathering=gathering)
@@ -173,9 +170,15 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def clip_grad_norm(module: nn.Module, max_norm: float) -> Tensor:
-    """Clip gradients by their global norm over all ranks; returns the norm, a scalar on the device."""
-    return nn.utils.clip_grad_norm_(module.parameters(), max_norm).full_tensor()
+def grad_norm(module: nn.Module) -> Tensor:
+    """Global norm of the gradients over all ranks, a scalar on the device."""
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    return nn.utils.get_total_norm(gradients).full_tensor()
+
+
+def clip_gradients(module: nn.Module, norm: Tensor, max_norm: float) -> None:
+    """Scale gradients of norm `norm` (see `grad_norm`) to a norm of at most `max_norm`."""
+    nn.utils.clip_grads_with_norm_(module.parameters(), max_norm, norm)
 
 
 def compare_replicas(module: nn.Module, world: World, shard_size: int | None, when: str) -> None:
@@ -185,8 +188,7 @@ def compare_replicas(module: nn.Module, world: World, shard_size: int | None, wh
         UserError: a shard differs between two replicas.
     """
     sums = [local(p.detach()).view(torch.int32).sum(dtype=torch.int64) for p in module.parameters()]
-    everyone = [None] * world.size
-    dist.all_gather_object(everyone, torch.stack(sums).tolist())
+    everyone = collectives.gather_on_all(torch.stack(sums).tolist(), world)
     for rank, mine in enumerate(everyone):
         if mine != everyone[rank % (shard_size or world.size)]:
             raise UserError(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 import threading
 import time
 import uuid
@@ -21,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from selfe import log
+from selfe.signals import process_start
 from selfe.types import UserError
 
 FILE = ".lock"
@@ -161,18 +161,3 @@ def machine() -> str:
         names.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
         names.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(names)
-
-
-def process_start(pid: int) -> str | None:
-    """When a process of this machine was started, in units of the system; None if it does not run."""
-    # Linux: state and start time are fields 3 and 22, counted behind the name in parentheses
-    if Path("/proc/self/stat").exists():
-        try:
-            state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            return None
-        return None if state in "ZX" else fields[18]
-
-    done = subprocess.run(["ps", "-o", "state=,lstart=", "-p", str(pid)], capture_output=True, text=True)
-    state, _, started = done.stdout.strip().partition(" ")
-    return None if not state or state.startswith("Z") else started.strip()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from selfe import config, launch, log
+from selfe import config, device, launch, log, signals
 from selfe.data import cached
 from selfe.data.dataset import BucketedDataset, SampleSpec
 from selfe.data.loader import WatchedLoader
@@ -273,7 +273,13 @@ class Precompute:
     def encode_pictures(self, number: int, items: Sequence[int], progress: log.Progress) -> None:
         """Write one shard of latents."""
         order = sorted(items, key=self.pictures.shape)  # equal shapes share a batch
-        loader = DataLoader(self.pictures, sampler=order, batch_size=None, num_workers=self.options.workers)
+        loader = DataLoader(
+            self.pictures,
+            sampler=order,
+            batch_size=None,
+            num_workers=self.options.workers,
+            worker_init_fn=signals.end_with_parent,
+        )
         loader = WatchedLoader(loader, f"rank {self.world.rank}", "--workers")
 
         entries, stamps = {}, {}
@@ -371,6 +377,9 @@ def from_cache(settings: dict, folder: Path) -> dict:
 def main(options: argparse.Namespace) -> None:
     """Entry point of `selfe precompute`."""
     settings = config.load(options.config, options.overrides)
+    if options.workers is None:
+        options.workers = min(4, device.usable_cores())
+
     with collectives.process_group(timeout_minutes=24 * 60) as world:
         lock = FolderLock(options.out, "--out", lost=partial(launch.end, 1))
         with collectives.on_main(lock, world):

@@ -49,7 +49,7 @@ def replay(settings: dict, record: dict, found: Path | None, world: collectives.
         system = config.build(settings, "system")
     data, trainer = config.build(settings, "data"), config.build(settings, "trainer")
     seed, step = settings["seed"], record["step"]
-    net, ema = fsdp.build_model_and_ema(system.backbone, world, trainer.precision, seed)
+    net, ema = fsdp.build_model_and_ema(system.backbone, fsdp.make_mesh(world, None), trainer.precision, seed)
     system.load_encoders(world.device)
     done = state.load(found, net, ema, None, ("model", "ema", "step")) if found else 0
     print(f"step {step} with the weights after {done} steps ({found or 'initial weights'})")
@@ -68,6 +68,6 @@ def replay(settings: dict, record: dict, found: Path | None, world: collectives.
         losses = f"{then['loss']:14.7g} {now['loss']:14.7g}"
         print(f"{now['position']:8} {now['t']:7.4f} {now['s']:7.4f} {losses}  {now['name']}: {now['prompt']}")
 
-    norm = fsdp.clip_grad_norm(net, float("inf")).item()
+    norm = fsdp.grad_norm(net).item()
     recorded, limit = record["grad_norm"], record["limit"]
     print(f"gradient norm: recorded {recorded:.7g}, replayed {norm:.7g}; limit {limit:.7g}")

@@ -1,8 +1,8 @@
 """The verb `selfe verify-resume`: check that a killed and resumed run equals an uninterrupted one bitwise.
 
 Trains a few steps twice from the same initial state, with a checkpoint every second step: once uninterrupted, once with
-all processes killed by SIGKILL at a random moment and then resumed. The files of the two last checkpoints and all
-logged metrics except timings must be identical; trainer.deterministic is set for that.
+all processes killed by SIGKILL at a random moment after the first checkpoint and then resumed. The files of the two
+last checkpoints and all logged metrics except timings must be identical; trainer.deterministic is set for that.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from selfe import config, launch
@@ -57,11 +58,11 @@ def main(options: argparse.Namespace) -> None:
     seconds = train(command, work / "whole")
 
     # the same run again, killed and resumed
-    moment = random.Random(seed).uniform(0.4, 1) * seconds  # the first part of a run is imports
-    say(f"second run, killed after {moment:.1f} of {seconds:.1f} s (VERIFY_SEED={seed})")
-    kill(command, work / "cut", moment)
+    share = random.Random(seed).uniform(0, 0.8)
+    say(f"second run, killed {share:.0%} of the way from the first checkpoint to the end (VERIFY_SEED={seed})")
+    kill(command, work / "cut", share * seconds)
     done = verify.latest(work / "cut" / "checkpoints")
-    say(f"resuming from {done.name if done else 'step 0: no checkpoint was complete'}")
+    say(f"resuming from {done.name}")
     train(command, work / "cut")
 
     problems = compare(work / "whole", work / "cut", steps)
@@ -76,34 +77,49 @@ def say(message: str) -> None:
 
 
 def train(command: list[str], folder: Path) -> float:
-    """Train to the end; returns the wall-clock seconds."""
+    """Train to the end; returns the seconds between the first checkpoint and the end."""
+    run = subprocess.Popen([*command, f"trainer.output_dir={folder}"], stdout=subprocess.DEVNULL)
+    wait_for_checkpoint(run, folder)
     start = time.monotonic()
-    done = subprocess.run([*command, f"trainer.output_dir={folder}"], stdout=subprocess.DEVNULL)
-    if done.returncode:
-        raise UserError(f"the training run failed with exit code {done.returncode}; see above")
+    if run.wait():
+        raise UserError(f"the training run failed with exit code {run.returncode}; see above")
     return time.monotonic() - start
 
 
-def kill(command: list[str], folder: Path, moment: float) -> None:
-    """Start a run, and kill its launcher and all of its processes after `moment` seconds."""
+def wait_for_checkpoint(run: subprocess.Popen, folder: Path) -> None:
+    """Wait until a run has a checkpoint or has ended."""
+    while verify.latest(folder / "checkpoints") is None and run.poll() is None:
+        time.sleep(0.02)
+
+
+def kill(command: list[str], folder: Path, seconds: float) -> None:
+    """Start a run, and kill its launcher and all of its processes some seconds after its first checkpoint.
+
+    Raises:
+        UserError: the run ended before it was killed.
+    """
     run = subprocess.Popen(
         [*command, f"trainer.output_dir={folder}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    try:
-        run.wait(moment)
-    except subprocess.TimeoutExpired:
-        for pid in [run.pid, *below(run.pid)]:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue  # has just exited
-        run.wait()
+    wait_for_checkpoint(run, folder)
+    with suppress(subprocess.TimeoutExpired):
+        run.wait(seconds)
+    if run.poll() is not None:
+        raise UserError(
+            f"the second run ended with exit code {run.returncode} before it could be killed; "
+            "set VERIFY_STEPS to more steps, or run this command again"
+        )
+
+    for pid in [run.pid, *below(run.pid)]:
+        with suppress(ProcessLookupError):  # has just exited
+            os.kill(pid, signal.SIGKILL)
+    run.wait()
 
 
 def below(parent: int) -> list[int]:
     """Ids of all descendants of a process."""
-    found = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    pairs = [tuple(map(int, line.split())) for line in found.splitlines()]
+    table = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    pairs = [tuple(map(int, line.split())) for line in table.splitlines()]
     children = [pid for pid, ppid in pairs if ppid == parent]
     return children + [pid for child in children for pid in below(child)]
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from selfe.types import UserError
+from torch import Tensor, nn
+
+from selfe.distributed import fsdp
+from selfe.types import Batch, UserError
 
 
 @dataclass(frozen=True)
@@ -120,19 +124,47 @@ class GradGuard:
         norms, losses = zip(*self.recent(), strict=True)
         return max(norms) <= self.health.factor * min(norms) and median(losses) <= 2 * median(self.losses)
 
-    def check(self, step: int, norm: float) -> None:
-        """Raise UserError when enough steps have been skipped."""
+    def check(self, step: int, norm: float, cause: str | None) -> None:
+        """Raise UserError when enough steps have been skipped; `cause` is the first non-finite tensor of this step."""
         if self.in_a_row >= self.health.max_skips:
+            why = f"first non-finite: {cause}" if cause else f"gradient norm {norm:.4g}"
             raise UserError(
-                f"step {step}: {self.in_a_row} steps in a row were skipped, gradient norm {norm:.4g}: training has "
-                "diverged; lower trainer.lr and restart from an earlier checkpoint"
+                f"step {step}: {self.in_a_row} steps in a row were skipped, {why}: training has diverged; "
+                "lower trainer.lr and restart from an earlier checkpoint"
             )
 
 
-def record(folder: Path, step: int, norm: float, limit: float, micro_batches: list[list[dict]]) -> Path:
-    """Write a skipped step's samples (for `selfe replay`), gradient norm and limit to a JSON file; returns its path."""
+def first_non_finite(net: nn.Module, ema: nn.Module, samples: Sequence[tuple[Batch, Tensor]]) -> tuple[int, str] | None:
+    """The first tensor of this rank with a NaN or infinity: weights, then data, losses and gradients of a step.
+
+    Args:
+        samples: micro-batches, each with a tensor (3, B) of loss, t and s.
+
+    Returns:
+        Its place in this order, to find the first of all ranks, and a description; None if all are finite.
+    """
+    tensors = [(0, f"weight {name}", p) for name, p in net.named_parameters()]
+    tensors += [(0, f"EMA weight {name}", p) for name, p in ema.named_parameters()]
+    for batch, _ in samples:
+        tensors += [(1, f"data {name}", image) for name, image in zip(batch.names, batch.images, strict=True)]
+    for batch, values in samples:
+        tensors += [(2, f"loss of {name}", loss) for name, loss in zip(batch.names, values[0], strict=True)]
+    tensors += [(3, f"gradient of {name}", p.grad) for name, p in net.named_parameters() if p.grad is not None]
+
+    for place, name, tensor in tensors:
+        if not fsdp.local(tensor.detach()).isfinite().all():
+            return place, name
+    return None
+
+
+def record(
+    folder: Path, step: int, norm: float, limit: float, cause: str | None, micro_batches: list[list[dict]]
+) -> Path:
+    """Write a skipped step to a JSON file: its samples (for `selfe replay`), gradient norm, limit and first non-finite
+    tensor. Returns its path.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}.json"
-    entry = {"step": step, "grad_norm": norm, "limit": limit, "micro_batches": micro_batches}
+    entry = {"step": step, "grad_norm": norm, "limit": limit, "non_finite": cause, "micro_batches": micro_batches}
     path.write_text(json.dumps(entry, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return path

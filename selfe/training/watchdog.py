@@ -1,4 +1,4 @@
-"""Watchdog: if the training loop hangs, reports the step and the ranks that do not respond, and ends the job."""
+"""Watchdog: ends this process if the training loop hangs or another process has failed, and reports which one."""
 
 from __future__ import annotations
 
@@ -11,28 +11,32 @@ from selfe.distributed.collectives import World
 
 
 class Watchdog:
-    """A thread that checks the heartbeats of the training loop.
+    """A thread that checks the heartbeats of the training loop and the failures of other processes.
 
     Without a heartbeat for `minutes`, the thread calls `end(message)` on every rank that is alive. The timeout of the
-    process group is longer, because its message names collectives, not ranks and steps.
+    process group is longer, because its message names collectives, not ranks and steps. When another process has
+    failed, the thread calls `end` within a second, even if this process waits for it in a collective.
     """
 
     def __init__(self, world: World, minutes: float, end: Callable[[str], None]):
         self.world, self.minutes, self.end = world, minutes, end
         self.step, self.doing, self.since = 0, "starting", time.monotonic()
-        self.waiting = True
+        self.limited = True
         self.closed = threading.Event()
         threading.Thread(target=self.run, name="watch", daemon=True).start()
 
     def heartbeat(self, step: int, doing: str, limited: bool = True) -> None:
         """Report progress: at `step`, about to do `doing`, which may take at most `minutes` if `limited`."""
-        self.step, self.doing, self.waiting, self.since = step, doing, limited, time.monotonic()
+        self.step, self.doing, self.limited, self.since = step, doing, limited, time.monotonic()
 
     def run(self) -> None:
-        """The thread: polls until closed or timed out."""
+        """The thread: polls every second until closed, timed out, or another process has failed."""
         seconds = 60 * self.minutes
         while not self.closed.wait(min(1.0, seconds / 10)):
-            if self.waiting and time.monotonic() - self.since > seconds:
+            if self.world.size > 1 and (failure := collectives.wait_for_failure(seconds=0)):
+                return None if self.closed.is_set() else self.end(failure)
+
+            if self.limited and time.monotonic() - self.since > seconds:
                 collectives.set_note(f"stuck_{self.world.rank}", f"step {self.step}: {self.doing}")
                 time.sleep(min(5.0, seconds / 2))  # let the other ranks time out and set their notes
                 return self.end(self.diagnosis())
@@ -40,10 +44,10 @@ class Watchdog:
     def diagnosis(self) -> str:
         """One line from the notes of all ranks: who does not respond, or who is elsewhere."""
         # notes of ranks that timed out; a rank without a note does not respond
-        found = {rank: collectives.get_note(f"stuck_{rank}") for rank in range(self.world.size)}
-        silent = [str(rank) for rank, note in found.items() if note is None]
-        mine = found.pop(self.world.rank)
-        others = {rank: note for rank, note in found.items() if note not in (None, mine)}
+        notes = {rank: collectives.get_note(f"stuck_{rank}") for rank in range(self.world.size)}
+        silent = [str(rank) for rank, note in notes.items() if note is None]
+        mine = notes.pop(self.world.rank)
+        others = {rank: note for rank, note in notes.items() if note not in (None, mine)}
 
         if silent:
             who = f"no response from process {', '.join(silent)}"

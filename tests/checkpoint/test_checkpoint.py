@@ -101,12 +101,22 @@ def flip(path: Path) -> None:
     (path / "__1_0.distcp").write_bytes(data)
 
 
+def flip_marker(path: Path) -> None:
+    """7 processes instead of 3, or another digit: still JSON."""
+    data = (path / verify.MARKER).read_bytes()
+    place = data.index(b'"processes": ') + len(b'"processes": ')
+    (path / verify.MARKER).write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+
+
 DAMAGES = {
     "progress.json: No such file": lambda path: (path / verify.MARKER).unlink(),
     ".metadata: No such file": lambda path: (path / ".metadata").unlink(),
     "__0_0.distcp has ": truncate,
     "the checksum of __1_0.distcp is wrong": flip,
-    "progress.json cannot be read": lambda path: (path / verify.MARKER).write_text('{"step": 8, "fil'),
+    "progress.json cannot be read: its checksum is wrong": flip_marker,
+    "progress.json cannot be read: Unterminated string": lambda path: (path / verify.MARKER).write_text(
+        '{"step": 8, "fil'
+    ),
     "progress.json is for step 7": lambda path: None,  # a folder under another's name
 }
 
@@ -117,8 +127,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(problem, alone,
     shutil.copytree(folder / "step_00000007", good)
     shutil.copytree(good, bad)
     if "is for step" not in problem:
-        marker = (bad / verify.MARKER).read_text()
-        (bad / verify.MARKER).write_text(marker.replace('"step": 7', '"step": 8'))
+        verify.write_marker(bad, verify.read_marker(bad) | {"step": 8})
     DAMAGES[problem](bad)
     (tmp_path / "step_00000009.partial").mkdir()
     assert verify.newest_valid(tmp_path, alone) == good

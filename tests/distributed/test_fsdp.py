@@ -78,9 +78,10 @@ def sharded_gradients(world: World, *args: int | bool | str) -> dict[str, torch.
     with torch.device("meta"):
         net = small_net()
     options = {"activation_checkpointing": recompute, "gathering": GatherConfig(*gathering)}
-    net, twin = fsdp.build_model_and_ema(net, world, "fp32", 0, shard_size=shard_size, **options)
+    net, twin = fsdp.build_model_and_ema(net, fsdp.make_mesh(world, shard_size), "fp32", 0, **options)
     grads = gradients(net, twin, world.rank, world.size, micro=2)
-    norm = fsdp.clip_grad_norm(net, 1e-3)
+    norm = fsdp.grad_norm(net)
+    fsdp.clip_gradients(net, norm, 1e-3)
     ema.update(twin, net, 0.5)
     return {
         "norm": norm,
@@ -147,7 +148,9 @@ class Gatherings(TorchDispatchMode):
 def gathered(world: World, keep: bool) -> torch.Tensor:
     with torch.device("meta"):
         net = small_net()
-    net, twin = fsdp.build_model_and_ema(net, world, "fp32", 0, gathering=GatherConfig(reshard_after_forward=not keep))
+    net, twin = fsdp.build_model_and_ema(
+        net, fsdp.make_mesh(world, None), "fp32", 0, gathering=GatherConfig(reshard_after_forward=not keep)
+    )
     with Gatherings() as seen:
         gradients(net, twin, world.rank, world.size, micro=4)
     return torch.tensor(seen.count)
@@ -164,7 +167,9 @@ def after_looking(world: World) -> dict[str, torch.Tensor]:
     """Values before and after a change of the weights, with passes that keep blocks whole and have no backward pass."""
     with torch.device("meta"):
         net = small_net()
-    net, twin = fsdp.build_model_and_ema(net, world, "fp32", 0, gathering=GatherConfig(reshard_after_forward=False))
+    net, twin = fsdp.build_model_and_ema(
+        net, fsdp.make_mesh(world, None), "fp32", 0, gathering=GatherConfig(reshard_after_forward=False)
+    )
     perturb(net, 0)
     conds = encode(["a", "b"])
     arguments = latents(range(2)), torch.tensor([0.9, 0.5]), torch.tensor([0.4, 0.5]), conds
@@ -194,7 +199,7 @@ def test_blocks_that_are_kept_whole_are_never_out_of_date():
 @pytest.mark.parametrize("wrong", [3, 0])
 def test_indivisible_gathering_is_one_line(wrong, alone):
     with pytest.raises(UserError, match=f"reshard_after_forward: {wrong} does not divide the 1 ranks"):
-        fsdp.build_model_and_ema(small_net(), alone, "fp32", 0, gathering=GatherConfig(wrong))
+        fsdp.build_model_and_ema(small_net(), fsdp.make_mesh(alone, None), "fp32", 0, gathering=GatherConfig(wrong))
 
 
 def initial_weights(world: World) -> dict[str, torch.Tensor]:
@@ -214,7 +219,7 @@ def test_initial_weights_do_not_depend_on_the_number_of_ranks():
 
 
 def with_a_flipped_bit(world: World) -> str:
-    net, _ = fsdp.build_model_and_ema(small_net(), world, "fp32", 0, shard_size=1)
+    net, _ = fsdp.build_model_and_ema(small_net(), fsdp.make_mesh(world, 1), "fp32", 0)
     fsdp.compare_replicas(net, world, 1, "step 3")
     if world.rank == 1:
         weight = fsdp.local(net.out.weight.detach())

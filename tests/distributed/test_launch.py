@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from selfe import cli, device, launch
+from selfe import cli, device, launch, signals
 from selfe.checkpoint import verify
 from selfe.types import UserError
 
@@ -160,7 +161,7 @@ def test_a_scheduler_stops_a_run_that_loads_ahead(tmp_path):
 
 
 def gone(pids: list[int]) -> bool:
-    for _ in range(100):
+    for _ in range(300):
         if not any(map(alive, pids)):
             return True
         time.sleep(0.1)
@@ -194,3 +195,81 @@ def test_a_killed_process_is_started_again_as_often_as_asked_then_ends_the_other
     (line,) = err.splitlines()
     assert re.search(r"process \d was killed by SIGKILL .* in step \d+; run the same command again to resume", line)
     assert gone(below + again)
+
+
+def test_a_killed_launcher_ends_its_processes_which_save(tmp_path):
+    """Nothing is left that would write into the folder from which the next start resumes."""
+    command = [sys.executable, "-m", "selfe", "train", TINY, "2", f"trainer.output_dir={tmp_path}"]
+    more = ["trainer.max_steps=100000", "trainer.num_workers=1", "trainer.checkpoint_every=100000"]
+    run = subprocess.Popen([*command, *more], env=ENV, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    begun(run)
+    below = children(run.pid)
+    run.kill()
+    out, _ = run.communicate(timeout=60)  # of the processes, which have the same stdout
+    assert "stopped by SIGTERM: " in out
+    assert gone(below)
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    assert verify.is_complete(saved)
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_process_that_is_killed_ends_the_other_node_with_one_line(tmp_path):
+    """Two launchers on this machine, a process each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-m", "selfe", "train", TINY, "1", f"trainer.output_dir={tmp_path}"]
+    runs = [
+        subprocess.Popen(
+            [*command, "trainer.max_steps=100000", "trainer.num_workers=0"],
+            env=ENV | nodes | {"NODE_RANK": str(node)},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    begun(runs[0])
+    below = [children(run.pid) for run in runs]
+    os.kill(below[0][0], signal.SIGKILL)
+    messages = [run.communicate(timeout=60)[1] for run in runs]
+    assert [run.returncode for run in runs] == [137, 1]
+    assert re.fullmatch(r"selfe: error: process 0 was killed by SIGKILL .*\n", messages[0])
+    assert re.fullmatch(r"selfe: error: a process of node 0 was ended \(process 0\); .*\n", messages[1])
+    assert gone([*below[0], *below[1]])
+
+
+def test_the_environment_of_the_processes(monkeypatch):
+    names = ("OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+    for name in (*names, "SELFE_LAUNCHER"):
+        monkeypatch.setenv(name, "")  # restored after the test
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("GRACE_SECONDS", "40")
+    monkeypatch.setattr(device, "usable_cores", lambda: 8)
+    launch.set_environment(4)
+    assert os.environ["OMP_NUM_THREADS"] == "2"
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "40"
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    launch.set_environment(4)
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+
+
+def test_a_mac_has_another_loopback_device_and_no_proc(monkeypatch, tmp_path):
+    for name in ("SELFE_STORE", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")
+    started = signals.process_start(os.getpid())
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert launch.single_node(tmp_path)["local_addr"] == "127.0.0.1"
+    assert os.environ["GLOO_SOCKET_IFNAME"] == os.environ["NCCL_SOCKET_IFNAME"] == "lo0"
+    assert device.usable_cores() == os.cpu_count()
+    assert signals.process_start(os.getpid()) not in (None, started)  # by `ps`
+    assert signals.process_start(2**22 + 1) is None
+    monkeypatch.setattr(signals.ctypes, "CDLL", None)
+    signals.signal_with_parent(signal.SIGTERM)  # prctl is not called

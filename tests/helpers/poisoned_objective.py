@@ -20,6 +20,14 @@ class PoisonedObjective(SelfEvaluation):
         return Loss(loss.per_sample * factors, loss.metrics, loss.t, loss.s, loss.eval_rows)
 
 
+class NanObjective(SelfEvaluation):
+    """No loss of any step is a number."""
+
+    def __call__(self, net, ema, x0, conds, rng, step) -> Loss:
+        loss = super().__call__(net, ema, x0, conds, rng, step)
+        return Loss(loss.per_sample * float("nan"), loss.metrics, loss.t, loss.s, loss.eval_rows)
+
+
 class JumpingObjective(SelfEvaluation):
     """At every second change of loss, batch or resolution the gradient becomes `jump` times as large."""
 

@@ -22,11 +22,12 @@ CONTEXT = multiprocessing.get_context("forkserver")
 class Run:
     """`size` processes of one run, without a launcher: what they say is in `out`, why they failed in `failures`."""
 
-    def __init__(self, folder: Path, size: int, *overrides: str):
+    def __init__(self, folder: Path, size: int, *overrides: str, env: dict[str, str] | None = None):
         self.work = Path(tempfile.mkdtemp())
         arguments = [str(TINY), f"trainer.output_dir={folder}", *overrides]
         self.processes = [
-            CONTEXT.Process(target=_child, args=(rank, size, self.work, arguments), daemon=True) for rank in range(size)
+            CONTEXT.Process(target=_child, args=(rank, size, self.work, arguments, env or {}), daemon=True)
+            for rank in range(size)
         ]
         for rank, process in enumerate(self.processes):
             (self.work / f"out_{rank}").touch()
@@ -72,8 +73,9 @@ class Run:
         }
 
 
-def _child(rank: int, size: int, work: Path, arguments: list[str]) -> None:
+def _child(rank: int, size: int, work: Path, arguments: list[str], env: dict[str, str]) -> None:
     _settle(work / f"out_{rank}")
+    os.environ |= env
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"SELFE_STORE": str(work / "store"), "TORCHELASTIC_RESTART_COUNT": "0", "GLOO_SOCKET_IFNAME": "lo"}
     os.environ["TORCHELASTIC_ERROR_FILE"] = str(work / f"failure_{rank}")

@@ -76,7 +76,8 @@ def test_packed_samples_do_not_see_each_other():
 def test_self_evaluation(alone, precision, recompute, rtol):
     """Its gradients with the auxiliary term, sharded, against those of plain fp32."""
     options = {"activation_checkpointing": recompute, "compile": True}
-    grads = gradients(*fsdp.build_model_and_ema(small_net(), alone, precision, 0, **options), 0, 1, micro=8)
+    nets = fsdp.build_model_and_ema(small_net(), fsdp.make_mesh(alone, None), precision, 0, **options)
+    grads = gradients(*nets, 0, 1, micro=8)
     for name, expected in gradients(small_net(), small_net().requires_grad_(False), 0, 1, micro=8).items():
         assert (grads[name] - expected).norm() <= rtol * expected.norm(), name
 
@@ -117,7 +118,9 @@ def test_a_bounded_number_of_compilations(alone: World):
     """Kinds of calls are compiled, shapes are not."""
     with torch.device("meta"):
         net = MMDiT(**SMALL | {"num_double_blocks": 2, "num_single_blocks": 2})
-    net, ema = fsdp.build_model_and_ema(net, alone, "fp32", 0, activation_checkpointing=True, compile=True)
+    net, ema = fsdp.build_model_and_ema(
+        net, fsdp.make_mesh(alone, None), "fp32", 0, activation_checkpointing=True, compile=True
+    )
     stats = torch._dynamo.utils.counters["stats"]
     before = stats["unique_graphs"]  # of other tests in this process
     all_that_happens(net, ema, range(2))

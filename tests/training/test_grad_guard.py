@@ -73,7 +73,7 @@ def test_an_unplanned_level_that_lasts_is_adopted():
     taken = []
     for step in range(10):
         taken.append(guard.accepts(8 + 0.1 * step, 0.6))
-        guard.check(step, 8.0)
+        guard.check(step, 8.0, None)
         guard = again(guard)
     assert taken == [False] * 4 + [True] * 6
     assert guard.skipped == 4
@@ -110,10 +110,10 @@ def test_divergence_ends_the_run(kind):
         "not finite": lambda step: (8.0, math.nan),
     }
     for step in range(8):
-        guard.check(step, 8.0)
+        guard.check(step, 8.0, None)
         assert not guard.accepts(*outcomes[kind](step))
     with pytest.raises(UserError, match="8 steps in a row were skipped"):
-        guard.check(8, 8.0)
+        guard.check(8, 8.0, None)
 
 
 CHANGES = (

@@ -89,3 +89,17 @@ def test_a_hung_process_is_named(tmp_path):
     message = run.failures[0]["message"]
     assert message.startswith("step ")
     assert message.endswith("waited 0.05 minutes (trainer.timeout_minutes); no response from process 1")
+
+
+def test_a_stop_signal_ends_a_process_that_hangs_in_a_collective(tmp_path):
+    """Python runs no handler there; the process ends before its time is up, and names the step."""
+    run = Run(tmp_path, 2, "trainer.max_steps=100000", env={"GRACE_SECONDS": "2"})
+    run.wait_for("training 1/")
+    run.send(signal.SIGSTOP, 1)
+    run.send(signal.SIGTERM, 0)
+    run.processes[0].join(60)
+    assert run.processes[0].exitcode == 128 + signal.SIGTERM
+    run.end()
+    message = run.failures[0]["message"]
+    assert message.startswith("stopped by SIGTERM in step ")
+    assert "did not end within GRACE_SECONDS=2" in message

@@ -119,10 +119,10 @@ def test_verify_resume_sees_what_differs(straight, tmp_path):
     twin = tmp_path / "twin"
     shutil.copytree(straight[1], twin)
     assert verify_resume.compare(straight[1], twin, 6) == []
-    marker = twin / LAST / verify.MARKER
-    text = marker.read_text()
-    ((_, crc),) = files(twin / LAST).values()
-    marker.write_text(text.replace(str(crc), str(crc + 1)))
+    marker = verify.read_marker(twin / LAST)
+    ((name, (length, crc)),) = files(twin / LAST).items()
+    marker["files"][name] = [length, crc + 1]
+    verify.write_marker(twin / LAST, marker)
     metrics = (twin / "metrics.jsonl").read_text().splitlines()
     line = json.loads(metrics[3])
     metrics[3] = json.dumps(line | {"loss": line["loss"] + 1e-7})

@@ -12,7 +12,7 @@ from selfe.distributed.collectives import World
 from selfe.inference import job
 from selfe.io.folder_lock import FolderLock
 from selfe.train import BatchPhase, TrainerConfig
-from selfe.training import ema
+from selfe.training import ema, grad_guard
 from selfe.training.visuals import SampleGridConfig
 from selfe.types import Batch, UserError
 from tests.helpers import train_processes
@@ -167,3 +167,35 @@ def test_configured_defaults_are_the_papers():
     assert (paper.lr, paper.min_lr, paper.warmup_steps, paper.betas) == (3e-4, 1e-5, 1000, (0.9, 0.95))
     assert (paper.clip_norm, paper.ema_decay, paper.max_steps) == (1.0, 0.9999, 710_000)
     assert [len(paper.samples_at(step)) for step in (0, 499_999, 500_000)] == [1024, 1024, 768]
+
+
+def test_a_run_in_which_every_step_was_skipped_is_a_failure(tmp_path):
+    """It names the first tensor that is not finite, and saves nothing from which the next start would go on."""
+    objective = "system.objective.module=tests.helpers.poisoned_objective.NanObjective"
+    run = train_processes.Run(tmp_path, 2, objective, "trainer.stop_step=3", "trainer.checkpoint_every=1")
+    assert run.wait() == [2, 2]
+    message = run.failures[0]["message"]
+    assert "nothing was learned, every step from 0 to 2 was skipped" in message
+    assert "step 2, gradient norm nan, first non-finite: loss of " in message
+    assert not list(tmp_path.glob("checkpoints/step_*"))
+
+
+def test_the_first_tensor_that_is_not_finite(alone):
+    """In the order in which they depend on each other: weights, data, losses, gradients."""
+    net, average = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    images = torch.zeros(3, 4, 4), torch.zeros(3, 4, 4)
+    samples = [(Batch(images, ("a", "b"), (0, 1), ("a.png", "b.png")), torch.zeros(3, 2))]
+    net(torch.ones(2)).sum().backward()
+
+    def first() -> tuple[int, str] | None:
+        return grad_guard.first_non_finite(net, average, samples)
+
+    assert first() is None
+    net.bias.grad[1] = float("nan")
+    assert first() == (3, "gradient of bias")
+    samples[0][1][0, 1] = float("inf")
+    assert first() == (2, "loss of b.png")
+    images[0][0, 1, 2] = float("nan")
+    assert first() == (1, "data a.png")
+    average.weight.data[0, 0] = float("nan")
+    assert first() == (0, "EMA weight weight")

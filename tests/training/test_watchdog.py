@@ -1,5 +1,6 @@
 """What a process that waits says of the others."""
 
+import queue
 import time
 
 import torch
@@ -36,3 +37,17 @@ def test_a_wait_without_limit_is_let_be(alone):
             break
         time.sleep(0.05)
     assert said == ["step 3: training: process 0 waited 0.01 minutes (trainer.timeout_minutes); all processes respond"]
+
+
+def test_the_failure_of_another_process_ends_this_one(alone, monkeypatch):
+    """Also one that waits without limit, and hangs in a collective: the watchdog is a thread."""
+    ended = queue.Queue()
+    watch = Watchdog(World(0, 2, torch.device("cpu")), 0.01, ended.put)
+    watch.heartbeat(3, "saving", limited=False)
+    assert collectives.publish_failure(collectives._notes, "a process of node 0 was ended")
+    assert ended.get(timeout=20) == "a process of node 0 was ended"
+    assert not collectives.publish_failure(collectives._notes, "another one, a consequence of the first")
+
+    # a failure that this process published does not end it: it is about to say more
+    monkeypatch.setattr(collectives, "_posted", True)
+    assert collectives.failure_of_another() is None

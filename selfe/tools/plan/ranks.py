@@ -114,14 +114,14 @@ def share(
         later: the recorded sharding of the text encoder, if it is sharded.
     """
     with pretended(size) as world:
-        how = {"shard_size": trainer.shard_size, "gathering": trainer.gathering}
-        net, ema = fsdp.shard_model_and_ema(copy.deepcopy(system.backbone), world, trainer.precision, **how)
+        mesh, net = fsdp.make_mesh(world, trainer.shard_size), copy.deepcopy(system.backbone)
+        net, ema = fsdp.shard_model_and_ema(net, mesh, trainer.precision, gathering=trainer.gathering)
 
         # encoders are replicated, except for a sharded text encoder
         whole, text_units = [network for network in encoders if not later or network is not later.module], ()
         if len(whole) < len(encoders):
             module, blocks = copy.deepcopy((later.module, later.blocks))
-            fsdp.shard_frozen(module, blocks, fsdp.make_mesh(world, trainer.shard_size))
+            fsdp.shard_frozen(module, blocks, mesh)
             whole, text_units = [*whole, module], units(module)
 
         parameters = held(net)
