@@ -383,7 +383,7 @@ def measure_steps(
     with torch.device("meta"):
         net = MMDiT(**sizes)
     counting = copy.deepcopy(net)
-    net, average = fsdp.shard_model_and_ema(net, setting.world, "bf16", **options)
+    net, average = fsdp.shard_model_and_ema(net, fsdp.make_mesh(setting.world, None), "bf16", **options)
     for part in (net, average):
         part.to_empty(device=setting.device)
         randomise(part)
@@ -427,7 +427,9 @@ def training_step(
     rng = SampleRNG.of_step(0, STEP, range(len(x0)))
     loss = objective(net, average, x0, conds, rng, STEP).per_sample.mean()
     loss.backward()
-    collectives.sync_step_outcome(fsdp.clip_grad_norm(net, 1.0), loss.detach(), 0)
+    norm = fsdp.grad_norm(net)
+    collectives.sync_step_outcome(norm, loss.detach(), 0)
+    fsdp.clip_gradients(net, norm, 1.0)
     optimizer.step()
     ema_update.update(average, net, 0.9999)
     optimizer.zero_grad(set_to_none=True)
@@ -531,7 +533,7 @@ def check_encoders(setting: Setting) -> Facts:
         yield {"what": "autoencoder", "images": images, "pixels": pixels, "encode_ms": encode, "decode_one_ms": decode}
 
     # a complete micro-batch, from images on the host to gradients
-    nets = fsdp.build_model_and_ema(net, setting.world, "bf16", 0, gathering=UNSHARDED)
+    nets = fsdp.build_model_and_ema(net, fsdp.make_mesh(setting.world, None), "bf16", 0, gathering=UNSHARDED)
     pixels = 64 if setting.tiny else 256
     images = tuple(torch.randint(0, 255, (3, pixels, pixels), dtype=torch.uint8) for _ in range(count))
 
@@ -646,7 +648,7 @@ def check_save(setting: Setting) -> Facts:
     free_memory(setting)
     with torch.device("meta"):
         net = MMDiT(**setting.sizes("0.5b"))
-    net, average = fsdp.shard_model_and_ema(net, setting.world, "bf16")
+    net, average = fsdp.shard_model_and_ema(net, fsdp.make_mesh(setting.world, None), "bf16")
     for part in (net, average):
         part.to_empty(device=setting.device)
         randomise(part)
