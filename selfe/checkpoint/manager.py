@@ -1,27 +1,29 @@
 """Asynchronous checkpointing: the state is copied to host memory, then written in the background during training.
 
-Checkpoints are atomic: files are written to `step_N.partial` and synced, then the marker is written, then the folder is
-renamed. A failed save (disk full, no permission) is logged and counted; training continues and earlier checkpoints are
-not touched.
+Checkpoints are atomic: torch writes and syncs its files to `step_N.partial`, then the marker with their checksums is
+written, then the folder is renamed. A failed save (disk full, no permission) is logged and counted; training continues
+and earlier checkpoints are not touched.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
 from selfe import log
 from selfe.checkpoint import verify
-from selfe.checkpoint.writer import Draft
 from selfe.distributed import collectives
 from selfe.distributed.collectives import World
 from selfe.types import UserError
 
-ASIDE, GONE = ".partial", ".removed"  # suffixes of folders being written or removed
+PARTIAL, REMOVED = ".partial", ".removed"  # suffixes of folders being written or removed
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,16 @@ class CheckpointManager:
         self.folder, self.keep, self.world = folder, keep, world
         # Long timeout: a slow disk must not fail a save, only lost processes should.
         self.group = collectives.host_group(timeout_minutes=120)
-        self.draft: Draft | None = None
+        # The copy in host memory is kept for the next save; pinned, so that copying from an accelerator is fast.
+        pinned = world.device.type != "cpu"
+        self.stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=pinned,
+                use_shared_memory=False,
+                use_async_staging=False,
+                use_non_blocking_copy=pinned,
+            )
+        )
         self.thread = ThreadPoolExecutor(1, "save")
         self.pending: Future | None = None
         self.saved: Path | None = None  # last successful save
@@ -70,15 +81,14 @@ class CheckpointManager:
                 f"{self.folder}: {len(self.failures)} consecutive saves failed, the last because {self.failures[-1]}; "
                 f"fix this and restart: the run resumes from {self.saved or 'its newest checkpoint'}"
             )
-        self.stage(state)
-        self.pending = self.thread.submit(self.write, step, notes or {})
-
-    def stage(self, state: dict) -> None:
-        """Copy a state to host memory. Buffers are planned at the first save and whenever names or shapes change."""
-        fits = self.draft is not None and self.draft.fill(state)
-        if not all(collectives.run_on_all_ranks(lambda: fits, self.world, self.group)):
-            self.draft = Draft(state, self.world, self.group)
-            self.draft.fill(state)
+        partial = self.folder / f"step_{step:08d}{PARTIAL}"
+        upload = dcp.async_save(
+            state,
+            storage_writer=dcp.FileSystemWriter(partial),  # syncs every file
+            process_group=self.group,
+            async_stager=self.stager,
+        )
+        self.pending = self.thread.submit(self.complete, upload, partial, step, notes or {})
 
     def wait(self) -> None:
         """Wait for the pending save, if any, and record whether it failed."""
@@ -104,30 +114,24 @@ class CheckpointManager:
             )
         return self.saved
 
-    def write(self, step: int, notes: dict) -> Path:
-        """Write the staged state as a checkpoint; runs in a background thread of every rank.
+    def complete(self, upload: Future, partial: Path, step: int, notes: dict) -> Path:
+        """Wait until torch has written the files, then publish them; runs in a background thread of every rank.
 
         Raises:
             OSError: on all ranks, if writing failed on any of them.
         """
-        final = self.folder / f"step_{step:08d}"
-        aside = final.with_name(final.name + ASIDE)
-        world, group, draft = self.world, self.group, self.draft
-
-        def on_main(action: Callable[[], None]) -> None:
-            collectives.run_on_all_ranks(lambda: world.is_main and action(), world, group)
-
-        # Every rank writes its files; rank 0 collects their checksums and publishes the checkpoint.
+        world, group = self.world, self.group
+        final = partial.with_suffix("")
         try:
-            on_main(lambda: prepare(aside, draft.num_bytes))
-            parts = collectives.run_on_all_ranks(lambda: draft.write(aside), world, group)
+            wait_for(upload, self.folder)
+            parts = collectives.run_on_all_ranks(lambda: written_files(partial, world.rank), world, group)
             files = {name: entry for part in parts for name, entry in part.items()}
             marker = {"step": step, "processes": world.size, "files": files} | notes
-            on_main(lambda: publish(aside, final, marker))
+            collectives.run_on_all_ranks(lambda: world.is_main and publish(partial, final, marker), world, group)
         except OSError as error:
             if world.is_main:
                 log.print_line(f"the checkpoint of step {step} could not be saved: {error}")
-                shutil.rmtree(aside, ignore_errors=True)
+                shutil.rmtree(partial, ignore_errors=True)
             raise
 
         if world.is_main:
@@ -135,25 +139,38 @@ class CheckpointManager:
         return final
 
 
-def prepare(aside: Path, needed: int) -> None:
-    """Create an empty folder; raises OSError if the disk has fewer than `needed` bytes free."""
-    if aside.exists():
-        shutil.rmtree(aside)
-    aside.mkdir(parents=True)
+def wait_for(upload: Future, folder: Path) -> None:
+    """Wait until torch has written the files of all ranks.
 
-    free = shutil.disk_usage(aside).free
-    if free < needed:
-        raise OSError(f"{aside.parent}: {needed / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free on the disk")
+    Raises:
+        OSError: on all ranks, if writing failed on any of them.
+    """
+    try:
+        upload.result()
+    except CheckpointException as error:  # not an Exception; holds the errors of the ranks that failed
+        rank, (cause, _) = next(iter(error.failures.items()))
+        # A full disk is a RuntimeError of torch's zip writer.
+        if not isinstance(cause, OSError | RuntimeError):
+            raise RuntimeError(str(error)) from error
+        free = shutil.disk_usage(folder).free if folder.exists() else 0
+        what = f"{cause}".splitlines()[0]
+        raise OSError(f"process {rank}: {what}; {free / 2**20:.0f} MiB free in {folder}") from error
 
 
-def publish(aside: Path, final: Path, marker: dict) -> None:
+def written_files(partial: Path, rank: int) -> dict[str, list[int]]:
+    """{name: [size in bytes, CRC-32]} of the files that this rank has written."""
+    names = [*partial.glob(f"__{rank}_*"), *([partial / ".metadata"] if rank == 0 else ())]
+    return {path.name: [path.stat().st_size, verify.checksum(path)] for path in names}
+
+
+def publish(partial: Path, final: Path, marker: dict) -> None:
     """Write the marker, then rename the folder; each step is synced before the next."""
-    verify.write_marker(aside, marker)
-    sync(aside)
+    verify.write_marker(partial, marker)
+    sync(partial)
 
     if final.exists():  # damaged: a valid one would have been resumed from
         remove(final)
-    aside.rename(final)
+    partial.rename(final)
     sync(final.parent)
 
 
@@ -168,7 +185,7 @@ def sync(folder: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a checkpoint. It is renamed first, so that an interrupted removal does not leave a damaged checkpoint."""
-    gone = path.with_name(path.name + GONE)
+    gone = path.with_name(path.name + REMOVED)
     shutil.rmtree(gone, ignore_errors=True)
     path.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
@@ -176,7 +193,7 @@ def remove(path: Path) -> None:
 
 def clear(folder: Path) -> None:
     """Remove leftovers of interrupted saves and removals."""
-    for suffix in (ASIDE, GONE):
+    for suffix in (PARTIAL, REMOVED):
         for path in folder.glob(f"step_*{suffix}"):
             shutil.rmtree(path, ignore_errors=True)
 
