@@ -99,6 +99,17 @@ def overview() -> str:
 # ---- arguments of each verb ----
 
 
+def whole(least: int) -> Callable[[str], int]:
+    """An argument type: integers of at least `least`."""
+
+    def integer(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        return int(text)
+
+    return integer
+
+
 def processes(parser: argparse.ArgumentParser) -> None:
     """CONFIG [NGPUS] [key=value ...]; `launch.parse` separates the last two."""
     parser.usage = "%(prog)s CONFIG [NGPUS] [key=value ...]"
@@ -125,12 +136,14 @@ def plan(parser: argparse.ArgumentParser) -> None:
 def check_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("manifest", type=Path, help="a TSV file, or a pattern of tar files in quotes")
     parser.add_argument("--base-dir", type=Path, default=Path(), help="folder that relative image paths start from")
-    parser.add_argument("--workers", type=int, default=4, help="reader processes; 0: read in this process")
+    parser.add_argument("--workers", type=whole(0), default=4, help="reader processes; 0: read in this process")
     parser.add_argument("--write-clean", type=Path, metavar="OUT", help="write the valid lines, with image sizes")
-    parser.add_argument("--min-side", type=int, default=64, help="smallest allowed side in pixels")
-    parser.add_argument("--max-pixels", type=int, default=178_956_970, help="larger images are rejected")
-    parser.add_argument("--pixels", type=int, nargs="+", default=[65536], help="pixel budgets whose buckets are shown")
-    parser.add_argument("--multiple", type=int, default=16, help="bucket sides are multiples of this")
+    parser.add_argument("--min-side", type=whole(1), default=64, help="smallest allowed side in pixels")
+    parser.add_argument("--max-pixels", type=whole(1), default=178_956_970, help="larger images are rejected")
+    parser.add_argument(
+        "--pixels", type=whole(1), nargs="+", default=[65536], help="pixel budgets whose buckets are shown"
+    )
+    parser.add_argument("--multiple", type=whole(1), default=16, help="bucket sides are multiples of this")
     parser.add_argument("--max-aspect", type=float, default=2.0, help="aspect ratio of the longest bucket")
     parser.add_argument("--tokenizer", help="a folder such as SELFE_CACHE_DIR/t5-v1_1-xxl, to count tokens exactly")
 
@@ -139,8 +152,9 @@ def precompute(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--out", type=Path, required=True, help="cache folder")
-    parser.add_argument("--workers", type=int, help="reader processes per encoder (default: one per core, up to 4)")
-    parser.add_argument("--batch-size", type=int, default=32, help="images or captions encoded together")
+    workers_help = "reader processes per encoder (default: one per core, up to 4)"
+    parser.add_argument("--workers", type=whole(0), help=workers_help)
+    parser.add_argument("--batch-size", type=whole(1), default=32, help="images or captions encoded together")
     parser.add_argument(
         "--one-sample", action="store_true", help="store one fixed latent sample instead of mean and std: half the size"
     )
@@ -151,7 +165,7 @@ def make_shards(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base-dir", type=Path, default=Path(), help="folder that relative image paths start from")
     parser.add_argument("--out", type=Path, required=True, help="folder for the tar files")
     parser.add_argument("--prefix", default="train", help="tar files are named PREFIX-000000.tar and so on")
-    parser.add_argument("--samples", type=int, default=10_000, help="samples per tar file")
+    parser.add_argument("--samples", type=whole(1), default=10_000, help="samples per tar file")
 
 
 def make_manifest(parser: argparse.ArgumentParser) -> None:

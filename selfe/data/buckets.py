@@ -8,6 +8,10 @@ from functools import lru_cache
 
 import numpy as np
 
+MAX_PIXELS = 2**28  # of a bucket; 16384 x 16384
+MAX_ASPECT = 100
+MAX_SHARE = 10**6  # of a pixel budget or a manifest, in units of the smallest
+
 
 @dataclass(frozen=True)
 class ResolutionPhase:
@@ -22,8 +26,10 @@ class ResolutionPhase:
             raise ValueError(f"a phase needs step >= 0 and at least one pixel budget, got {self.step}, {self.pixels}")
         if list(self.pixels) != sorted(set(self.pixels)):
             raise ValueError(f"pixels must increase, got {list(self.pixels)}")
-        if self.shares and (len(self.shares) != len(self.pixels) or min(self.shares) < 1):
-            raise ValueError(f"shares: give one positive integer for each of {list(self.pixels)}, got {self.shares}")
+        if self.shares and (len(self.shares) != len(self.pixels) or not all(1 <= n <= MAX_SHARE for n in self.shares)):
+            raise ValueError(
+                f"shares: give an integer from 1 to {MAX_SHARE} for each of {list(self.pixels)}, got {self.shares}"
+            )
 
     def counts(self, samples: range) -> list[int]:
         """Number of samples per budget in a global batch; cumulative counts are within one sample of `shares`."""
@@ -43,10 +49,14 @@ class Buckets:
     """
 
     def __init__(self, pixels: int, multiple: int, max_aspect: float):
+        if multiple < 1:
+            raise ValueError(f"multiple must be at least 1 pixel, got {multiple}")
+        if pixels > MAX_PIXELS:
+            raise ValueError(f"pixels must be at most {MAX_PIXELS}, got {pixels}")
         if pixels < multiple**2:
             raise ValueError(f"pixels {pixels} is less than {multiple} x {multiple}; set it to at least {multiple**2}")
-        if max_aspect < 1:
-            raise ValueError(f"max_aspect must be at least 1, got {max_aspect}")
+        if not 1 <= max_aspect <= MAX_ASPECT:
+            raise ValueError(f"max_aspect must be at least 1 and at most {MAX_ASPECT}, got {max_aspect}")
 
         # candidate shapes, plus the square
         found = set()

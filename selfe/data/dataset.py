@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from selfe.data.buckets import Buckets, ResolutionPhase
+from selfe.data.buckets import MAX_SHARE, Buckets, ResolutionPhase
 from selfe.data.shuffle import interleave, permute
 from selfe.io import image_decode
 from selfe.rng import philox
@@ -67,8 +67,8 @@ class WeightedManifest:
     base_dir: str | None = None  # default: the `base_dir` of the dataset
 
     def __post_init__(self):
-        if self.weight < 1:
-            raise ValueError(f"weight must be an integer of at least 1, got {self.weight}")
+        if not 1 <= self.weight <= MAX_SHARE:
+            raise ValueError(f"weight must be an integer from 1 to {MAX_SHARE}, got {self.weight}")
 
 
 class SampleSpec(NamedTuple):
@@ -125,6 +125,9 @@ class BucketedDataset:
         self.phases = (ResolutionPhase(0, (pixels,)), *phases)
         if list(self.phases) != sorted(self.phases, key=lambda phase: phase.step):
             raise ValueError(f"phases must be in the order of their steps, got {[phase.step for phase in phases]}")
+
+        if max_pixels < 1:
+            raise ValueError(f"max_pixels must be at least 1, got {max_pixels}")
 
         self.multiple, self.max_aspect, self.flip, self.on_bad_image = multiple, max_aspect, flip, on_bad_image
         self.buckets = {p: Buckets(p, multiple, max_aspect) for phase in self.phases for p in phase.pixels}

@@ -56,7 +56,11 @@ class WatchedLoader(Iterator):
 
         # start the workers, without torch's handler for the end of a child process
         handler, children = signal.getsignal(signal.SIGCHLD), set(multiprocessing.active_children())
-        self.items = iter(loader)
+        try:
+            self.items = iter(loader)
+        except OSError as error:
+            message = f"the data workers of {owner} cannot be started: {error.strerror}; {MORE_SHARED}"
+            raise UserError(message) from error
         self.workers = [child for child in multiprocessing.active_children() if child not in children]
         signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
@@ -96,7 +100,7 @@ class Shared(Dataset):
             return batch
 
         needed, room = self.copies * batch.num_bytes, self.room
-        shortage = f"the data workers need {needed / 1e6:.0f} MB of {SHARED}, which has {room / 1e6:.0f}; {MORE_SHARED}"
+        shortage = f"the data workers need {needed / 1e6:.1f} MB of {SHARED}, which has {room / 1e6:.1f}; {MORE_SHARED}"
         if needed > room:
             return UserError(shortage)
         try:

@@ -70,10 +70,12 @@ class ShapesData:
             radius: smallest and largest radius, in units of `size`.
             contrast: smallest and largest factor on pixel values, drawn log-uniformly; varies the image norms.
         """
+        if not 1 <= size <= 4096:
+            raise ValueError(f"size must be from 1 to 4096 pixels, got {size}")
         if not 0 <= held_out < len(COMBINATIONS):
             raise ValueError(f"held_out must be at least 0 and below {len(COMBINATIONS)}, got {held_out}")
         for name, (low, high) in {"radius": radius, "contrast": contrast}.items():
-            if not 0 < low <= high:
+            if not 0 < low <= high < math.inf:
                 raise ValueError(f"{name} must be a range of positive numbers, got {low} to {high}")
         if radius[1] > 0.5:
             raise ValueError(f"radius must be at most 0.5 for the largest shape to fit, got {radius[1]}")

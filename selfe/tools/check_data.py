@@ -220,7 +220,7 @@ class Report:
         key = hashlib.blake2b(finding.content + finding.prompt.encode(), digest_size=16).digest()
         return "" if (first := self.captions_of.setdefault(key, finding.where)) == finding.where else first
 
-    def show(self, budgets: list[int], multiple: int, max_aspect: float) -> None:
+    def show(self, buckets: dict[int, Buckets]) -> None:
         """Print histograms of the valid lines, the buckets of each pixel budget, and the totals."""
         if self.good:
             sizes, counts = np.array(list(self.sizes)), list(self.sizes.values())
@@ -237,8 +237,8 @@ class Report:
             histogram(f"caption length ({self.unit})", lengths, [0, 8, 16, 32, 64, 77, 128, 256, 512])
 
             # how the images are distributed over the buckets of each pixel budget
-            for pixels in budgets:
-                shapes = np.repeat(Buckets(pixels, multiple, max_aspect).nearest(sizes), counts, axis=0)
+            for pixels, of_budget in buckets.items():
+                shapes = np.repeat(of_budget.nearest(sizes), counts, axis=0)
                 fill, share = np.unique(shapes, axis=0, return_counts=True)
                 rows = [(f"{h} x {w}", n) for (h, w), n in zip(fill.tolist(), share.tolist(), strict=True)]
                 bars(f"buckets of {pixels} pixels, height x width", rows)
@@ -267,6 +267,11 @@ def bars(title: str, rows: list[tuple[str, int]]) -> None:
 
 def main(options: argparse.Namespace) -> None:
     """Entry point of `selfe check-data`; exits with code 1 if there are problems."""
+    try:
+        buckets = {pixels: Buckets(pixels, options.multiple, options.max_aspect) for pixels in options.pixels}
+    except ValueError as error:
+        raise UserError(f"--pixels, --multiple, --max-aspect: {error}") from error
+
     limits = Limits(options.base_dir, options.min_side, options.max_pixels)
     in_shards = options.manifest.suffix == ".tar"
     report, unused = Report(options.tokenizer, "samples" if in_shards else "lines"), Counter()
@@ -295,6 +300,6 @@ def main(options: argparse.Namespace) -> None:
 
     if unused:
         log.print_line(f"{options.manifest}{describe_unused(unused)}")
-    report.show(options.pixels, options.multiple, options.max_aspect)
+    report.show(buckets)
     if report.problems or not report.good:
         sys.exit(1)

@@ -49,7 +49,8 @@ def test_too_little_shared_memory_is_one_line_at_the_first_batch(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     needed = 2 * (2 * 2 + 1) * 8 * 3 * 8 * 8 * 4  # processes x (ahead x workers + 1) x bytes of a batch
     assert needed > 10_000
-    with pytest.raises(UserError, match=rf"workers need {needed / 1e6:.0f} MB of /dev/shm, which has 0; .*--ipc=host"):
+    message = rf"workers need {needed / 1e6:.1f} MB of /dev/shm, which has 0.0; .*--ipc=host"
+    with pytest.raises(UserError, match=message):
         raise_if_error(next(batches(2)))
     raise_if_error(next(batches(0)))  # needs none
 

@@ -1,13 +1,16 @@
 """Manifests and pictures: the order is a function of (seed, step), and every mistake is a line that says where."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from selfe.data.buckets import Buckets
+from selfe.data.buckets import Buckets, ResolutionPhase
+from selfe.data.dataset import WeightedManifest
 from selfe.data.manifest import ManifestData
+from selfe.data.shapes import ShapesData
 from selfe.types import UserError, signed
 
 SMOKE = Path(__file__).parents[2] / "debug_data/t2i_smoke"
@@ -175,3 +178,27 @@ def test_settings_out_of_range_are_named(tmp_path):
     for changes, name in (({"pixels": 10}, "pixels"), ({"max_aspect": 0.5}, "max_aspect")):
         with pytest.raises(ValueError, match=name):
             smoke(**changes)
+
+
+HUGE = 10**30
+OUT_OF_RANGE = {
+    "pixels": (lambda value: smoke(pixels=value), (-1, 0, HUGE)),
+    "at least": (lambda value: smoke(multiple=value), (-1, 0, HUGE)),  # a multiple above the square root of `pixels`
+    "max_aspect": (lambda value: smoke(max_aspect=value), (-1, 0, math.inf, math.nan, HUGE)),
+    "max_pixels": (lambda value: smoke(max_pixels=value), (-1, 0)),
+    "pixels ": (lambda value: smoke(phases=(ResolutionPhase(5, (value,)),)), (-1, 0, HUGE)),
+    "a phase": (lambda value: ResolutionPhase(value, (256,)), (-1,)),
+    "shares": (lambda value: ResolutionPhase(5, (256, 1024), (1, value)), (-1, 0, HUGE)),
+    "weight": (lambda value: WeightedManifest("a.tsv", value), (-1, 0, HUGE)),
+    "size": (lambda value: ShapesData(size=value), (-1, 0, HUGE)),
+    "contrast": (lambda value: ShapesData(contrast=(1, value)), (-1, 0, math.inf, math.nan)),
+}
+
+
+@pytest.mark.parametrize(
+    ("message", "make", "value"),
+    [(message, make, value) for message, (make, values) in OUT_OF_RANGE.items() for value in values],
+)
+def test_numbers_out_of_range_are_refused(message, make, value):
+    with pytest.raises(ValueError, match=message):
+        make(value)

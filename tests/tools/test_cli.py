@@ -8,6 +8,7 @@ import pytest
 from selfe import cli
 from selfe.gallery import build
 from selfe.io import image_decode
+from selfe.types import UserError
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)
@@ -43,3 +44,25 @@ def test_usage(arguments, code, capsys):
 def test_repeated_defaults_are_those_of_the_tools():
     assert cli.parse(["check-data", "a.tsv"]).max_pixels == image_decode.MAX_PIXELS
     assert cli.parse(["gallery", "folder"]).embed_mb * 2**20 == build.EMBED_BYTES
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["precompute", "a.yaml", "--out", "b", "--batch-size", "0"],
+        ["precompute", "a.yaml", "--out", "b", "--workers", "-1"],
+        ["make-shards", "a.tsv", "--out", "b", "--samples", "0"],
+        ["check-data", "a.tsv", "--workers", "-1"],
+        ["check-data", "a.tsv", "--pixels", "0"],
+    ],
+)
+def test_numbers_out_of_range_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.parse(arguments)
+    assert ended.value.code == 2
+    assert f"argument {arguments[-2]}: must be at least" in capsys.readouterr().err
+
+
+def test_buckets_that_cannot_be_are_refused_before_any_image_is_read():
+    with pytest.raises(UserError, match=r"--pixels, --multiple, --max-aspect: pixels 100 is less than 16 x 16"):
+        cli.run(["check-data", "none.tsv", "--pixels", "100"])
