@@ -105,7 +105,7 @@ class StoredCaptions:
     lens: tuple[int, ...]  # tokens of each caption
     pooled: Tensor  # (n, d_pooled)
 
-    def share_memory(self) -> None:
+    def share_memory_(self) -> None:
         self.tokens.share_memory_(), self.pooled.share_memory_()
 
     def pin_memory(self) -> StoredCaptions:
@@ -151,14 +151,12 @@ class Batch:
         tensors = [*self.images, *((self.text.tokens, self.text.pooled) if self.text else ())]
         return sum(tensor.nbytes for tensor in tensors)
 
-    def share_memory(self) -> Batch:
-        """The batch in memory that other processes can map. Raises RuntimeError if there is not enough."""
-        batch = self.flattened()
-        if batch.flat is not None:
-            batch.flat.share_memory_()
-        if batch.text is not None:
-            batch.text.share_memory()
-        return batch
+    def share_memory_(self) -> None:
+        """Move the tensors to memory that other processes can map. Raises RuntimeError if there is not enough."""
+        if self.flat is not None:
+            self.flat.share_memory_()
+        if self.text is not None:
+            self.text.share_memory_()
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory, from which copies to an accelerator do not block."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from selfe import signals
@@ -23,9 +24,10 @@ from selfe.distributed.collectives import World
 from selfe.protocols import Data
 from selfe.types import Batch, Split, StoredCaptions, UserError
 
+OPTION = "trainer.num_workers"
 AHEAD = 2  # batches that each worker prepares in advance
 SHARED = Path("/dev/shm")  # through which workers hand over batches (Linux)
-MORE_SHARED = "start the container with --ipc=host or --shm-size=8g, or lower trainer.num_workers"
+MORE_SHARED = "start the container with --ipc=host or --shm-size=8g, or lower"  # the number of workers
 
 
 def make_loader(part: MicroBatches, order: Iterable[tuple[int, int]], num_workers: int) -> Iterator[Batch | UserError]:
@@ -40,7 +42,7 @@ def make_loader(part: MicroBatches, order: Iterable[tuple[int, int]], num_worker
         worker_init_fn=signals.outlast_stops,
         generator=torch.Generator(),  # keeps DataLoader from advancing the global generator
     )
-    return WatchedLoader(loader, f"rank {part.world.rank}", "trainer.num_workers")
+    return WatchedLoader(loader, f"rank {part.world.rank}", OPTION)
 
 
 class WatchedLoader(Iterator):
@@ -59,7 +61,7 @@ class WatchedLoader(Iterator):
         try:
             self.items = iter(loader)
         except OSError as error:
-            message = f"the data workers of {owner} cannot be started: {error.strerror}; {MORE_SHARED}"
+            message = f"the data workers of {owner} cannot be started: {error.strerror}; {MORE_SHARED} {option}"
             raise UserError(message) from error
         self.workers = [child for child in multiprocessing.active_children() if child not in children]
         signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
@@ -80,7 +82,7 @@ class WatchedLoader(Iterator):
             if (worker.exitcode or 0) < 0:
                 name = signal.Signals(-worker.exitcode).name
                 causes = {"SIGKILL": " (often: out of memory)", "SIGBUS": f" (often: {SHARED} is full)"}
-                remedy = MORE_SHARED if name == "SIGBUS" else f"lower {self.option}"
+                remedy = f"{MORE_SHARED} {self.option}" if name == "SIGBUS" else f"lower {self.option}"
                 message = f"data worker of {self.owner} was ended by {name}{causes.get(name, '')}; {remedy}"
                 raise UserError(message) from error
 
@@ -99,14 +101,32 @@ class Shared(Dataset):
         if isinstance(batch, UserError) or get_worker_info() is None:
             return batch
 
-        needed, room = self.copies * batch.num_bytes, self.room
-        shortage = f"the data workers need {needed / 1e6:.1f} MB of {SHARED}, which has {room / 1e6:.1f}; {MORE_SHARED}"
-        if needed > room:
-            return UserError(shortage)
+        needed = self.copies * batch.num_bytes
+        if needed > self.room:
+            sizes = f"need {needed / 1e6:.1f} MB of {SHARED}, which has {self.room / 1e6:.1f}"
+            return UserError(f"the data workers {sizes}; {MORE_SHARED} {OPTION}")
+        batch = batch.flattened()
         try:
-            return batch.share_memory()
-        except RuntimeError as error:
-            return UserError(f"{shortage} ({error})")
+            share(batch, OPTION)
+        except UserError as error:
+            return error
+        return batch
+
+
+def share(item: Tensor | Batch, option: str) -> None:
+    """Move an item to shared memory if this is a worker process, so that a lack of it is an error here.
+
+    Otherwise torch would do so in a thread, print a traceback there, and the main process would wait for ever.
+
+    Raises:
+        UserError: there is not enough; the message names the `option` that sets the number of workers.
+    """
+    if get_worker_info() is None:
+        return
+    try:
+        item.share_memory_()
+    except RuntimeError as error:
+        raise UserError(f"{SHARED} is full ({error}); {MORE_SHARED} {option}") from error
 
 
 @dataclass(frozen=True)

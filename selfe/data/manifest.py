@@ -208,39 +208,39 @@ def parse(line: bytes, previous: bytes = b"") -> Line:
             `control character`, `CSV quotes` or `bad size`. The message does not name file and line.
     """
     try:
-        decoded = line.decode()
+        decoded = line.decode().rstrip("\r\n")
     except UnicodeDecodeError as error:
         message = f"not UTF-8 at byte {error.start} of the line; save the file as UTF-8"
         raise BadSample("invalid UTF-8", message) from error
 
-    path, *rest = [field.strip() for field in decoded.split("\t")]
-    if len(rest) not in (1, 3) or "\r" in decoded.rstrip():
+    path, *rest = decoded.split("\t")
+    if len(rest) not in (1, 3) or "\r" in decoded:
         raise wrong_columns(decoded, previous)
 
-    prompt = rest[0]
+    path, prompt = path.strip(), rest[0].strip()
     if not path or not prompt:
         kind = "empty caption" if path else "empty path"
-        raise BadSample(kind, f"path or prompt is empty in {decoded.rstrip()[:60]!r}; give both")
+        raise BadSample(kind, f"path or prompt is empty in {decoded[:60]!r}; give both")
     if not (path + prompt).isprintable() and (control := text_files.CONTROL.search(path + prompt)):
         raise BadSample("control character", f"contains the control character U+{ord(control[0]):04X}; remove it")
     if (path[0] == '"' and text_files.in_csv_quotes(path)) or ('""' in prompt and text_files.in_csv_quotes(prompt)):
-        raise BadSample("CSV quotes", f"{decoded.rstrip()[:60]!r} has the quotes of CSV files; {CONVERT}")
+        raise BadSample("CSV quotes", f"{decoded[:60]!r} has the quotes of CSV files; {CONVERT}")
 
     if len(rest) == 1:
         return Line(path, prompt, None)
-    _, width, height = rest
+    width, height = rest[1].strip(), rest[2].strip()
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise BadSample("bad size", f"width and height must be positive integers (pixels) in {decoded.rstrip()[:60]!r}")
+        raise BadSample("bad size", f"width and height must be positive integers (pixels) in {decoded[:60]!r}")
     return Line(path, prompt, (int(height), int(width)))
 
 
 def wrong_columns(line: str, previous: bytes) -> BadSample:
     """The error for a line that does not have two or four columns, with the cause if it can be seen."""
-    if "\r" in line.rstrip():
+    if "\r" in line:
         return BadSample("carriage return", f"a carriage return alone (U+000D) does not end a line; {CONVERT}")
 
     num_tabs = line.count("\t")
-    message = f"expected path, one tab, prompt; found {num_tabs} tabs in {line.rstrip()[:60]!r}"
+    message = f"expected path, one tab, prompt; found {num_tabs} tabs in {line[:60]!r}"
     opened = previous.rpartition(b"\t")[2].strip()
     if opened.startswith(b'"') and opened.count(b'"') % 2:
         message += f"; the caption that begins in the line before has a line break in CSV quotes: {CONVERT}"

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from selfe import config, device, launch, log, signals
 from selfe.data import cached
 from selfe.data.dataset import BucketedDataset, SampleSpec
-from selfe.data.loader import WatchedLoader
+from selfe.data.loader import WatchedLoader, share
 from selfe.distributed import collectives
 from selfe.distributed.collectives import World
 from selfe.io import feature_cache
@@ -55,7 +55,7 @@ class Block:
 class Pictures(Dataset):
     """Every image at every pixel budget that training uses: number -> (key of its cache entry, file stamp, image).
 
-    A `BadSample` takes the place of an image that cannot be read.
+    An error takes the place of an image that cannot be read.
     """
 
     def __init__(self, feed: BucketedDataset):
@@ -71,13 +71,14 @@ class Pictures(Dataset):
     def __len__(self) -> int:
         return sum(block.length for block in self.blocks)
 
-    def __getitem__(self, number: int) -> tuple[str, FileStamp, Tensor | BadSample]:
+    def __getitem__(self, number: int) -> tuple[str, FileStamp, Tensor | UserError]:
         block, index = self.locate(number)
         shape = self.shape(number)
         stamp = feature_cache.file_stamp(self.location(number))  # before reading: a change in between is seen later
         try:
             image = self.feed.read(block.split, SampleSpec(block.source, index, 0, 0, shape, 0), block.flipped)
-        except BadSample as problem:  # returned: raised in a worker, it would arrive as a traceback
+            share(image, "--workers")
+        except UserError as problem:  # returned: raised in a worker, it would arrive as a traceback
             image = problem
         return self.key(number), stamp, image
 
@@ -283,18 +284,19 @@ class Precompute:
         loader = WatchedLoader(loader, f"rank {self.world.rank}", "--workers")
 
         entries, stamps = {}, {}
-        for items in chunks(loader, self.options.batch_size):
+        for batch in chunks(loader, self.options.batch_size):
             # unreadable images are recorded and have no entry, or stop the run
-            problems = [image for _, _, image in items if isinstance(image, BadSample)]
-            if problems and self.feed.on_bad_image == "error":
-                raise problems[0]
+            problems = [image for _, _, image in batch if isinstance(image, UserError)]
+            for problem in problems:
+                if self.feed.on_bad_image == "error" or not isinstance(problem, BadSample):
+                    raise problem
             log.record_replaced(self.folder, list(map(str, problems)))
 
-            stamps |= {key: stamp for key, stamp, _ in items}
-            good = {key: image for key, _, image in items if not isinstance(image, BadSample)}
+            stamps |= {key: stamp for key, stamp, _ in batch}
+            good = {key: image for key, _, image in batch if not isinstance(image, UserError)}
             if good:
                 entries |= zip(good, self.latents(list(good), list(good.values())), strict=True)
-            progress.advance(len(items))
+            progress.advance(len(batch))
 
         feature_cache.write_shard(self.folder / "latents", number, entries, stamps)
 
@@ -313,7 +315,7 @@ class Precompute:
         """Print the estimated size of the cache; raise a UserError if it does not fit on the disk."""
         # latents: exact, from the values per token of one image
         images = (self.pictures[i][2] for i in range(len(self.pictures)))
-        picture = next(image for image in images if not isinstance(image, BadSample))
+        picture = next(image for image in images if not isinstance(image, UserError))
         width = self.latents(["0"], [picture])[0].shape[-1]
         latents = self.pictures.num_tokens() * width * BYTES
 
