@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+from selfe import errors
+
 PROCESSES = """\
 arguments
   CONFIG      a YAML file
@@ -61,7 +63,9 @@ def run(arguments: Sequence[str]) -> None:
 
 def call(options: argparse.Namespace) -> None:
     """Import the module of a verb and run it."""
-    import_module(VERBS[options.verb].module).main(options)
+    outputs = (getattr(options, name, None) for name in ("out", "output", "write_clean", "cache_dir"))
+    with errors.writing_to(next(filter(None, outputs), None)):
+        import_module(VERBS[options.verb].module).main(options)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -110,6 +114,14 @@ def whole(least: int) -> Callable[[str], int]:
     return integer
 
 
+def path(text: str) -> Path:
+    """A path argument, with `~` replaced by the home directory also where the shell does not do it."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
+
+
 def processes(parser: argparse.ArgumentParser) -> None:
     """CONFIG [NGPUS] [key=value ...]; `launch.parse` separates the last two."""
     parser.usage = "%(prog)s CONFIG [NGPUS] [key=value ...]"
@@ -134,10 +146,10 @@ def plan(parser: argparse.ArgumentParser) -> None:
 
 
 def check_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("manifest", type=Path, help="a TSV file, or a pattern of tar files in quotes")
-    parser.add_argument("--base-dir", type=Path, default=Path(), help="folder that relative image paths start from")
+    parser.add_argument("manifest", type=path, help="a TSV file, or a pattern of tar files in quotes")
+    parser.add_argument("--base-dir", type=path, default=Path(), help="folder that relative image paths start from")
     parser.add_argument("--workers", type=whole(0), default=4, help="reader processes; 0: read in this process")
-    parser.add_argument("--write-clean", type=Path, metavar="OUT", help="write the valid lines, with image sizes")
+    parser.add_argument("--write-clean", type=path, metavar="OUT", help="write the valid lines, with image sizes")
     parser.add_argument("--min-side", type=whole(1), default=64, help="smallest allowed side in pixels")
     parser.add_argument("--max-pixels", type=whole(1), default=178_956_970, help="larger images are rejected")
     parser.add_argument(
@@ -151,7 +163,7 @@ def check_data(parser: argparse.ArgumentParser) -> None:
 def precompute(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--out", type=Path, required=True, help="cache folder")
+    parser.add_argument("--out", type=path, required=True, help="cache folder")
     workers_help = "reader processes per encoder (default: one per core, up to 4)"
     parser.add_argument("--workers", type=whole(0), help=workers_help)
     parser.add_argument("--batch-size", type=whole(1), default=32, help="images or captions encoded together")
@@ -161,16 +173,16 @@ def precompute(parser: argparse.ArgumentParser) -> None:
 
 
 def make_shards(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("manifest", type=Path)
-    parser.add_argument("--base-dir", type=Path, default=Path(), help="folder that relative image paths start from")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the tar files")
+    parser.add_argument("manifest", type=path)
+    parser.add_argument("--base-dir", type=path, default=Path(), help="folder that relative image paths start from")
+    parser.add_argument("--out", type=path, required=True, help="folder for the tar files")
     parser.add_argument("--prefix", default="train", help="tar files are named PREFIX-000000.tar and so on")
     parser.add_argument("--samples", type=whole(1), default=10_000, help="samples per tar file")
 
 
 def make_manifest(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("table", type=Path, help="a .csv, .tsv or .jsonl file, also with .gz")
-    parser.add_argument("--out", type=Path, required=True, help="the manifest to write")
+    parser.add_argument("table", type=path, help="a .csv, .tsv or .jsonl file, also with .gz")
+    parser.add_argument("--out", type=path, required=True, help="the manifest to write")
     parser.add_argument("--image", metavar="COLUMN", help="column of image paths (default: path, file_name, image ...)")
     parser.add_argument("--caption", metavar="COLUMN", help="column of captions (default: caption, text, prompt ...)")
     parser.add_argument("--no-header", action="store_true", help="the first two columns are image and caption")
@@ -179,8 +191,8 @@ def make_manifest(parser: argparse.ArgumentParser) -> None:
 
 
 def export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("ckpt", type=Path, metavar="CKPT", help="for instance runs/selfe_2b/checkpoints")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to create")
+    parser.add_argument("ckpt", type=path, metavar="CKPT", help="for instance runs/selfe_2b/checkpoints")
+    parser.add_argument("out", type=path, metavar="OUT", help="folder to create")
     parser.add_argument("--weights", choices=("ema", "live"), default="ema")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the denoiser")
     parser.add_argument("--format", choices=("safetensors", "diffusers"), default="safetensors")
@@ -188,21 +200,21 @@ def export(parser: argparse.ArgumentParser) -> None:
 
 
 def report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    parser.add_argument("--out", type=Path, default=Path("report.html"))
+    parser.add_argument("runs", nargs="+", type=path, metavar="RUN")
+    parser.add_argument("--out", type=path, default=Path("report.html"))
 
 
 def replay(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run's output folder")
+    parser.add_argument("run", type=path, metavar="RUN", help="a run's output folder")
     parser.add_argument("step", type=int, metavar="STEP", help="a step recorded in RUN/skipped")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
 
 
 def demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("ckpt", type=Path, help="checkpoint directory, or a parent directory (newest is used)")
-    parser.add_argument("--config", type=Path, help="the run's config.yaml (default: next to the checkpoints)")
+    parser.add_argument("ckpt", type=path, help="checkpoint directory, or a parent directory (newest is used)")
+    parser.add_argument("--config", type=path, help="the run's config.yaml (default: next to the checkpoints)")
     parser.add_argument("--weights", choices=("ema", "live"), default="ema")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     trust(parser)
     parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
@@ -212,13 +224,13 @@ def demo(parser: argparse.ArgumentParser) -> None:
 
 
 def gallery(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folders", nargs="+", type=Path, help="output folders of infer.sh; several are compared")
-    parser.add_argument("--output", type=Path, help="HTML file (default: gallery.html; compare.html for several)")
+    parser.add_argument("folders", nargs="+", type=path, help="output folders of infer.sh; several are compared")
+    parser.add_argument("--output", type=path, help="HTML file (default: gallery.html; compare.html for several)")
     parser.add_argument("--embed-mb", type=float, default=24, help="image data embedded in the page, at most")
 
 
 def cache_pretrained(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cache-dir", type=Path, required=True, metavar="DIR", help="destination; created if missing")
+    parser.add_argument("--cache-dir", type=path, required=True, metavar="DIR", help="destination; created if missing")
     parser.add_argument("--hf-token", metavar="TOKEN", help="a Hugging Face token (default: HF_TOKEN); not stored")
     parser.add_argument("--flux-vae-only", action="store_true", help="skip FLUX's transformer (24 GB)")
 
@@ -226,7 +238,7 @@ def cache_pretrained(parser: argparse.ArgumentParser) -> None:
 def doctor(parser: argparse.ArgumentParser) -> None:
     cache_dir = os.environ.get("SELFE_CACHE_DIR")
     parser.add_argument("--cache-dir", default=cache_dir, metavar="DIR", help="default: SELFE_CACHE_DIR")
-    parser.add_argument("--output-dir", type=Path, default=Path("runs"), help="where runs are written (default: runs)")
+    parser.add_argument("--output-dir", type=path, default=Path("runs"), help="where runs are written (default: runs)")
 
 
 VERBS = {

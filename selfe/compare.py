@@ -86,7 +86,11 @@ def check_run(run: Path, settings: dict, allowed: Sequence[str], section: str) -
             changed[f"system.{name}.module"] = modules
             there[name] = here[name]
 
-    config.refuse_foreign(run, {name: there[name] for name in PARTS}, config.modules(here))
+    # inside of parts
+    foreign = set(config.foreign_modules([there[name] for name in PARTS])) - set(config.modules(here))
+    if foreign:
+        raise UserError(f"{run}: names {min(foreign)}, which is not part of selfe and which this config does not name")
+
     try:
         described = describe_system(there)
     except UserError as error:

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import types
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from difflib import get_close_matches
 from importlib import import_module
@@ -54,8 +54,11 @@ def load(path: str | Path, overrides: Sequence[str] = (), trust: bool = True) ->
     """
     layers = read_layers(path, overrides)
     resolved = resolve_layers(layers)
-    if not trust:
-        refuse_foreign(path, resolved)
+    if not trust and (foreign := foreign_modules(resolved)):
+        raise UserError(
+            f"{path}: names {foreign[0]}, which is not part of selfe; loading it runs its code. If you trust the "
+            "author of this file, repeat the command with --trust"
+        )
     try:
         return {"seed": 0} | {key: visit_root(key, value, build=False) for key, value in resolved.items()}
     except Problem as problem:
@@ -67,14 +70,9 @@ def resolve(path: str | Path, overrides: Sequence[str] = ()) -> dict:
     return resolve_layers(read_layers(path, overrides))
 
 
-def refuse_foreign(path: str | Path, tree: Any, trusted: Collection[str] = ()) -> None:
-    """Raise UserError if settings name a module that is neither part of this package nor in `trusted`."""
-    foreign = [module for module in modules(tree) if not module.startswith("selfe.") and module not in trusted]
-    if foreign:
-        raise UserError(
-            f"{path}: names {foreign[0]}, which is not part of selfe; loading it runs its code. If you trust the "
-            "author of this file, repeat the command with --trust"
-        )
+def foreign_modules(tree: Any) -> list[str]:
+    """The modules that settings name and that are not part of this package."""
+    return [module for module in modules(tree) if not module.startswith("selfe.")]
 
 
 def modules(tree: Any) -> list[str]:
@@ -294,6 +292,8 @@ def visit_union(value: Any, arms: tuple, path: str, build: bool) -> Any:
     """The first alternative of a union that `value` fits; otherwise the error of the closest one."""
     if value is None and types.NoneType in arms:
         return None
+    if value == "" and Path in arms and types.NoneType in arms:
+        return None  # such as an environment variable that is set to nothing
     if value in ("None", "none") and types.NoneType in arms:
         raise Problem(path, f"got the text {value!r}; the absent value is written null")
     arms = tuple(arm for arm in arms if arm is not types.NoneType)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,11 +32,38 @@ def is_accelerator(device: torch.device) -> bool:
     return device.type not in ("cpu", "meta")
 
 
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies matrices in bf16 by hardware, so that bf16 is faster than fp32.
+
+    A CPU needs AMX or AVX512-BF16, which the environment variable ATEN_CPU_CAPABILITY can switch off; without them
+    torch emulates bf16, several times slower than fp32.
+    """
+    if device.type == "cpu":
+        wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        return wide and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    supported = getattr(torch.get_device_module(device), "is_bf16_supported", None)
+    return supported is not None and supported(including_emulation=False)
+
+
+def choose_precision(wanted: Literal["auto", "bf16", "fp32"], device: torch.device) -> Literal["bf16", "fp32"]:
+    """The precision of matrix products: `auto` is bf16 where the hardware has it, otherwise fp32."""
+    if wanted != "auto":
+        return wanted
+    return "bf16" if has_fast_bf16(device) else "fp32"
+
+
 def to_device(host: Tensor, device: torch.device) -> Tensor:
     """Copy a host tensor to the device without synchronising: pinned and non-blocking on accelerators."""
     if not is_accelerator(device):
         return host.to(device)
     return host.pin_memory().to(device, non_blocking=True)
+
+
+def device_name(device: torch.device) -> str:
+    """The model of a device, such as `NVIDIA H100`; of a CPU, with the instructions that torch uses."""
+    if device.type == "cpu":
+        return f"CPU with {torch.backends.cpu.get_cpu_capability()}"
+    return torch.get_device_module(device).get_device_properties(device).name
 
 
 def set_deterministic(wanted: bool) -> None:

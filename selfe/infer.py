@@ -12,7 +12,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -20,8 +20,9 @@ from typing import Literal
 import torch
 from torch import nn
 
-from selfe import compare, config, launch, log
+from selfe import compare, config, errors, launch, log
 from selfe.checkpoint import state, verify
+from selfe.device import choose_precision, device_name
 from selfe.distributed import activation_checkpoint, collectives
 from selfe.distributed.collectives import World
 from selfe.gallery import build
@@ -33,19 +34,19 @@ from selfe.io import image_encode
 from selfe.io.image_encode import Format
 from selfe.rng import SampleRNG
 from selfe.system import System
-from selfe.types import DTYPES, Precision, UserError, at_least
+from selfe.types import DTYPES, MOST_SAMPLES, PrecisionOrAuto, UserError, check_range
 
 
 @dataclass(frozen=True)
 class Inferencer:
     """Generates images for prompts from a checkpoint, with every requested number of steps."""
 
-    ckpt_dir: str  # checkpoint directory, or a parent directory (newest is used)
-    output_dir: str
+    ckpt_dir: Path  # checkpoint directory, or a parent directory (newest is used)
+    output_dir: Path
     defaults: SamplingDefaults = SamplingDefaults()  # noqa: RUF009 - frozen
     prompts: tuple[str, ...] = ()  # overrides defaults.prompt_file
     weights: Literal["ema", "live", "both"] = "ema"
-    precision: Precision = "bf16"
+    precision: PrecisionOrAuto = "auto"  # of the denoiser; auto: bf16 where the hardware has it, otherwise fp32
     compile: bool = False  # compile each block of the denoiser once for all sizes; useful for many images
     batch_size: int = 16  # maximum images per batch
     batch_pixels: int = 16 * 512 * 512  # maximum total pixels per batch
@@ -55,7 +56,8 @@ class Inferencer:
     allow_changes: tuple[str, ...] = ()  # keys of the system that may differ from the run's config.yaml
 
     def __post_init__(self):
-        at_least(1, self, "batch_size", "batch_pixels")
+        check_range("batch_size", self.batch_size, 1, MOST_SAMPLES)
+        check_range("batch_pixels", self.batch_pixels, 1, 10**12)
         if self.layout == "geneval" and self.format != "png":
             raise ValueError(f"format {self.format}: layout geneval needs png, its evaluator reads only png")
 
@@ -69,6 +71,8 @@ class Inferencer:
         todo = job.plan(requests, self.kinds, self.layout, image_encode.SUFFIXES[self.format])
         if self.layout == "npz":
             check_one_size(todo)
+        for hint in prompts.foreign_syntax(requests) if world.is_main else ():
+            log.print_line(hint)
 
         # one process finds the checkpoint for all, because a training run may be saving newer ones meanwhile
         path = collectives.broadcast(verify.find(Path(self.ckpt_dir)) if world.is_main else None, world)
@@ -81,22 +85,22 @@ class Inferencer:
         shared = facts | {"precision": self.precision, "format": self.format, "layout": self.layout}
         identity = shared | compare.describe_system(settings["system"])
         opened = job.opened(folder, identity, todo, self.layout, lost=partial(launch.end, 1))
-        with collectives.on_main(opened, world):
+        with errors.writing_to(folder), collectives.on_main(opened, world):
             # generate what is missing
-            there = collectives.broadcast(set(job.drawn(folder)) if world.is_main else None, world)
-            there &= {spec.file for spec in todo}
-            if len(there) < len(todo):
+            existing = collectives.broadcast(set(job.existing_images(folder)) if world.is_main else None, world)
+            existing &= {spec.file for spec in todo}
+            if len(existing) < len(todo):
                 system.text_encoder = PromptCache(system.text_encoder)
                 system.load_encoders(world.device)
-                self.draw_share(system, nets, todo, there, facts, world)
+                self.generate_share(system, nets, todo, existing, facts, world)
             collectives.barrier()
 
             # write config, metadata and gallery
             if world.is_main:
                 again = {name: value for name, value in settings["inferencer"].items() if name != "prompts"}
                 config.save(settings | {"inferencer": again}, folder / "config.yaml")
-                new = len(todo) - len(there)
-                self.describe(todo, requests, facts | {"checkpoint": str(path)}, drew=new > 0)
+                new = len(todo) - len(existing)
+                self.describe(todo, requests, facts | {"checkpoint": str(path)}, any_new=new > 0)
                 log.print_line(
                     f"{len(todo)} images from {path} ({self.weights} weights) in {folder}, {new} of them new"
                 )
@@ -131,30 +135,30 @@ class Inferencer:
             net = copy.deepcopy(backbone).to_empty(device=device).requires_grad_(False)
             facts["step"] = state.load_weights(path, net, kind)
             facts[f"{kind}_fingerprint"] = state.fingerprint(net)
-            nets[kind] = net.to(DTYPES[self.precision])
+            nets[kind] = net.to(DTYPES[choose_precision(self.precision, device)])
             if self.compile:
                 activation_checkpoint.compile(net)
         return nets, facts
 
-    def draw_share(
+    def generate_share(
         self,
         system: System,
         nets: dict[Weights, nn.Module],
         todo: Sequence[ImageSpec],
-        there: set[str],
+        existing: set[str],
         facts: dict,
         world: World,
     ) -> None:
         """Generate this process's share of the missing images; shows images per second and remaining time."""
         # batches are formed before existing images are dropped, so a resumed job uses the same ones
-        made = job.batches(todo, self.batch_size, self.batch_pixels, world.size)
-        missing = [[spec for spec in batch if spec.file not in there] for batch in made]
+        batches = job.make_batches(todo, self.batch_size, self.batch_pixels, world.size)
+        missing = [[spec for spec in batch if spec.file not in existing] for batch in batches]
         mine = job.share([batch for batch in missing if batch], world.size)[world.rank]
         left = sum(spec.cost() for batch in mine for spec in batch)
         progress = log.Progress("images", sum(map(len, mine)), quiet=not world.is_main)
         worked, start = 0.0, time.perf_counter()
         for batch in mine:
-            self.draw(system, nets[batch[0].weights], batch, facts)
+            self.generate(system, nets[batch[0].weights], batch, facts)
 
             # remaining time by estimated cost, not by count, because sizes and steps differ between batches
             cost = sum(spec.cost() for spec in batch)
@@ -164,7 +168,7 @@ class Inferencer:
             progress.advance(len(batch), f"{rate:.2f} images/s, {log.duration(seconds * left / worked)} left")
         progress.close()
 
-    def draw(self, system: System, net: nn.Module, batch: Sequence[ImageSpec], facts: dict) -> None:
+    def generate(self, system: System, net: nn.Module, batch: Sequence[ImageSpec], facts: dict) -> None:
         """Generate and save one batch. All its images have the same sampling settings."""
         first = batch[0]
         images = system.generate(
@@ -184,7 +188,7 @@ class Inferencer:
             path = Path(self.output_dir) / spec.file
             image_encode.save(image_encode.to_image(image), path, self.format, record(spec, facts))
 
-    def describe(self, todo: Sequence[ImageSpec], requests: Sequence[Request], facts: dict, drew: bool) -> None:
+    def describe(self, todo: Sequence[ImageSpec], requests: Sequence[Request], facts: dict, any_new: bool) -> None:
         """Write the files next to the images: metadata, files that evaluators need, the gallery."""
         folder = Path(self.output_dir)
         lines = [{"file": spec.file} | record(spec, facts) for spec in todo]
@@ -195,8 +199,8 @@ class Inferencer:
         if self.layout == "geneval":
             for home in {(folder / spec.file).parents[1] for spec in todo}:
                 request = requests[int(home.name)]
-                said = json.dumps(request.extra or {"prompt": request.prompt}, ensure_ascii=False)
-                image_encode.write(home / "metadata.jsonl", (said + "\n").encode())
+                metadata = json.dumps(request.extra or {"prompt": request.prompt}, ensure_ascii=False)
+                image_encode.write(home / "metadata.jsonl", (metadata + "\n").encode())
 
         # FID evaluators: all images of a group in one array
         if self.layout == "npz":
@@ -205,7 +209,7 @@ class Inferencer:
                 groups[spec.group].append(folder / spec.file)
             for group, paths in groups.items():
                 output = folder / f"{group}.npz"
-                if drew or not output.exists():
+                if any_new or not output.exists():
                     image_encode.save_npz(paths, output)
 
         if self.gallery and len(todo) <= build.MOST:
@@ -240,6 +244,12 @@ def main(arguments: list[str]) -> None:
 
     # long timeout: ranks finish at different times and only synchronise at the end
     with collectives.process_group(timeout_minutes=24 * 60) as world:
+        # the first process decides on `auto` for all, and the choice is recorded
+        chosen = collectives.broadcast(choose_precision(inferencer.precision, world.device), world)
+        if inferencer.precision == "auto" and world.is_main:
+            log.print_line(f"inferencer.precision: auto is {chosen} on this machine ({device_name(world.device)})")
+        settings["inferencer"]["precision"] = chosen
+        inferencer = replace(inferencer, precision=chosen)
         inferencer.run(system, world, settings)
 
 

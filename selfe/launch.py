@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from selfe import device, signals
+from selfe import device, errors, signals
 from selfe.distributed import collectives
 from selfe.signals import Stopped
 from selfe.types import PeerFailure, UserError
@@ -252,7 +252,9 @@ def worker(program: Callable[[], None]) -> None:
         end(stopped.exit_code, str(stopped))
     except SystemExit as exit:
         end(exit.code or 0)
-    except Exception:
+    except Exception as error:
+        if line := errors.one_line(error):
+            end(2, line)
         end(1, f"process {os.environ.get('RANK', 0)} failed{where()}\n{traceback.format_exc()}")
     end(0)
 

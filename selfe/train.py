@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, pairwise, product
 from pathlib import Path
 
 import torch
 
-from selfe import config, launch, log
+from selfe import config, errors, launch, log
 from selfe.checkpoint import flux, state, verify
 from selfe.checkpoint.manager import CheckpointManager, RetentionPolicy
 from selfe.data import loader
 from selfe.data.cached import CachedData
 from selfe.data.loader import MicroBatches, raise_if_error
-from selfe.device import set_deterministic
+from selfe.device import choose_precision, device_name, set_deterministic
 from selfe.distributed import collectives, fsdp
 from selfe.distributed.activation_checkpoint import ActivationCheckpointing
 from selfe.distributed.collectives import World
@@ -36,7 +37,9 @@ from selfe.training.metrics import MetricAccumulator, TimeGrid, ema_distance, wr
 from selfe.training.throughput import StepTimer
 from selfe.training.visuals import SampleGridConfig
 from selfe.training.watchdog import Watchdog
-from selfe.types import Batch, Precision, Split, UserError, at_least
+from selfe.types import MOST_SAMPLES, MOST_STEPS, Batch, PrecisionOrAuto, Split, UserError, check_range
+
+MOST_LR = 10.0
 
 
 @dataclass(frozen=True)
@@ -47,28 +50,33 @@ class BatchPhase:
     lr: float | None = None
     total_batch_size: int | None = None
 
+    def __post_init__(self):
+        check_range("step", self.step, 0, MOST_STEPS)
+        check_range("lr", self.lr, 0, MOST_LR)
+        check_range("total_batch_size", self.total_batch_size, 1, MOST_SAMPLES)
+
 
 @dataclass(frozen=True)
 class TrainerConfig:
     """Training settings, except for the system and the data. Defaults follow the paper (arXiv 2512.22374, S.2)."""
 
-    output_dir: str
+    output_dir: Path
     max_steps: int
     total_batch_size: int
     micro_batch_size: int
     phases: tuple[BatchPhase, ...] = ()  # sorted by step
     stop_step: int | None = None  # stop early; the schedule still ends at max_steps
-    init_from: str | state.InitFromConfig | None = None  # used only if output_dir has no checkpoint yet
+    init_from: Path | state.InitFromConfig | None = None  # used only if output_dir has no checkpoint yet
     lr: float = 3e-4
     min_lr: float = 1e-5
     warmup_steps: int = 1000
     decay_start: int = 0  # the learning rate stays at lr until this step; ignored if the warm-up ends later
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.01
-    clip_norm: float = 1.0
+    clip_norm: float | None = 1.0  # null: no clipping
     ema_decay: float = 0.9999
     ema_warmup: bool = False
-    precision: Precision = "bf16"
+    precision: PrecisionOrAuto = "auto"  # of matrix products; auto: bf16 where the hardware has it, otherwise fp32
     shard_size: int | None = None  # ranks per FSDP shard group, replicated across groups (HSDP); null: all ranks
     shard_text_encoder: bool = False  # shard T5 over the same ranks: less memory, more communication
     gathering: GatherConfig = GatherConfig()  # noqa: RUF009 - frozen
@@ -92,11 +100,30 @@ class TrainerConfig:
     allow_changes: tuple[str, ...] = ()  # keys of the system in which a resumed run may differ from the run so far
 
     def __post_init__(self):
-        at_least(1, self, "max_steps", "total_batch_size", "micro_batch_size", "log_every", "checkpoint_every")
-        at_least(1, self, "cells_every", "val_every", "val_batches")
-        at_least(0, self, "lr", "min_lr", "warmup_steps", "decay_start", "weight_decay", "clip_norm", "num_workers")
+        # schedule
+        for name in ("max_steps", "stop_step", "log_every", "checkpoint_every", "cells_every", "val_every"):
+            check_range(name, getattr(self, name), 1, MOST_STEPS)
+        for name in ("warmup_steps", "decay_start"):
+            check_range(name, getattr(self, name), 0, MOST_STEPS)
+        for name in ("total_batch_size", "micro_batch_size", "val_batches"):
+            check_range(name, getattr(self, name), 1, MOST_SAMPLES)
+
+        # optimizer
+        for name in ("lr", "min_lr", "weight_decay"):
+            check_range(name, getattr(self, name), 0, MOST_LR)
         if not all(0 <= beta < 1 for beta in self.betas) or not 0 <= self.ema_decay <= 1:
             raise ValueError(f"betas must be in [0, 1) and ema_decay in [0, 1], got {self.betas} and {self.ema_decay}")
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise ValueError(f"clip_norm must be positive, got {self.clip_norm}; null disables clipping")
+
+        # processes and devices
+        check_range("shard_size", self.shard_size, 1, 2**20)
+        check_range("num_workers", self.num_workers, 0, 1024)
+        check_range("timeout_minutes", self.timeout_minutes, 0.01, 10**5)
+        check_range("peak_tflops", self.peak_tflops, 0.001, 10**6)
+        if self.activation_checkpointing != "selective":
+            check_range("activation_checkpointing", self.activation_checkpointing, 0, 1000)
+
         steps = [phase.step for phase in self.phases]
         if steps != sorted(set(steps)):
             raise ValueError(f"phases must be sorted by step, each step once, got {steps}")
@@ -108,7 +135,7 @@ class TrainerConfig:
 
         # each phase with its own learning rate restarts the decay; the last one that has begun counts
         falls = [(max(self.warmup_steps, self.decay_start), self.lr)]
-        falls += [(phase.step, phase.lr) for phase in self.phases if phase.lr and phase.step <= step]
+        falls += [(phase.step, phase.lr) for phase in self.phases if phase.lr is not None and phase.step <= step]
         start, lr = falls[-1]
 
         progress = (step - start) / max(self.max_steps - 1 - start, 1)
@@ -117,7 +144,9 @@ class TrainerConfig:
     def samples_at(self, step: int) -> range:
         """Global sample indices of a step, counted from the start of the run."""
         sizes = [(0, self.total_batch_size)]
-        sizes += [(p.step, p.total_batch_size) for p in self.phases if p.total_batch_size and p.step <= step]
+        sizes += [
+            (p.step, p.total_batch_size) for p in self.phases if p.total_batch_size is not None and p.step <= step
+        ]
         first = sum(total * (end - begin) for (begin, total), (end, _) in pairwise([*sizes, (step, 0)]))
         return range(first, first + sizes[-1][1])
 
@@ -159,7 +188,8 @@ class Trainer:
         # live and EMA denoisers, both sharded; the text encoder is sharded over the same ranks on request
         mesh = fsdp.make_mesh(world, cfg.shard_size)
         how = {name: getattr(cfg, name) for name in ("activation_checkpointing", "compile", "gathering")}
-        self.net, self.ema = fsdp.build_model_and_ema(system.backbone, mesh, cfg.precision, seed, **how)
+        precision = choose_precision(cfg.precision, world.device)
+        self.net, self.ema = fsdp.build_model_and_ema(system.backbone, mesh, precision, seed, **how)
         shard_encoder = partial(fsdp.load_sharded, mesh=mesh)
         system.load_encoders(world.device, shard_encoder if cfg.shard_text_encoder else None)
         cfg.samples.check(system)
@@ -194,23 +224,23 @@ class Trainer:
             return 0
 
         # safetensors weights in FLUX names: parameters only, starting at step 0
-        if isinstance(origin, str) and flux.holds_weights(Path(origin)):
-            found = flux.warm_start(Path(origin), self.net, self.ema)
+        if isinstance(origin, Path) and flux.holds_weights(origin):
+            found = flux.warm_start(origin, self.net, self.ema)
             if main:
                 log.print_line(found.summary(self.folder / "init_from.txt"))
             return 0
 
         # a checkpoint of another run: the parts that were asked for
-        origin = state.InitFromConfig(origin) if isinstance(origin, str) else origin
+        origin = state.InitFromConfig(origin) if isinstance(origin, Path) else origin
         if main:
             log.print_line(f"starting from {', '.join(origin.parts)} of {origin.path}")
-        path = collectives.broadcast(verify.find(Path(origin.path)) if main else None, self.world)
+        path = collectives.broadcast(verify.find(origin.path) if main else None, self.world)
         return state.load(path, self.net, self.ema, self.optimizer, origin.parts)
 
     def run(self) -> None:
         """Train to `max_steps`, `stop_step` or a stop signal, then save. Raises Stopped after a signal."""
         cfg, main = self.cfg, self.world.is_main
-        end = min(cfg.max_steps, cfg.stop_step or cfg.max_steps)
+        end = min(cfg.max_steps, cfg.max_steps if cfg.stop_step is None else cfg.stop_step)
         if self.start >= end:
             return self.finish(f"nothing to do: {self.start} steps are done, and this run ends at {end}", stop=0)
 
@@ -339,7 +369,8 @@ class Trainer:
         # update live and EMA weights, or skip the step
         if self.guard.accepts(grad_norm, mean_loss):
             self.has_learned = True
-            fsdp.clip_gradients(self.net, norm, cfg.clip_norm)
+            if cfg.clip_norm is not None:
+                fsdp.clip_gradients(self.net, norm, cfg.clip_norm)
             self.optimizer.step()
             ema.update(self.ema, self.net, ema.decay_at(step, cfg.ema_decay, cfg.ema_warmup))
             self.measured.extend(measured)
@@ -446,12 +477,21 @@ def main(arguments: list[str]) -> None:
     with collectives.process_group(timeout, trainer.deterministic) as world:
         folder = Path(trainer.output_dir)
         lock = FolderLock(folder, "trainer.output_dir", lost=partial(launch.end, 1))
-        with collectives.on_main(lock, world):
+        with errors.writing_to(folder), collectives.on_main(lock, world):
+            # the first process decides on `auto` for all, and the choice is recorded
+            chosen = collectives.broadcast(choose_precision(trainer.precision, world.device), world)
+            if trainer.precision == "auto" and world.is_main:
+                log.print_line(f"trainer.precision: auto is {chosen} on this machine ({device_name(world.device)})")
+            trainer = replace(trainer, precision=chosen)
+            settings["trainer"]["precision"] = chosen
+            if world.is_main:
+                run_info.check_system(folder, settings)
+            run = Trainer(trainer, system, data, settings["seed"], world)
             if world.is_main:
                 run_info.describe(folder, settings, sys.argv, world.size)
                 if isinstance(data, CachedData) and (warning := data.changed_images()):
                     log.print_line(warning)
-            Trainer(trainer, system, data, settings["seed"], world).run()
+            run.run()
 
 
 if __name__ == "__main__":

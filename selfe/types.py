@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from selfe.device import to_device
 
 Precision = Literal["bf16", "fp32"]
+PrecisionOrAuto = Literal["auto", "bf16", "fp32"]  # auto: `device.choose_precision`
 Split = Literal["train", "val"]
 DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -35,11 +36,17 @@ class BadSample(UserError):
         return BadSample, (self.kind, str(self))
 
 
-def at_least(least: float, part: object, *names: str) -> None:
-    """Raise ValueError if one of these attributes of `part` is less than `least`."""
-    for name in names:
-        if getattr(part, name) < least:
-            raise ValueError(f"{name} must be at least {least}, got {getattr(part, name)}")
+# largest values that are not typing errors; they also keep arithmetic on steps and sizes within 64 bits
+MOST_STEPS = 10**9
+MOST_SAMPLES = 10**7  # per batch
+MOST_WIDTH = 2**20  # channels, heads, layers
+
+
+def check_range(name: str, value: Any, low: float, high: float) -> None:
+    """Raise ValueError unless a number, or every number of a sequence, is in [low, high]. None is not checked."""
+    for number in value if isinstance(value, (tuple, list)) else (value,):
+        if number is not None and not low <= number <= high:  # also refuses NaN
+            raise ValueError(f"{name} must be between {low:g} and {high:g}, got {number}")
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ import torch
 from measure import keep_memory
 
 from selfe import launch
+from selfe.device import choose_precision, device_name
 
 VERBS = {name: getattr(bench_data, name) for name in ("data", "manifest", "cache")}
 VERBS |= {"step": model.step, "save": bench_save.save, "grow": growth.grow}
@@ -49,7 +50,9 @@ def main(arguments: list[str]) -> None:
     with redirect_stdout(sys.stderr):  # keep stdout for the JSON object
         result = VERBS[options.verb](options.rounds)
 
+    cpu = torch.device("cpu")
     machine = {"machine": f"{platform.machine()}, {platform.system()}", "torch": torch.__version__}
+    machine |= {"cpu": device_name(cpu), "precision auto": choose_precision("auto", cpu)}
     print(json.dumps({"verb": options.verb} | machine | result, indent=1))
     if not all(verdict["pass"] for verdict in result["verdicts"]):
         sys.exit(1)

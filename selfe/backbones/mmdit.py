@@ -15,7 +15,7 @@ from selfe.backbones.attention import attend
 from selfe.backbones.packing import PackedLayout, Segments
 from selfe.device import to_device
 from selfe.rng import philox
-from selfe.types import Packed, TextCond, UserError
+from selfe.types import MOST_WIDTH, Packed, TextCond, UserError, check_range
 
 SINUSOID = 256  # width of the sinusoidal time embedding
 
@@ -45,6 +45,16 @@ class MMDiT(nn.Module):
                 on top of RoPE. Not in the paper; helps small networks on images of few patches.
         """
         super().__init__()
+        for name, size in {"patch_dim": patch_dim, "text_dim": text_dim, "pooled_dim": pooled_dim}.items():
+            check_range(name, size, 1, MOST_WIDTH)
+        check_range("width", width, 1, MOST_WIDTH)
+        check_range("num_heads", num_heads, 1, width)
+        check_range("num_double_blocks", num_double_blocks, 0, 1000)
+        check_range("num_single_blocks", num_single_blocks, 0, 1000)
+        check_range("rope_axes", rope_axes, 2, MOST_WIDTH)
+        check_range("rope_theta", rope_theta, 1, 1e9)
+        check_range("mlp_ratio", mlp_ratio, 1 / width, 64)
+        check_range("learned_grid", learned_grid, 1, 4096)
         if width != num_heads * sum(rope_axes) or any(axis % 2 for axis in rope_axes):
             raise ValueError(f"rope_axes {rope_axes} must be even and sum to width / num_heads = {width} / {num_heads}")
         self.patch_dim, self.text_dim, self.pooled_dim = patch_dim, text_dim, pooled_dim

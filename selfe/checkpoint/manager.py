@@ -21,7 +21,7 @@ from selfe import log
 from selfe.checkpoint import verify
 from selfe.distributed import collectives
 from selfe.distributed.collectives import World
-from selfe.types import UserError
+from selfe.types import MOST_STEPS, UserError, check_range
 
 PARTIAL, REMOVED = ".partial", ".removed"  # suffixes of folders being written or removed
 
@@ -36,8 +36,10 @@ class RetentionPolicy:
     max_failed_saves: int = 3
 
     def __post_init__(self):
-        if self.keep_last < 1 or self.keep_best < 0 or self.max_failed_saves < 1 or self.keep_every == 0:
-            raise ValueError("keep_last, keep_every and max_failed_saves must be at least 1, keep_best at least 0")
+        check_range("keep_last", self.keep_last, 1, MOST_STEPS)
+        check_range("keep_every", self.keep_every, 1, MOST_STEPS)
+        check_range("keep_best", self.keep_best, 0, MOST_STEPS)
+        check_range("max_failed_saves", self.max_failed_saves, 1, MOST_STEPS)
 
 
 class CheckpointManager:

@@ -30,7 +30,7 @@ PARTS: tuple[Part, ...] = get_args(Part)
 class InitFromConfig:
     """Parts to load from another run's checkpoint. If only one of `model` and `ema` is listed, it initialises both."""
 
-    path: str  # checkpoint directory, or a parent directory (newest is used)
+    path: Path  # checkpoint directory, or a parent directory (newest is used)
     parts: tuple[Part, ...] = ("model", "ema")
 
     def __post_init__(self):

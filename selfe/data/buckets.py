@@ -8,6 +8,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from selfe.types import MOST_STEPS, check_range
+
 MAX_PIXELS = 2**28  # of a bucket; 16384 x 16384
 MAX_ASPECT = 100
 MAX_SHARE = 10**6  # of a pixel budget or a manifest, in units of the smallest
@@ -22,8 +24,10 @@ class ResolutionPhase:
     shares: tuple[int, ...] = ()  # integer ratio of samples per budget, e.g. (1, 1); default: equal
 
     def __post_init__(self):
-        if self.step < 0 or not self.pixels:
-            raise ValueError(f"a phase needs step >= 0 and at least one pixel budget, got {self.step}, {self.pixels}")
+        check_range("step", self.step, 0, MOST_STEPS)
+        check_range("pixels", self.pixels, 1, MAX_PIXELS)
+        if not self.pixels:
+            raise ValueError("pixels: the list is empty; a phase needs at least one pixel budget")
         if list(self.pixels) != sorted(set(self.pixels)):
             raise ValueError(f"pixels must increase, got {list(self.pixels)}")
         if self.shares and (len(self.shares) != len(self.pixels) or not all(1 <= n <= MAX_SHARE for n in self.shares)):

@@ -20,7 +20,7 @@ SAMPLED, STAMPS = 1024, "images.json"
 class CachedData:
     """Samples as planned by `source`, whose image files are not opened. Use with the autoencoder `CachedLatents`."""
 
-    def __init__(self, cache_dir: str, source: BucketedDataset):
+    def __init__(self, cache_dir: Path, source: BucketedDataset):
         folder = Path(cache_dir)
         feature_cache.check(folder, source.facts())
         self.folder, self.source, self.latents = folder, source, feature_cache.Store(folder / "latents")

@@ -20,7 +20,7 @@ from selfe.data.buckets import MAX_SHARE, Buckets, ResolutionPhase
 from selfe.data.shuffle import interleave, permute
 from selfe.io import image_decode
 from selfe.rng import philox
-from selfe.types import BadSample, Batch, Split, UserError
+from selfe.types import BadSample, Batch, Split, UserError, check_range
 
 BYTES_PER_TOKEN = 4  # approximate, English captions
 MAX_CAPTION = 512  # tokens; the text encoder truncates longer captions
@@ -62,13 +62,12 @@ class Source(Protocol):
 class WeightedManifest:
     """One of several manifests, which contributes `weight` of every sum-of-weights samples."""
 
-    manifest: str
+    manifest: Path
     weight: int = 1
-    base_dir: str | None = None  # default: the `base_dir` of the dataset
+    base_dir: Path | None = None  # default: the `base_dir` of the dataset
 
     def __post_init__(self):
-        if not 1 <= self.weight <= MAX_SHARE:
-            raise ValueError(f"weight must be an integer from 1 to {MAX_SHARE}, got {self.weight}")
+        check_range("weight", self.weight, 1, MAX_SHARE)
 
 
 class SampleSpec(NamedTuple):
@@ -94,9 +93,9 @@ class BucketedDataset:
 
     def __init__(
         self,
-        train_manifest: str | tuple[WeightedManifest, ...],
-        base_dir: str = ".",
-        val_manifest: str | None = None,
+        train_manifest: Path | tuple[WeightedManifest, ...],
+        base_dir: Path = Path(),
+        val_manifest: Path | None = None,
         pixels: int = 65536,
         phases: tuple[ResolutionPhase, ...] = (),
         multiple: int = 16,
@@ -105,7 +104,7 @@ class BucketedDataset:
         max_pixels: int = image_decode.MAX_PIXELS,
         convert_icc: bool = True,
         on_bad_image: Literal["error", "replace"] = "error",
-        index_dir: str | None = None,
+        index_dir: Path | None = None,
     ):
         """
         Args:
@@ -122,18 +121,16 @@ class BucketedDataset:
             on_bad_image: `error` stops; `replace` uses the next sample of the same bucket, counts and lists it.
             index_dir: directory for manifest indices; default: next to each manifest.
         """
+        check_range("max_pixels", max_pixels, 1, 2**63 - 1)
         self.phases = (ResolutionPhase(0, (pixels,)), *phases)
         if list(self.phases) != sorted(self.phases, key=lambda phase: phase.step):
             raise ValueError(f"phases must be in the order of their steps, got {[phase.step for phase in phases]}")
-
-        if max_pixels < 1:
-            raise ValueError(f"max_pixels must be at least 1, got {max_pixels}")
 
         self.multiple, self.max_aspect, self.flip, self.on_bad_image = multiple, max_aspect, flip, on_bad_image
         self.buckets = {p: Buckets(p, multiple, max_aspect) for phase in self.phases for p in phase.pixels}
 
         # one source per manifest
-        parts = (WeightedManifest(train_manifest),) if isinstance(train_manifest, str) else train_manifest
+        parts = train_manifest if isinstance(train_manifest, tuple) else (WeightedManifest(train_manifest),)
         if not parts:
             raise ValueError("train_manifest: the list is empty; name a file")
         self.max_pixels, self.convert_icc = max_pixels, convert_icc

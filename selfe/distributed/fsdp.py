@@ -18,7 +18,7 @@ from selfe.distributed import activation_checkpoint, collectives
 from selfe.distributed.activation_checkpoint import ActivationCheckpointing
 from selfe.distributed.collectives import World
 from selfe.protocols import TensorReader
-from selfe.types import DTYPES, Precision, UserError, at_least
+from selfe.types import DTYPES, Precision, UserError, check_range
 
 
 def make_mesh(world: World, shard_size: int | None) -> DeviceMesh:
@@ -49,7 +49,8 @@ class GatherConfig:
     prefetch: int = 1  # blocks to all-gather ahead of time; 0 disables explicit prefetching
 
     def __post_init__(self):
-        at_least(0, self, "prefetch")
+        check_range("reshard_after_forward", self.reshard_after_forward, 0, 2**20)
+        check_range("prefetch", self.prefetch, 0, 1000)
 
 
 def shard(

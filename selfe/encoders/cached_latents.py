@@ -18,7 +18,7 @@ from selfe.types import Packed, UserError, packed
 class CachedLatents:
     """Latents of `autoencoder` from cached moments in bf16. For use with `CachedData`."""
 
-    def __init__(self, cache_dir: str, autoencoder: Autoencoder, decode: bool = False):
+    def __init__(self, cache_dir: Path, autoencoder: Autoencoder, decode: bool = False):
         """
         Args:
             cache_dir: feature cache, written with the settings of `autoencoder`.

@@ -16,7 +16,7 @@ from selfe.types import StoredCaptions, TextCond
 class CachedText:
     """Embeddings of `encoder` from a cache in bf16. The encoder itself is never loaded."""
 
-    def __init__(self, cache_dir: str, encoder: TextEncoder):
+    def __init__(self, cache_dir: Path, encoder: TextEncoder):
         self.folder = Path(cache_dir)
         feature_cache.check(self.folder, feature_cache.describe("text_encoder", encoder))
         self.encoder = encoder

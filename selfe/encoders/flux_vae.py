@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import product
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from selfe.io.safetensors_files import AGAIN, SafetensorsFiles, cached
 from selfe.rng import SampleRNG
-from selfe.types import DTYPES, Packed, Precision, UserError, packed
+from selfe.types import DTYPES, MOST_WIDTH, Packed, Precision, UserError, check_range, packed
 
 SCALE, SHIFT = 0.3611, 0.1159  # FLUX.1 latents: (z - shift) * scale has mean about 0 and standard deviation about 1
 CHANNELS, PATCH = 16, 2
@@ -35,7 +36,7 @@ class FluxVAE:
 
     def __init__(
         self,
-        cache_dir: str | None = None,
+        cache_dir: Path | None = None,
         skip_pretrained: bool = False,
         latent: Literal["sample", "mean"] = "sample",
         width: int = 128,
@@ -51,13 +52,11 @@ class FluxVAE:
             dtype: precision of the network.
             decode_pixels: maximum number of pixels decoded at once; larger images are decoded in tiles.
         """
+        check_range("width", width, 32, MOST_WIDTH)
         if width % 32:
             raise ValueError(f"width must be a multiple of 32, the number of groups in GroupNorm, got {width}")
         self.cache_dir, self.skip_pretrained = cache_dir, skip_pretrained
-        if decode_pixels < (4 * TILE_OVERLAP * PIXELS) ** 2:
-            raise ValueError(
-                f"decode_pixels must be at least {(4 * TILE_OVERLAP * PIXELS) ** 2} (one tile), got {decode_pixels}"
-            )
+        check_range("decode_pixels", decode_pixels, (4 * TILE_OVERLAP * PIXELS) ** 2, 10**12)  # at least one tile
         self.latent, self.width, self.decode_pixels = latent, width, decode_pixels
         self.precision, self.dtype = dtype, DTYPES[dtype]
         self.net = nn.ModuleDict({"encoder": Encoder(width), "decoder": Decoder(width)})

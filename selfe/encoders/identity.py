@@ -10,15 +10,14 @@ from einops import rearrange
 from torch import Tensor
 
 from selfe.rng import SampleRNG
-from selfe.types import Packed, UserError, packed
+from selfe.types import Packed, UserError, check_range, packed
 
 
 class Identity:
     """A token is a square patch of pixels, flattened in the order (channel, row, column)."""
 
     def __init__(self, patch: int = 2):
-        if patch < 1:
-            raise ValueError(f"patch must be at least 1 pixel, got {patch}")
+        check_range("patch", patch, 1, 1024)
         self.patch = self.multiple = patch
         self.token_dim = 3 * patch**2
 

@@ -25,7 +25,7 @@ from transformers.utils import logging as logging_of_transformers
 
 from selfe.io.safetensors_files import AGAIN, SafetensorsFiles, cached
 from selfe.protocols import ShardLoader, TensorReader
-from selfe.types import DTYPES, Precision, TextCond, UserError, packed
+from selfe.types import DTYPES, MOST_WIDTH, Precision, TextCond, UserError, check_range, packed
 
 T5_FOLDER, CLIP_FOLDER = "t5-v1_1-xxl", "clip-vit-large-patch14"
 TOKENIZERS = (
@@ -51,6 +51,9 @@ class T5Size:
     d_kv: int = 64
     d_ff: int = 10240
 
+    def __post_init__(self):
+        check_sizes(self)
+
 
 @dataclass(frozen=True)
 class ClipSize:
@@ -58,6 +61,19 @@ class ClipSize:
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     intermediate_size: int = 3072
+
+    def __post_init__(self):
+        check_sizes(self)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+
+
+def check_sizes(size: T5Size | ClipSize) -> None:
+    """Raise ValueError for sizes that no network can have."""
+    for name, value in vars(size).items():
+        check_range(name, value, 1, MOST_WIDTH)
 
 
 class T5Clip:
@@ -70,7 +86,7 @@ class T5Clip:
 
     def __init__(
         self,
-        cache_dir: str | None = None,
+        cache_dir: Path | None = None,
         skip_pretrained: bool = False,
         max_tokens: int = 512,
         t5: T5Size = T5Size(),
@@ -87,6 +103,7 @@ class T5Clip:
             clip: sizes of CLIP's text model; must match the files.
             dtype: precision of both networks.
         """
+        check_range("max_tokens", max_tokens, 1, 10_000)
         self.cache_dir, self.skip_pretrained, self.max_tokens = cache_dir, skip_pretrained, max_tokens
         self.t5_size, self.clip_size = t5, clip
         self.precision, self.dtype = dtype, DTYPES[dtype]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from selfe.protocols import ShardLoader
 from selfe.rng import philox
-from selfe.types import TextCond, packed
+from selfe.types import MOST_WIDTH, TextCond, check_range, packed
 
 
 class Words:
@@ -27,8 +27,8 @@ class Words:
             dim: width of the tokens and of the pooled vector.
             max_words: maximum number of tokens; longer captions are truncated.
         """
-        if min(dim, max_words) < 1:
-            raise ValueError(f"dim and max_words must be at least 1, got {dim} and {max_words}")
+        check_range("dim", dim, 1, MOST_WIDTH)
+        check_range("max_words", max_words, 1, 10**6)
         self.text_dim = self.pooled_dim = dim
         self.max_words = max_words
 

@@ -83,7 +83,7 @@ def plan(requests: Sequence[Request], weights: Sequence[Weights], layout: Layout
     Raises:
         UserError: more images than the limit.
     """
-    found: dict[str, ImageSpec] = {}
+    specs: dict[str, ImageSpec] = {}
     taken: Counter = Counter()
     check_number(requests, len(weights))
 
@@ -111,11 +111,11 @@ def plan(requests: Sequence[Request], weights: Sequence[Weights], layout: Layout
             spec = ImageSpec(flat_name(ImageSpec("", **facts), suffix), **facts)
             if layout == "geneval":
                 spec = ImageSpec(f"{spec.group}/{number:05d}/samples/{first + i:04d}{suffix}", **facts)
-            found.setdefault(spec.file, spec)
+            specs.setdefault(spec.file, spec)
 
         taken[same] += settings.num_samples
 
-    return list(found.values())
+    return list(specs.values())
 
 
 def sweeps(settings: SamplingDefaults) -> tuple[tuple, tuple, tuple]:
@@ -142,7 +142,7 @@ def flat_name(spec: ImageSpec, suffix: str) -> str:
     return f"{slug}_{spec.sample:02d}_{digest}_steps{spec.num_steps:02d}{suffix}"
 
 
-def batches(todo: Sequence[ImageSpec], most: int, most_pixels: int, processes: int) -> list[list[ImageSpec]]:
+def make_batches(todo: Sequence[ImageSpec], most: int, most_pixels: int, processes: int) -> list[list[ImageSpec]]:
     """Batches of images of the same group, sorted by size, at most `most` images and `most_pixels` pixels each.
 
     Computed from the complete job, not from the missing images, so that a resumed job has the same batches. The number
@@ -153,44 +153,44 @@ def batches(todo: Sequence[ImageSpec], most: int, most_pixels: int, processes: i
     for spec in todo:
         groups[spec.group].append(spec)
 
-    made: list[list[ImageSpec]] = []
+    batches: list[list[ImageSpec]] = []
     for group in groups.values():
         limit = min(most, -(-len(group) // processes))
         pixels = most_pixels + 1  # of the current batch; the initial value starts a new one
         for spec in sorted(group, key=lambda p: (p.height * p.width, p.height)):
             pixels += spec.height * spec.width
-            if pixels > most_pixels or len(made[-1]) == limit:
-                made.append([])
+            if pixels > most_pixels or len(batches[-1]) == limit:
+                batches.append([])
                 pixels = spec.height * spec.width
-            made[-1].append(spec)
+            batches[-1].append(spec)
 
     # different step counts of the same prompts follow each other, so that their text encodings are still cached
-    return sorted(made, key=lambda batch: (batch[0].weights, place[batch[0].file]))
+    return sorted(batches, key=lambda batch: (batch[0].weights, place[batch[0].file]))
 
 
-def share(made: Sequence[list[ImageSpec]], processes: int) -> list[list[list[ImageSpec]]]:
+def share(batches: Sequence[list[ImageSpec]], processes: int) -> list[list[list[ImageSpec]]]:
     """Assign batches to processes greedily: most expensive first, each to the process with the lowest load.
 
     Batches of the same prompts stay on one process if there are enough of them to balance the load.
     """
     units = defaultdict(list)
-    for number, batch in enumerate(made):
+    for number, batch in enumerate(batches):
         units[tuple(spec.prompt for spec in batch)].append(number)
     parts = list(units.values())
     if len(parts) < 4 * processes:
-        parts = [[number] for number in range(len(made))]
+        parts = [[number] for number in range(len(batches))]
 
     def cost(part: list[int]) -> float:
-        return sum(spec.cost() for number in part for spec in made[number])
+        return sum(spec.cost() for number in part for spec in batches[number])
 
     shares: list[list[int]] = [[] for _ in range(processes)]
     loads = [0.0] * processes
     for part in sorted(parts, key=cost, reverse=True):
-        least = loads.index(min(loads))
-        loads[least] += cost(part)
-        shares[least] += part
+        idlest = loads.index(min(loads))
+        loads[idlest] += cost(part)
+        shares[idlest] += part
 
-    return [[made[number] for number in sorted(numbers)] for numbers in shares]
+    return [[batches[number] for number in sorted(numbers)] for numbers in shares]
 
 
 # ---- output directory ----
@@ -238,7 +238,7 @@ def differences(there: dict, here: dict) -> str:
 def check_leftovers(folder: Path, todo: Sequence[ImageSpec], layout: Layout) -> None:
     """Reject existing images that are not part of the job; the message names the setting that changed."""
     planned = {spec.file: spec.record() for spec in todo}
-    for file in drawn(folder):
+    for file in existing_images(folder):
         if file in planned and layout != "geneval":
             continue  # its name contains a digest of the settings
         record = image_encode.read_record(folder / file)
@@ -254,7 +254,7 @@ def check_leftovers(folder: Path, todo: Sequence[ImageSpec], layout: Layout) -> 
         )
 
 
-def drawn(folder: Path) -> Iterator[str]:
+def existing_images(folder: Path) -> Iterator[str]:
     """The image files in an output directory, as relative paths."""
     for pattern in ("*_steps*", "*_steps*/*/samples/*"):
         for path in folder.glob(pattern):

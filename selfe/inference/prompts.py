@@ -31,7 +31,7 @@ GENEVAL_KEYS = ("tag", "include", "exclude")
 class SamplingDefaults:
     """Sampling settings for prompts whose line does not set them. A list makes a sweep from the same noise."""
 
-    prompt_file: str | None = None
+    prompt_file: Path | None = None
     negative_prompt: str = ""  # replaces the null prompt in guidance
     num_steps: int | tuple[int, ...] = (1, 2, 4, 8, 50)
     num_samples: int = 1  # images per prompt
@@ -121,16 +121,16 @@ def from_file(path: Path, defaults: SamplingDefaults, multiple: int) -> list[Req
     if not path.is_file():
         raise UserError(f"{path}: no such prompt file; set inferencer.defaults.prompt_file, or inferencer.prompts")
 
-    requests = collect(parsers[path.suffix.lower()](path, lines(path)), defaults, multiple)
+    requests = collect(parsers[path.suffix.lower()](lines(path)), defaults, multiple)
     if not requests:
         raise UserError(f"{path}: the prompt file is empty; write one prompt per line")
     return requests
 
 
-def collect(found: Iterator[tuple[str, dict | str]], defaults: SamplingDefaults, multiple: int) -> list[Request]:
+def collect(parsed: Iterator[tuple[str, dict | str]], defaults: SamplingDefaults, multiple: int) -> list[Request]:
     """(where, keys or error message) -> requests, or `UserError` for the first invalid line."""
     requests, problems = [], []
-    for where, keys in found:
+    for where, keys in parsed:
         try:
             if isinstance(keys, str):
                 raise ValueError(keys)
@@ -178,6 +178,25 @@ def request(where: str, keys: dict, defaults: SamplingDefaults, multiple: int) -
         if getattr(settings, name) % multiple:
             raise ValueError(f"{name}: {getattr(settings, name)} is not a multiple of {multiple}")
     return Request(prompt, settings, where, extra)
+
+
+# what other programs write into prompt files; here it is part of the prompt
+FOREIGN = {
+    "a comment": re.compile(r"^(#|//)\s"),
+    "an option of another program": re.compile(r"(^|\s)--[a-z]{1,8}([ =]\S|$)"),
+}
+
+
+def foreign_syntax(requests: Sequence[Request]) -> Iterator[str]:
+    """A line for each kind of syntax in the prompts that other programs would not take for text."""
+    for kind, pattern in FOREIGN.items():
+        matching = [request for request in requests if pattern.search(request.prompt)]
+        if matching:
+            more = f" and {len(matching) - 1} more" if len(matching) > 1 else ""
+            yield (
+                f"{matching[0].where}{more}: {shorten(matching[0].prompt, 60)!r} looks like {kind}, but is used as a "
+                "prompt; settings of a single prompt are keys of .jsonl or columns of .tsv files"
+            )
 
 
 def check_text(name: str, text: str) -> None:
@@ -241,13 +260,13 @@ def lines(path: Path) -> Iterator[tuple[str, str]]:
             yield where, text
 
 
-def parse_text(path: Path, found: Iterator[tuple[str, str]]) -> Iterator[tuple[str, dict | str]]:
-    for where, text in found:
+def parse_text(numbered: Iterator[tuple[str, str]]) -> Iterator[tuple[str, dict | str]]:
+    for where, text in numbered:
         yield where, {"prompt": text}
 
 
-def parse_jsonl(path: Path, found: Iterator[tuple[str, str]]) -> Iterator[tuple[str, dict | str]]:
-    for where, text in found:
+def parse_jsonl(numbered: Iterator[tuple[str, str]]) -> Iterator[tuple[str, dict | str]]:
+    for where, text in numbered:
         try:
             value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
         except RecursionError:
@@ -259,10 +278,10 @@ def parse_jsonl(path: Path, found: Iterator[tuple[str, str]]) -> Iterator[tuple[
             yield where, value if isinstance(value, dict) else f'expected an object {{"prompt": ...}}, got a {kind}'
 
 
-def parse_tsv(path: Path, found: Iterator[tuple[str, str]]) -> Iterator[tuple[str, dict | str]]:
+def parse_tsv(numbered: Iterator[tuple[str, str]]) -> Iterator[tuple[str, dict | str]]:
     """The first line names the columns. Empty cells take the default; numbers and lists are written as in JSON."""
     columns: list[str] = []
-    for where, text in found:
+    for where, text in numbered:
         cells = [cell.strip() for cell in text.split("\t")]
         if not columns:
             columns = cells

@@ -116,7 +116,7 @@ def write(folder: Path, stem: str, sizes: Mapping[str, int], make: Callable[[str
     return files
 
 
-def cached(cache_dir: str | None, name: str) -> Path:
+def cached(cache_dir: Path | None, name: str) -> Path:
     """The path of a pretrained model in the cache directory.
 
     Raises:

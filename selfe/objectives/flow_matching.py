@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from selfe import flow
 from selfe.protocols import Denoiser
 from selfe.rng import SampleRNG
-from selfe.types import Loss, Packed, TextCond
+from selfe.types import Loss, Packed, TextCond, check_range
 
 
 class FlowMatching:
@@ -16,8 +16,8 @@ class FlowMatching:
     batch_multiple = 1
 
     def __init__(self, p_drop: float = 0.1, t_std: float = 1.0):
-        if not 0 <= p_drop <= 1:
-            raise ValueError(f"p_drop must be a probability in [0, 1], got {p_drop}")
+        check_range("p_drop", p_drop, 0, 1)
+        check_range("t_std", t_std, 0, 100)
         self.p_drop, self.t_std = p_drop, t_std
 
     def phase(self, step: int) -> str:

@@ -21,7 +21,7 @@ from selfe import flow
 from selfe.device import to_device
 from selfe.protocols import Denoiser
 from selfe.rng import SampleRNG
-from selfe.types import Loss, Packed, TextCond
+from selfe.types import MOST_STEPS, Loss, Packed, TextCond, check_range
 
 FAKE = "fake image "  # prompt prefix that labels the network's own samples (S.1.2)
 
@@ -71,12 +71,15 @@ class SelfEvaluation:
             eval_floor: evaluate at max(s, eval_floor * t) instead of s. Not in the paper; 0 disables it.
         """
         for name, value in {"p_drop": p_drop, "p_equal": p_equal, "eval_floor": eval_floor}.items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {value}")
-        if tau_steps < 1 or lam_max < 0 or t_std < 0:
-            raise ValueError(
-                f"tau_steps must be at least 1, lam_max and t_std at least 0, got {tau_steps}, {lam_max} and {t_std}"
-            )
+            check_range(name, value, 0, 1)
+        for name, value in {"k_cls": k_cls, "aux_k_cls": aux_k_cls, "aux_k_fake": aux_k_fake}.items():
+            check_range(name, value, -100, 100)  # negative: evaluation reversed, a control of the miniature
+        check_range("aux_loss_weight", aux_loss_weight, 0, 100)
+        check_range("t_std", t_std, 0, 100)
+        check_range("start_step", start_step, 0, MOST_STEPS)
+        check_range("tau_steps", tau_steps, 1, MOST_STEPS)
+        check_range("aux_start_step", aux_start_step, 0, MOST_STEPS)
+        check_range("lam_max", lam_max, 0, inf)  # infinite: not bounded, as in the paper
         self.p_drop, self.t_std = p_drop, t_std
 
         # The share of rows with s < t is kept as a fraction, so that every batch that is a multiple of its denominator

@@ -10,15 +10,14 @@ from torch import Tensor
 from selfe import flow
 from selfe.protocols import GuidedDenoiser
 from selfe.rng import SampleRNG
-from selfe.types import Packed
+from selfe.types import Packed, check_range
 
 
 class Renoise:
     """DDIM with eta (S.3): 0 is deterministic and equals Euler, 1 is ancestral sampling, the paper's setting."""
 
     def __init__(self, eta: float = 1.0):
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta must be in [0, 1], got {eta}")
+        check_range("eta", eta, 0, 1)
         self.eta = eta
 
     def output_settings(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -71,7 +72,7 @@ class DemoModel:
         self.net = self.system.backbone.to_empty(device=place).requires_grad_(False)
         self.title = f"{path}, {'EMA' if weights == 'ema' else 'live'} weights of step "
         self.title += f"{load_weights(path, self.net, weights):,}"
-        self.net.to(DTYPES[precision])
+        self.net.to(DTYPES[device.choose_precision(precision, place)])
 
         self.system.text_encoder = PromptCache(self.system.text_encoder)
         self.system.load_encoders(place)
@@ -205,8 +206,19 @@ def serve(painter: DemoModel, port: int | None, everywhere: bool, block: bool) -
     return blocks
 
 
+def check_port(port: int) -> None:
+    """Raise UserError if a port cannot be listened on; called before weights are loaded."""
+    try:
+        with socket.create_server(("127.0.0.1", port)):
+            pass
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--port {port}: cannot be listened on ({error}); choose another port") from error
+
+
 def main(options: argparse.Namespace) -> None:
     """Entry point of `selfe demo`."""
+    if options.port is not None:
+        check_port(options.port)
     painter = DemoModel(options.ckpt, options.config, options.weights, options.precision, options.size, options.trust)
     try:
         serve(painter, options.port, options.listen_on_all_interfaces, block=True)

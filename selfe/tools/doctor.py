@@ -100,10 +100,15 @@ def accelerators() -> Iterator[Finding]:
     for name in dict.fromkeys(card.name for card in cards):
         same = [card for card in cards if card.name == name]
         text = f"{len(same)} x {name}, {same[0].total_memory / GIB:.0f} GiB, driver {driver_version()}"
-        if torch.cuda.is_bf16_supported():
+        if device.has_fast_bf16(torch.device("cuda")):
             yield Finding("devices", "ok", text)
         else:
-            yield Finding("devices", "warning", f"{text}, without bf16", "train with trainer.precision=fp32")
+            yield Finding(
+                "devices",
+                "warning",
+                f"{text}, without bf16",
+                "trainer.precision=auto uses fp32, at a fraction of the speed",
+            )
     yield Finding("nccl", "ok", ".".join(map(str, torch.cuda.nccl.version())))
 
 

@@ -16,6 +16,7 @@ import torch
 
 from selfe import config
 from selfe.checkpoint import state, verify
+from selfe.device import choose_precision
 from selfe.distributed import collectives, fsdp
 from selfe.rng import SampleRNG
 from selfe.training.metrics import MetricAccumulator
@@ -49,7 +50,8 @@ def replay(settings: dict, record: dict, found: Path | None, world: collectives.
         system = config.build(settings, "system")
     data, trainer = config.build(settings, "data"), config.build(settings, "trainer")
     seed, step = settings["seed"], record["step"]
-    net, ema = fsdp.build_model_and_ema(system.backbone, fsdp.make_mesh(world, None), trainer.precision, seed)
+    precision = choose_precision(trainer.precision, world.device)
+    net, ema = fsdp.build_model_and_ema(system.backbone, fsdp.make_mesh(world, None), precision, seed)
     system.load_encoders(world.device)
     done = state.load(found, net, ema, None, ("model", "ema", "step")) if found else 0
     print(f"step {step} with the weights after {done} steps ({found or 'initial weights'})")

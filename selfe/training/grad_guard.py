@@ -13,7 +13,7 @@ from statistics import median
 from torch import Tensor, nn
 
 from selfe.distributed import fsdp
-from selfe.types import Batch, UserError
+from selfe.types import MOST_STEPS, Batch, UserError, check_range
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,13 @@ class GradGuardConfig:
     compare_every: int | None = None  # steps between checks that replicas (trainer.shard_size) have equal weights
 
     def __post_init__(self):
-        if self.factor < 1 or not 1 <= self.warmup <= self.window or self.max_skips < 1 or self.adopt_after < 2:
-            raise ValueError(
-                "factor and max_skips must be at least 1, adopt_after at least 2, and warmup between 1 and window"
-            )
+        check_range("sigmas", self.sigmas, 1, 100)
+        check_range("factor", self.factor, 1, 10**6)
+        check_range("window", self.window, 1, 10**6)
+        check_range("warmup", self.warmup, 1, self.window)
+        check_range("adopt_after", self.adopt_after, 2, MOST_STEPS)
+        check_range("max_skips", self.max_skips, 1, MOST_STEPS)
+        check_range("compare_every", self.compare_every, 1, MOST_STEPS)
 
 
 class GradGuard:

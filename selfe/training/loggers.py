@@ -46,9 +46,9 @@ class JsonLines:
             kept = [line + b"\n" for line in complete if json.loads(line)["step"] < start]
 
         # write and rename, so that a kill leaves either the old or the new file
-        aside = self.path.with_name(self.path.name + ".partial")
-        aside.write_bytes(b"".join(kept))
-        aside.rename(self.path)
+        partial = self.path.with_name(self.path.name + ".partial")
+        partial.write_bytes(b"".join(kept))
+        partial.rename(self.path)
 
     def numbers(self, step: int, values: dict) -> None:
         with self.path.open("a") as file:

@@ -21,11 +21,10 @@ def describe(folder: Path, settings: dict, command: list[str], processes: int) -
 
     The first three describe the latest start and are overwritten; `starts.jsonl` keeps a line for every start.
     """
-    # compare with the config of the previous start, if that start saved a checkpoint to resume from
+    # compare with the config of the previous start
     path = folder / "config.yaml"
     changed = []
-    if path.is_file() and any(folder.glob("checkpoints/step_*")):
-        compare.check_run(path, settings, settings["trainer"].get("allow_changes", ()), "trainer")
+    if is_resumed(folder):
         changed = difference(yaml.safe_load(path.read_text(encoding="utf-8")), config.plain(settings))
         for line in changed:
             log.print_line(f"config differs from the run so far: {line}")
@@ -33,18 +32,34 @@ def describe(folder: Path, settings: dict, command: list[str], processes: int) -
     config.save(settings, path)
     installed = sorted({f"{package.name}=={package.version}" for package in metadata.distributions()}, key=str.lower)
     (folder / "packages.txt").write_text("\n".join(installed) + "\n", encoding="utf-8")
-    (folder / "changes.diff").write_text(git("diff", "HEAD") or "", encoding="utf-8")
+    own = is_checkout(CODE)
+    (folder / "changes.diff").write_text(git(CODE, "diff", "HEAD") or "" if own else "", encoding="utf-8")
 
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": command,
         "processes": processes,
-        "revision": (git("rev-parse", "HEAD") or "").strip() or None,
+        "version": metadata.version("selfe"),
+        "revision": (git(CODE, "rev-parse", "HEAD") or "").strip() or None if own else None,
         "python": platform.python_version(),
         "config_changes": changed,
     }
     with (folder / "starts.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(start, ensure_ascii=False) + "\n")
+
+
+def check_system(folder: Path, settings: dict) -> None:
+    """Raise UserError if a run would resume with a system that makes other images of the same weights.
+
+    To be called before the checkpoint is loaded and before `describe` overwrites the `config.yaml` of the run so far.
+    """
+    if is_resumed(folder):
+        compare.check_run(folder / "config.yaml", settings, settings["trainer"].get("allow_changes", ()), "trainer")
+
+
+def is_resumed(folder: Path) -> bool:
+    """Whether a previous start has left its config and a checkpoint to resume from."""
+    return (folder / "config.yaml").is_file() and any(folder.glob("checkpoints/step_*"))
 
 
 def difference(before: dict, after: dict) -> list[str]:
@@ -53,10 +68,20 @@ def difference(before: dict, after: dict) -> list[str]:
     return [f"{key}: {old} -> {new}" for key, (old, new) in changed.items()]
 
 
-def git(*arguments: str) -> str | None:
-    """Output of a git command in the repository of this code, None without git or a repository."""
+def is_checkout(root: Path) -> bool:
+    """Whether a folder is the root of a git checkout of this project.
+
+    An installed package may lie in another project's repository, whose revision and changes are not ours to record.
+    """
+    top = (git(root, "rev-parse", "--show-toplevel") or "").rstrip("\n")
+    tracked = git(root, "ls-files", "--error-unmatch", Path(__file__).relative_to(CODE).as_posix())
+    return bool(top) and Path(top).resolve() == root.resolve() and tracked is not None
+
+
+def git(root: Path, *arguments: str) -> str | None:
+    """Output of a git command in a folder, None without git or a repository."""
     try:
-        done = subprocess.run(["git", *arguments], cwd=CODE, capture_output=True, text=True, errors="replace")
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, errors="replace")
     except OSError:
         return None
     return done.stdout if done.returncode == 0 else None

@@ -16,6 +16,7 @@ from selfe.protocols import Sampler
 from selfe.rng import SampleRNG
 from selfe.samplers.renoise import Renoise
 from selfe.system import System
+from selfe.types import MOST_STEPS, check_range
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,13 @@ class SampleGridConfig:
     sampler: Sampler = Renoise()  # noqa: RUF009 - stateless
 
     def __post_init__(self):
-        if min(self.every, *self.size, *self.num_steps, len(self.num_steps)) < 1:
-            raise ValueError("every, size and num_steps must be at least 1; prompts: [] disables samples")
+        if not self.num_steps:
+            raise ValueError("num_steps: the list is empty; prompts: [] disables samples")
+        check_range("every", self.every, 1, MOST_STEPS)
+        check_range("num_steps", self.num_steps, 1, 1000)
+        check_range("size", self.size, 1, 8192)
+        check_range("cfg_scale", self.cfg_scale, 0, 1000)
+        check_range("s_ratio", self.s_ratio, 0, 1)
 
     def check(self, system: System) -> None:
         """Raise UserError for sizes or prompts that cannot be sampled. Called on every rank before the first step."""
@@ -52,7 +58,7 @@ class SampleGridConfig:
         prompts = [self.prompts[i] for i in mine]
 
         # (denoiser, prompt, number of steps) -> image
-        drawn = {}
+        own: dict[tuple[str, int, int], Image.Image] = {}
         for (name, net), num_steps in product(nets.items(), self.num_steps):
             images = system.generate(
                 net,
@@ -64,10 +70,13 @@ class SampleGridConfig:
                 cfg_scale=self.cfg_scale,
                 s_ratio=self.s_ratio,
             )
-            drawn |= {(name, i, num_steps): image_encode.to_image(image) for i, image in zip(mine, images, strict=True)}
+            for i, image in zip(mine, images, strict=True):
+                own[name, i, num_steps] = image_encode.to_image(image)
 
         # gather the images of all ranks and arrange them on rank 0
-        everyone = {key: image for part in collectives.gather(drawn, world) for key, image in part.items()}
+        everyone: dict[tuple[str, int, int], Image.Image] = {}
+        for of_rank in collectives.gather(own, world):
+            everyone |= of_rank
         rows = range(len(self.prompts)) if world.is_main else ()
         return {
             name: image_encode.grid([[everyone[name, i, n] for n in self.num_steps] for i in rows])

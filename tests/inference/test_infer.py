@@ -181,7 +181,7 @@ def assert_all_but_the_running_batch(words: list[str], there: set[str]) -> None:
     """One process draws batch after batch; what is there is all of the finished ones, and no more than the next."""
     inferencer = config.build(config.load(words[0], words[1:]), "inferencer")
     todo = job.plan(inferencer.requests(16), inferencer.kinds, "flat", ".png")
-    (mine,) = job.share(job.batches(todo, 8, inferencer.batch_pixels, 1), 1)
+    (mine,) = job.share(job.make_batches(todo, 8, inferencer.batch_pixels, 1), 1)
     counts = [len({spec.file for spec in batch} & there) for batch in mine]
     whole = next(i for i, count in enumerate(counts) if count < 8)
     assert not any(counts[whole + 1 :])

@@ -7,7 +7,7 @@ import torch
 
 from selfe.encoders.flux_vae import FluxVAE, patchify, starts
 from selfe.inference import job
-from selfe.inference.job import batches, plan, share
+from selfe.inference.job import make_batches, plan, share
 from selfe.inference.prompt_cache import PromptCache
 from selfe.inference.prompts import Request, SamplingDefaults
 from selfe.samplers.euler import Euler
@@ -52,17 +52,17 @@ def test_batches_hold_one_group_and_no_more_than_the_budget():
     sizes = [(256, 256), (512, 512), (256, 512)]
     asked = [Request(f"p{i}", SamplingDefaults(height=h, width=w), "") for i in range(40) for h, w in [sizes[i % 3]]]
     todo = plan(asked, ["ema", "live"], "flat", ".png")
-    made = batches(todo, 8, 4 * 512 * 512, 1)
+    made = make_batches(todo, 8, 4 * 512 * 512, 1)
     assert sorted(p.file for batch in made for p in batch) == sorted(p.file for p in todo)
     for batch in made:
         assert len({p.group for p in batch}) == 1
         assert len(batch) <= 8
         assert sum(p.height * p.width for p in batch) <= 4 * 512 * 512
-    assert len(batches(todo, 8, 1, 1)) == len(todo)  # an image above the budget is a batch of its own
-    assert batches(todo, 8, 4 * 512 * 512, 4) == made  # large enough: the same for any number of processes
-    assert len(batches(todo[:5:5], 8, 512 * 512, 4)) == 1
+    assert len(make_batches(todo, 8, 1, 1)) == len(todo)  # an image above the budget is a batch of its own
+    assert make_batches(todo, 8, 4 * 512 * 512, 4) == made  # large enough: the same for any number of processes
+    assert len(make_batches(todo[:5:5], 8, 512 * 512, 4)) == 1
     few = plan(requests(*"abcdefgh", num_steps=4), ["ema"], "flat", ".png")
-    assert [len(batch) for batch in batches(few, 16, 10**9, 4)] == [2] * 4  # else nobody waits for one
+    assert [len(batch) for batch in make_batches(few, 16, 10**9, 4)] == [2] * 4  # else nobody waits for one
 
 
 @pytest.mark.parametrize("processes", [1, 3, 8])
@@ -70,7 +70,7 @@ def test_no_process_waits_long(processes):
     asked = [
         Request(f"p{i}", SamplingDefaults(height=256 * (1 + i % 2), num_steps=(1, 2, 4, 8, 50)), "") for i in range(300)
     ]
-    made = batches(plan(asked, ["ema"], "flat", ".png"), 8, 10**9, processes)
+    made = make_batches(plan(asked, ["ema"], "flat", ".png"), 8, 10**9, processes)
     shares = share(made, processes)
     assert sorted(id(batch) for part in shares for batch in part) == sorted(map(id, made))
     loads = [sum(p.cost() for batch in part for p in batch) for part in shares]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from selfe.inference.prompts import SamplingDefaults, from_file, from_list
+from selfe.inference.prompts import SamplingDefaults, foreign_syntax, from_file, from_list
 from selfe.samplers.euler import Euler
 from selfe.types import UserError
 
@@ -129,7 +129,7 @@ MALFORMED = {
     "an unknown sampler": ("p.jsonl", line(sampler="eulr"), "no sampler 'eulr'; euler and renoise"),
     "a sampler from elsewhere": ("p.jsonl", line(sampler="os.system"), "no sampler 'os.system'"),
     "eta for a sampler without": ("p.jsonl", line(sampler="euler", eta=1), "euler does not take eta"),
-    "eta out of range": ("p.jsonl", line(eta=2), "eta must be in"),
+    "eta out of range": ("p.jsonl", line(eta=2), "eta must be between"),
     "a negative prompt without end": ("p.jsonl", line(negative_prompt="a" * 5000), "negative_prompt: 5000 characters"),
     "columns without a prompt": ("p.tsv", "path\tcaption\nx.jpg\ta cat", "line 1: the first line must name"),
     "a column twice": ("p.tsv", "prompt\tprompt\na\tb", "each once"),
@@ -163,3 +163,15 @@ def test_files_that_are_not_there(tmp_path):
     (tmp_path / "folder.txt").mkdir()
     with pytest.raises(UserError, match="no such prompt file"):
         from_file(tmp_path / "folder.txt", DEFAULTS, 16)
+
+
+def test_syntax_of_other_programs_is_pointed_out(tmp_path):
+    """Comments and options are part of the prompt here; each kind is named once, with its first line."""
+    path = tmp_path / "p.txt"
+    path.write_text("a cat\n# comment\na cat --n low quality --w 512 --s 28\na dog --w 512\n#1 fan -- a poster\n")
+    requests = from_file(path, SamplingDefaults(), 16)
+    assert [request.prompt for request in requests][1] == "# comment"
+    comment, option = foreign_syntax(requests)
+    assert comment.startswith(f"{path}, line 2: '# comment' looks like a comment, but is used as a prompt")
+    assert option.startswith(f"{path}, line 3 and 1 more: 'a cat --n low quality --w 512 --s 28' looks like an option")
+    assert list(foreign_syntax(requests[:1] + requests[4:])) == []

@@ -51,7 +51,7 @@ def test_the_image_is_that_of_the_inferencer(painter, trained, tmp_path):  # noq
         (("a", "", 0, 5, 0, "renoise", 1, 0), "num_steps: 0 is not between"),
         (("a", "", 4, 5, -1, "renoise", 1, 0), "seed: -1 is not between"),
         (("a", "", 4, 5, None, "renoise", 1, 0), "int"),
-        (("a", "", 4, 5, 0, "renoise", 2, 0), "eta must be in"),
+        (("a", "", 4, 5, 0, "renoise", 2, 0), "eta must be between"),
         (("a", "", 4, 5, 0, "os.system", 1, 0), "no sampler 'os.system'"),
         (("a", "", 4, 5, 0, "euler", 1, 2), "s_ratio: 2.0 is not between"),
     ],

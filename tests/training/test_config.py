@@ -331,7 +331,7 @@ def test_overrides_that_are_none(override):
 def test_a_value_the_constructor_refuses_is_named(tmp_path):
     sampler = {"module": "selfe.samplers.renoise.Renoise", "params": {"eta": 2}}
     path = write(tmp_path, top={"inferencer": {"ckpt_dir": "a", "output_dir": "b", "defaults": {"sampler": sampler}}})
-    with pytest.raises(UserError, match=r"inferencer.defaults.sampler.params: eta must be in \[0, 1\], got 2.0"):
+    with pytest.raises(UserError, match=r"inferencer.defaults.sampler.params: eta must be between 0 and 1, got 2.0"):
         config.build(config.load(path), "inferencer")
     assert Renoise(1.0).eta == 1
 
@@ -343,3 +343,16 @@ def test_the_program_itself_answers_in_one_line(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr == f"selfe: error: {path}: trainer.max_step: unknown key; did you mean max_steps?\n"
+
+
+def test_a_config_beside_weights_may_name_parts_of_this_package_only(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "hostile.py").write_text("raise SystemExit('imported')")
+    assert config.load(SMOKE, trust=False) == config.load(SMOKE)
+    for path, tree in {
+        "system": {"system": {"backbone": {"module": "hostile.Net"}}},
+        "nested": {"inferencer": {"defaults": {"sampler": {"module": "hostile.Sampler"}}}},
+        "listed": {"trainer": {"samples": [{"module": "hostile.Sampler"}]}},
+    }.items():
+        with pytest.raises(UserError, match=r"names hostile\.\w+, which is not part of selfe.*--trust"):
+            config.load(write(tmp_path, **{path: tree}), trust=False)

@@ -1,21 +1,26 @@
 """The trainer's arithmetic: schedule, accumulation, who gets which sample. The loop itself runs in `test_smoke.py`."""
 
+import subprocess
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from selfe import config
+from selfe import config, log, train
 from selfe.checkpoint import verify
 from selfe.data.loader import MicroBatches
+from selfe.device import choose_precision
 from selfe.distributed.collectives import World
 from selfe.inference import job
 from selfe.io.folder_lock import FolderLock
 from selfe.train import BatchPhase, TrainerConfig
-from selfe.training import ema, grad_guard
+from selfe.training import ema, grad_guard, run_info
 from selfe.training.visuals import SampleGridConfig
 from selfe.types import Batch, UserError
 from tests.helpers import train_processes
+from tests.helpers.train_processes import TINY
+from tests.training.test_compare import RANDOM
 
 
 def trainer(**changes) -> TrainerConfig:
@@ -62,15 +67,15 @@ def test_micro_batches_per_step():
 
 @pytest.mark.parametrize("name", ["max_steps", "total_batch_size", "micro_batch_size", "log_every", "val_every"])
 def test_values_out_of_range_are_named(name):
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"{name} must be between 1 and "):
         trainer(**{name: 0})
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"lr": -1.0}, "lr must be at least 0, got -1.0"),
-        ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
+        ({"lr": -1.0}, "lr must be between 0 and 10, got -1.0"),
+        ({"num_workers": -1}, "num_workers must be between 0 and 1024, got -1"),
         ({"betas": (0.9, 1.0)}, "betas must be in"),
         ({"ema_decay": 1.5}, "ema_decay in"),
     ],
@@ -82,7 +87,7 @@ def test_values_that_would_fail_later_fail_at_once(changes, said):
 
 @pytest.mark.parametrize("changes", [{"every": 0}, {"num_steps": ()}, {"num_steps": (0,)}, {"size": (0, 64)}])
 def test_samples_that_could_not_be_drawn(changes):
-    with pytest.raises(ValueError, match="must be at least 1"):
+    with pytest.raises(ValueError, match=r"must be between 1 and|num_steps: the list is empty"):
         SampleGridConfig(**changes)
 
 
@@ -199,3 +204,68 @@ def test_the_first_tensor_that_is_not_finite(alone):
     assert first() == (1, "data a.png")
     average.weight.data[0, 0] = float("nan")
     assert first() == (0, "EMA weight weight")
+
+
+def test_revision_and_changes_are_recorded_for_our_own_checkout_only(tmp_path):
+    """A package installed inside another project's repository records its version instead."""
+    repository = tmp_path / "theirs"
+    repository.mkdir()
+    git = ["git", "-c", "user.name=a", "-c", "user.email=b"]
+    subprocess.run([*git, "init", "-q"], cwd=repository, check=True)
+    (repository / "private.txt").write_text("secret")
+    subprocess.run([*git, "add", "."], cwd=repository, check=True)
+    subprocess.run([*git, "commit", "-qm", "one"], cwd=repository, check=True)
+
+    installed = repository / ".venv/lib/site-packages"
+    (installed / "selfe/training").mkdir(parents=True)
+    (installed / "selfe/training/run_info.py").write_text("")
+    assert not run_info.is_checkout(installed)
+    assert not run_info.is_checkout(repository)
+    assert not run_info.is_checkout(tmp_path)
+
+    # a checkout of this project
+    (repository / "selfe/training").mkdir(parents=True)
+    (repository / "selfe/training/run_info.py").write_text("")
+    assert not run_info.is_checkout(repository)
+    subprocess.run([*git, "add", "selfe"], cwd=repository, check=True)
+    assert run_info.is_checkout(repository)
+
+
+@pytest.mark.parametrize(
+    ("capability", "avx512_bf16", "amx", "chosen"),
+    [
+        ("AVX512", True, False, "bf16"),
+        ("AVX512_VNNI", False, True, "bf16"),
+        ("AVX512", False, False, "fp32"),
+        ("AVX2", True, True, "fp32"),  # ATEN_CPU_CAPABILITY=avx2
+        ("DEFAULT", False, False, "fp32"),
+    ],
+)
+def test_precision_auto_is_bf16_where_the_cpu_has_it(monkeypatch, capability, avx512_bf16, amx, chosen):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    cpu = torch.device("cpu")
+    assert choose_precision("auto", cpu) == chosen
+    assert [choose_precision(given, cpu) for given in ("bf16", "fp32")] == ["bf16", "fp32"]
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_precision_auto_on_accelerators_asks_the_device_without_emulation(monkeypatch, supported):
+    backend = SimpleNamespace(is_bf16_supported=lambda including_emulation: supported and not including_emulation)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: backend)
+    assert choose_precision("auto", torch.device("meta")) == ("bf16" if supported else "fp32")
+
+
+def test_the_chosen_precision_is_recorded_and_a_change_on_resuming_is_shown(tmp_path, monkeypatch):
+    """As when a run continues on a machine without bf16: it continues in fp32, and a line says so."""
+    said = []
+    monkeypatch.setattr(log, "print_line", said.append)
+    for capability, chosen in (("AVX512", "bf16"), ("AVX2", "fp32")):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+        stop = f"trainer.stop_step={1 + (chosen == 'fp32')}"
+        train.main([str(TINY), f"trainer.output_dir={tmp_path}", *RANDOM, "trainer.precision=auto", stop])
+        assert f"trainer.precision: auto is {chosen} on this machine (CPU with {capability})" in said
+        assert config.load(tmp_path / "config.yaml")["trainer"]["precision"] == chosen
+    assert "config differs from the run so far: trainer.precision: bf16 -> fp32" in said

@@ -18,6 +18,7 @@ from score import COMBINATIONS, frechet, held_out, real, score, trained_scorer
 
 from selfe.config import load
 from selfe.data.shapes import ShapesData
+from selfe.device import device_name
 from selfe.io.image_encode import grid, to_image
 
 MARKS = "<!-- table written by scripts/studies/miniature/run.py -->", "<!-- end of it -->"
@@ -255,7 +256,7 @@ def report(out: Path, runs: list, count: int, command: str, docs: Path | None) -
         "command": command,
         "setting": study.setting,
         "images_per_cell": count,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {device_name(torch.device('cpu'))}",
         "cpu_seconds": {c: study.cpu_seconds(c) for c in dict.fromkeys(run.config for run in study.runs)},
         "real": {
             name: {"ok": float(s["right"].all(axis=1).mean()), "place": float(s["place"].std(axis=0).mean()),

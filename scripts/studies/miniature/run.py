@@ -29,10 +29,12 @@ from score import COMBINATIONS, score, trained_scorer
 from selfe import config, log
 from selfe.checkpoint import state, verify
 from selfe.data.shapes import ShapesData
+from selfe.device import choose_precision
 from selfe.flow import interpolate, predict_x0
 from selfe.rng import SampleRNG
 from selfe.samplers.renoise import Renoise
 from selfe.system import System
+from selfe.types import DTYPES
 
 ROOT = Path(__file__).parents[3]
 BATCH = 256
@@ -123,14 +125,14 @@ def train(run: Run, out: Path, short: tuple[int, int] | None) -> None:
 
 
 def load(folder: Path) -> tuple[System, torch.nn.Module]:
-    """System of a finished run, and its denoiser with EMA weights in bf16."""
+    """System of a finished run, and its denoiser with EMA weights in the precision that the machine is fast in."""
     settings = config.load(folder / "config.yaml")
     with torch.device("meta"):
         system = config.build(settings, "system")
     net = system.backbone.to_empty(device="cpu").requires_grad_(False)
     state.load_weights(verify.find(folder / "checkpoints"), net, "ema")
     system.load_encoders(torch.device("cpu"))
-    return system, net.to(torch.bfloat16)
+    return system, net.to(DTYPES[choose_precision("auto", torch.device("cpu"))])
 
 
 def draw(system: System, net: torch.nn.Module, cell: Cell, which: np.ndarray, seed: int, size: int) -> torch.Tensor:

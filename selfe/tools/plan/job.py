@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import numpy as np
@@ -55,6 +55,8 @@ def load(path: str, overrides: Sequence[str] = ()) -> Job:
     """Build a config for planning; encoders behind a cache are unwrapped, so that their cost is known too."""
     settings = config.load(path, overrides)
     trainer = config.build(settings, "trainer")
+    if trainer.precision == "auto":
+        trainer = replace(trainer, precision="bf16")  # the GPU to plan for, not this machine
     if "system" not in settings or "data" not in settings:
         raise UserError(f"{path}: sections system, data and trainer are required")
 
@@ -123,7 +125,7 @@ def count_words(system: System, num_tokens: int) -> int:
 def phases(job: Job, gpus: int, num_words: int) -> list[PhaseCost]:
     """Split the run where batch size, image shapes or objective change, and measure each phase."""
     trainer, objective = job.trainer, job.system.objective
-    end = min(trainer.max_steps, trainer.stop_step or trainer.max_steps)
+    end = min(trainer.max_steps, trainer.max_steps if trainer.stop_step is None else trainer.stop_step)
 
     # steps at which the cost changes
     begins = {0, *job.starts, *(phase.step for phase in trainer.phases)}

@@ -1,0 +1,54 @@
+"""Errors of the operating system as one line: what, which path, how to fix it. Used at the border of every command."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+REMEDIES = {
+    errno.ENOSPC: "free some space, or choose another folder; then run the same command again",
+    errno.EDQUOT: "free some space, or choose another folder; then run the same command again",
+    errno.EROFS: "choose a folder that can be written to",
+    errno.EACCES: "check owner and permissions, or choose another path",
+    errno.EPERM: "check owner and permissions, or choose another path",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "a part of the path is a file; check the path",
+    errno.EISDIR: "give a file, not a folder",
+    errno.EEXIST: "remove it, or choose another path",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.EMFILE: "raise the limit of this shell: ulimit -n 65536",
+    errno.ENFILE: "the machine has too many files open; close other programs",
+    errno.EADDRINUSE: "choose another port, or end the program that uses this one",
+    errno.EIO: "the disk or the network storage fails; look at the system's log",
+    errno.ESTALE: "the network storage has lost the file; mount it again",
+    errno.EFBIG: "the file system or ulimit -f allows smaller files only",
+}
+
+
+def one_line(error: BaseException) -> str | None:
+    """The message for an error of the operating system, None for any other error.
+
+    Libraries written in Rust raise their own exceptions, with the number in the text: `(os error 28)`.
+    """
+    number, path = getattr(error, "errno", None), getattr(error, "filename", None)
+    if number is None and (match := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(match[1])
+    if number not in REMEDIES:
+        return None
+    where = f"{os.fsdecode(path)}: " if isinstance(path, (str, bytes, os.PathLike)) else ""
+    return f"{where}{os.strerror(number)}; {REMEDIES[number]}"
+
+
+@contextmanager
+def writing_to(path: Path | None) -> Iterator[None]:
+    """Name `path` in errors of the operating system that have no path, such as those of `file.write` on a full disk."""
+    try:
+        yield
+    except Exception as error:
+        if path is not None and getattr(error, "filename", None) is None and one_line(error):
+            error.filename = str(path)
+        raise
