@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from selfe.rng import philox
-from selfe.types import Batch, Split
+from selfe.types import Batch, Split, check_range
 
 SHAPES = {"square": [(0.8, 0.8)], "cross": [(1.0, 0.33), (0.33, 1.0)], "plank": [(1.0, 0.4)], "pole": [(0.4, 1.0)]}
 """Each shape is a union of rectangles (half width, half height), in units of the radius."""
@@ -70,12 +70,12 @@ class ShapesData:
             radius: smallest and largest radius, in units of `size`.
             contrast: smallest and largest factor on pixel values, drawn log-uniformly; varies the image norms.
         """
-        if not 1 <= size <= 4096:
-            raise ValueError(f"size must be from 1 to 4096 pixels, got {size}")
+        check_range("size", size, 1, 4096)
+        check_range("contrast", contrast, 1e-6, 1)
         if not 0 <= held_out < len(COMBINATIONS):
             raise ValueError(f"held_out must be at least 0 and below {len(COMBINATIONS)}, got {held_out}")
         for name, (low, high) in {"radius": radius, "contrast": contrast}.items():
-            if not 0 < low <= high < math.inf:
+            if not 0 < low <= high:
                 raise ValueError(f"{name} must be a range of positive numbers, got {low} to {high}")
         if radius[1] > 0.5:
             raise ValueError(f"radius must be at most 0.5 for the largest shape to fit, got {radius[1]}")
