@@ -108,10 +108,9 @@ class StopSignal:
         """The thread: waits for the first stop signal, then for the end of the run."""
         number = 0
         while number not in STOPS:
-            data = os.read(self.reader, 1)
-            if not data or self.closed.is_set():
+            (number,) = os.read(self.reader, 1)
+            if self.closed.is_set():
                 return
-            number = data[0]
         if not self.closed.wait(self.grace):
             self.late(number)
 
@@ -121,7 +120,9 @@ class StopSignal:
             signal.signal(number, handler)
         signal.set_wakeup_fd(self.wakeup_before)
 
+        # End the thread by a byte: forked loader workers have the pipe too, so closing it would not.
         self.closed.set()
-        os.close(self.writer)  # ends the thread
+        os.write(self.writer, b"\0")
         self.thread.join()
+        os.close(self.writer)
         os.close(self.reader)

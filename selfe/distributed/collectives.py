@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -23,6 +24,7 @@ Group = dist.ProcessGroup
 _notes: dist.Store
 _host: Group
 _posted = False  # whether this process has published its failure
+LOST = "lost the connection to node 0; the output of its launcher names the reason"
 # Of several algorithms that NCCL may choose, those that always add in the same order. Read when a group is set up.
 DETERMINISTIC = {"NCCL_NVLS_ENABLE": "0", "NCCL_COLLNET_ENABLE": "0", "NCCL_ALGO": "Ring"}
 
@@ -127,9 +129,13 @@ def get_note(name: str) -> str | None:
 
 def post_failure(message: str) -> None:
     """Publish why this process fails, unless another failure was published before."""
-    global _posted
-    with suppress(dist.DistError):
-        _posted = publish_failure(_notes, message)
+
+    def publish() -> None:
+        global _posted
+        with suppress(dist.DistError):
+            _posted = publish_failure(_notes, message)
+
+    briefly(publish, 3)
 
 
 def publish_failure(notes: dist.Store, message: str) -> bool:
@@ -141,23 +147,36 @@ def publish_failure(notes: dist.Store, message: str) -> bool:
 
 
 def failure_of_another() -> str | None:
-    """Why another process has failed, None as long as all run.
-
-    Raises:
-        DistError: the store does not answer.
-    """
-    return None if _posted else get_note("failure")
+    """Why another process has failed; None as long as all run, and if the store does not answer."""
+    with suppress(dist.DistError):
+        return None if _posted else get_note("failure")
+    return None
 
 
 def wait_for_failure(seconds: float) -> str | None:
-    """Wait at most some seconds for `failure_of_another`."""
+    """After a collective has failed: wait at most some seconds until another process has published its failure."""
     end = time.monotonic() + seconds
-    with suppress(dist.DistError):
+
+    def look() -> str | None:
         while True:
-            if (failure := failure_of_another()) or time.monotonic() >= end:
+            try:
+                failure = None if _posted else get_note("failure")
+            except dist.DistError:
+                return LOST
+            if failure or time.monotonic() > end:
                 return failure
             time.sleep(0.1)
-    return "lost the connection to node 0, whose launcher has ended; its output names the reason"
+
+    return briefly(look, seconds + 2, otherwise=LOST)
+
+
+def briefly(action: Callable[[], Any], seconds: float, otherwise: Any = None) -> Any:
+    """The result of `action()`, or `otherwise` if it takes longer: the machine that holds the store may be gone."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(action()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return results[0] if results else otherwise
 
 
 def sync_step_outcome(grad_norm: Tensor, loss: Tensor, signal: int) -> tuple[float, float, int]:

@@ -11,11 +11,11 @@ from selfe.distributed.collectives import World
 
 
 class Watchdog:
-    """A thread that checks the heartbeats of the training loop and the failures of other processes.
+    """Two threads that check the heartbeats of the training loop and the failures of other processes.
 
-    Without a heartbeat for `minutes`, the thread calls `end(message)` on every rank that is alive. The timeout of the
-    process group is longer, because its message names collectives, not ranks and steps. When another process has
-    failed, the thread calls `end` within a second, even if this process waits for it in a collective.
+    Without a heartbeat for `minutes`, `end(message)` is called on every rank that is alive. The timeout of the process
+    group is longer, because its message names collectives, not ranks and steps. When another process has failed, `end`
+    is called within seconds, even if this process waits for it in a collective.
     """
 
     def __init__(self, world: World, minutes: float, end: Callable[[str], None]):
@@ -24,22 +24,33 @@ class Watchdog:
         self.limited = True
         self.closed = threading.Event()
         threading.Thread(target=self.run, name="watch", daemon=True).start()
+        if world.size > 1:
+            threading.Thread(target=self.listen, name="listen", daemon=True).start()
 
     def heartbeat(self, step: int, doing: str, limited: bool = True) -> None:
         """Report progress: at `step`, about to do `doing`, which may take at most `minutes` if `limited`."""
         self.step, self.doing, self.limited, self.since = step, doing, limited, time.monotonic()
 
     def run(self) -> None:
-        """The thread: polls every second until closed, timed out, or another process has failed."""
+        """The first thread: polls until closed or timed out."""
         seconds = 60 * self.minutes
         while not self.closed.wait(min(1.0, seconds / 10)):
-            if self.world.size > 1 and (failure := collectives.wait_for_failure(seconds=0)):
-                return None if self.closed.is_set() else self.end(failure)
-
             if self.limited and time.monotonic() - self.since > seconds:
                 collectives.set_note(f"stuck_{self.world.rank}", f"step {self.step}: {self.doing}")
                 time.sleep(min(5.0, seconds / 2))  # let the other ranks time out and set their notes
                 return self.end(self.diagnosis())
+
+    def listen(self) -> None:
+        """The second thread: polls every second until closed or another process has failed."""
+        failure = None
+        while failure is None:
+            if self.closed.wait(1.0):
+                return
+            failure = collectives.failure_of_another()
+
+        # An error of all processes is reported by the main thread of each, if it does not hang.
+        if not self.closed.wait(1.0):
+            self.end(failure)
 
     def diagnosis(self) -> str:
         """One line from the notes of all ranks: who does not respond, or who is elsewhere."""
