@@ -187,7 +187,7 @@ OUT_OF_RANGE = {
     "max_aspect": (lambda value: smoke(max_aspect=value), (-1, 0, math.inf, math.nan, HUGE)),
     "max_pixels": (lambda value: smoke(max_pixels=value), (-1, 0)),
     "pixels ": (lambda value: smoke(phases=(ResolutionPhase(5, (value,)),)), (-1, 0, HUGE)),
-    "a phase": (lambda value: ResolutionPhase(value, (256,)), (-1,)),
+    "step": (lambda value: ResolutionPhase(value, (256,)), (-1, HUGE)),
     "shares": (lambda value: ResolutionPhase(5, (256, 1024), (1, value)), (-1, 0, HUGE)),
     "weight": (lambda value: WeightedManifest("a.tsv", value), (-1, 0, HUGE)),
     "size": (lambda value: ShapesData(size=value), (-1, 0, HUGE)),
