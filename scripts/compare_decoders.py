@@ -41,7 +41,7 @@ def ours(path: Path) -> tuple[np.ndarray | None, str, str]:
     except BadSample as problem:
         return None, "", str(problem)
     if height_width != (image.height, image.width):
-        raise AssertionError(f"{path}: the header gives {height_width}, the decoder {image.size[::-1]}; please report")
+        raise RuntimeError(f"{path}: the header gives {height_width}, the decoder {image.size[::-1]}; please report")
     return np.asarray(image).astype(int), profile, ""
 
 
