@@ -63,16 +63,16 @@ class Buckets:
             raise ValueError(f"max_aspect must be at least 1 and at most {MAX_ASPECT}, got {max_aspect}")
 
         # candidate shapes, plus the square
-        found = set()
+        shapes = set()
         for height in range(multiple, int(math.sqrt(pixels * max_aspect)) + 1, multiple):
             width = pixels // height // multiple * multiple
             if width and max(height, width) <= max_aspect * min(height, width):
-                found |= {(height, width), (width, height)}
+                shapes |= {(height, width), (width, height)}
         side = math.isqrt(pixels) // multiple * multiple
-        found |= {(side, side)}
+        shapes |= {(side, side)}
 
         # keep only the largest shape of each aspect ratio
-        best = {height / width: (height, width) for height, width in sorted(found)}
+        best = {height / width: (height, width) for height, width in sorted(shapes)}
         self.shapes = np.array([best[aspect] for aspect in sorted(best)])  # (buckets, 2), from wide to tall
 
         # bucket boundaries: midpoints of neighbouring log aspect ratios
@@ -94,8 +94,8 @@ def balance(costs: tuple[int, ...], ranks: int, micro: int, multiple: int) -> li
     groups = np.asarray(costs).reshape(-1, multiple).sum(axis=1)
     dealt = []
 
-    for mine in split(groups, ranks):
-        batches = mine[split(groups[mine], len(costs) // ranks // micro)]
+    for of_rank in split(groups, ranks):
+        batches = of_rank[split(groups[of_rank], len(costs) // ranks // micro)]
         batches = np.sort(batches[np.argsort(-groups[batches].sum(axis=1), kind="stable")], axis=1)
         dealt.append((batches[..., None] * multiple + np.arange(multiple)).reshape(len(batches), micro).tolist())
     return dealt
@@ -128,13 +128,13 @@ def even_out(groups: np.ndarray, contents: np.ndarray) -> np.ndarray:
         fullest = int(np.argmax(loads))
         moved = groups[contents[fullest]][:, None] - groups[contents].reshape(1, -1)  # cost that each swap moves
         after = np.maximum(loads[fullest] - moved, np.repeat(loads, room) + moved)
-        mine, other = np.unravel_index(np.argmin(after), after.shape)
-        if after[mine, other] >= loads[fullest]:
+        slot, other = np.unravel_index(np.argmin(after), after.shape)
+        if after[slot, other] >= loads[fullest]:
             break
 
-        theirs = np.unravel_index(other, contents.shape)
-        loads[fullest] -= moved[mine, other]
-        loads[theirs[0]] += moved[mine, other]
-        contents[fullest, mine], contents[theirs] = contents[theirs], contents[fullest, mine]
+        target = np.unravel_index(other, contents.shape)
+        loads[fullest] -= moved[slot, other]
+        loads[target[0]] += moved[slot, other]
+        contents[fullest, slot], contents[target] = contents[target], contents[fullest, slot]
 
     return contents

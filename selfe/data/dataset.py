@@ -130,13 +130,15 @@ class BucketedDataset:
         self.buckets = {p: Buckets(p, multiple, max_aspect) for phase in self.phases for p in phase.pixels}
 
         # one source per manifest
-        parts = train_manifest if isinstance(train_manifest, tuple) else (WeightedManifest(train_manifest),)
-        if not parts:
+        entries = train_manifest if isinstance(train_manifest, tuple) else (WeightedManifest(train_manifest),)
+        if not entries:
             raise ValueError("train_manifest: the list is empty; name a file")
         self.max_pixels, self.convert_icc = max_pixels, convert_icc
         self.index_dir = Path(index_dir) if index_dir else None
-        self.weights = tuple(part.weight for part in parts)
-        self.sources = {"train": [self.open(Path(part.manifest), Path(part.base_dir or base_dir)) for part in parts]}
+        self.weights = tuple(entry.weight for entry in entries)
+        self.sources = {
+            "train": [self.open(Path(entry.manifest), Path(entry.base_dir or base_dir)) for entry in entries]
+        }
 
         if val_manifest:
             self.sources["val"] = [self.open(Path(val_manifest), Path(base_dir))]
@@ -179,7 +181,7 @@ class BucketedDataset:
             UserError: no readable image of the same shape is left to replace one.
         """
         rows = plan(self, seed, step, samples, split)
-        found, problems = [], []
+        loaded, problems = [], []
 
         for position in positions:
             flipped = self.flip and split == "train" and philox(seed, step, position, "flip").random() < 0.5
@@ -188,7 +190,7 @@ class BucketedDataset:
             for row in self.replacements(seed, self.phase(step, split), split, rows[position]):
                 source = self.sources[split][row.source]
                 try:
-                    found.append((read(split, row, flipped), source.prompt(row.index), source.name(row.index)))
+                    loaded.append((read(split, row, flipped), source.prompt(row.index), source.name(row.index)))
                     break
                 except BadSample as problem:
                     if self.on_bad_image == "error":
@@ -197,14 +199,14 @@ class BucketedDataset:
             else:
                 raise UserError(f"{problems[-1]}; no readable image of shape {rows[position].shape} can replace it")
 
-        pictures, prompts, names = zip(*found, strict=True)
-        return Batch(pictures, prompts, tuple(positions), names, tuple(problems))
+        images, prompts, names = zip(*loaded, strict=True)
+        return Batch(images, prompts, tuple(positions), names, tuple(problems))
 
     def read(self, split: Split, row: SampleSpec, flipped: bool) -> Tensor:
         """The image, (3, height, width) uint8."""
         image = self.sources[split][row.source].image(row.index, enough=2 * max(row.shape))
-        picture = image_decode.fit(image, row.shape)
-        return picture.flip(-1) if flipped else picture
+        pixels = image_decode.fit(image, row.shape)
+        return pixels.flip(-1) if flipped else pixels
 
     def phase(self, step: int, split: Split) -> ResolutionPhase:
         """The phase of a step. Validation stays in the first phase, so that its loss is comparable over a run."""
@@ -220,11 +222,11 @@ class BucketedDataset:
             return places
 
         # a new permutation in each epoch
-        found = np.empty_like(places)
+        indices = np.empty_like(places)
         for epoch in np.unique(epochs):
-            now = epochs == epoch
-            found[now] = permute(places[now], length, seed, "epoch", int(epoch), source)
-        return found
+            in_epoch = epochs == epoch
+            indices[in_epoch] = permute(places[in_epoch], length, seed, "epoch", int(epoch), source)
+        return indices
 
     def sizes(self, split: Split, source: int, indices: np.ndarray) -> np.ndarray:
         """Heights and widths (n, 2); unreadable images count as square until they are read."""
@@ -247,29 +249,29 @@ class BucketedDataset:
 
 
 @lru_cache(maxsize=4)  # called for every micro-batch of a step
-def plan(feed: BucketedDataset, seed: int, step: int, samples: range, split: Split) -> tuple[SampleSpec, ...]:
+def plan(data: BucketedDataset, seed: int, step: int, samples: range, split: Split) -> tuple[SampleSpec, ...]:
     """The global batch of a step, position by position."""
     # which sample of which source
     numbers = np.arange(samples.start, samples.stop)
-    weights = feed.weights if split == "train" else (1,)
+    weights = data.weights if split == "train" else (1,)
     sources, places = interleave(numbers, weights)
     indices, lengths, sizes = np.empty_like(numbers), np.empty_like(numbers), np.empty((len(samples), 2), np.int64)
     for source in range(len(weights)):
-        its = sources == source
-        indices[its] = feed.indices(seed, split, source, places[its])
-        sizes[its] = feed.sizes(split, source, indices[its])
-        lengths[its] = feed.sources[split][source].lengths(indices[its])
+        chosen = sources == source
+        indices[chosen] = data.indices(seed, split, source, places[chosen])
+        sizes[chosen] = data.sizes(split, source, indices[chosen])
+        lengths[chosen] = data.sources[split][source].lengths(indices[chosen])
 
     # bucket shape of each sample, within the pixel budget assigned to it
-    phase = feed.phase(step, split)
+    phase = data.phase(step, split)
     budgets = dealt_budgets(phase, samples, sizes)
     shapes = np.empty_like(sizes)
     for number, pixels in enumerate(phase.pixels):
-        shapes[budgets == number] = feed.buckets[pixels].nearest(sizes[budgets == number])
+        shapes[budgets == number] = data.buckets[pixels].nearest(sizes[budgets == number])
 
     # sort by shape, largest first
     order = np.lexsort((shapes[:, 0], -shapes.prod(axis=1)))
-    costs = shapes.prod(axis=1) // feed.multiple**2 + (lengths // BYTES_PER_TOKEN).clip(max=MAX_CAPTION)
+    costs = shapes.prod(axis=1) // data.multiple**2 + (lengths // BYTES_PER_TOKEN).clip(max=MAX_CAPTION)
     columns = (column[order].tolist() for column in (sources, indices, places, budgets, shapes, costs))
     return tuple(SampleSpec(*values[:4], tuple(values[4]), values[5]) for values in zip(*columns, strict=True))
 

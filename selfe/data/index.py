@@ -44,14 +44,14 @@ class Mapped:
 
     def take(self, indices: np.ndarray) -> np.ndarray:
         """Copies of records (n,). Releases mapped pages, because random reads would make all of them resident."""
-        found = self.records[indices]
+        copies = self.records[indices]
         self.map.madvise(mmap.MADV_DONTNEED)
-        return found
+        return copies
 
     def sizes(self, indices: np.ndarray) -> np.ndarray:
         """Heights and widths (n, 2) in pixels."""
-        found = self.take(indices)
-        return np.stack([found["height"], found["width"]], axis=1).astype(np.int64)
+        records = self.take(indices)
+        return np.stack([records["height"], records["width"]], axis=1).astype(np.int64)
 
 
 def stamp(*facts: object) -> str:
@@ -152,9 +152,9 @@ def measure(records: np.ndarray, header: Callable[[int], tuple[int, int]], name:
     with ThreadPoolExecutor(THREADS) as pool:
         bar = tqdm(total=len(todo), desc=f"sizes of {name}", disable=not sys.stderr.isatty() or not len(todo))
         for first in range(0, len(todo), 4096):
-            found = list(pool.map(look, todo[first : first + 4096].tolist()))
-            problems += [problem for problem in found if problem]
-            bar.update(len(found))
+            results = list(pool.map(look, todo[first : first + 4096].tolist()))
+            problems += [problem for problem in results if problem]
+            bar.update(len(results))
             if len(problems) >= PATIENCE:
                 break
         bar.close()

@@ -22,16 +22,16 @@ def permute(places: np.ndarray, length: int, *key: Hashable) -> np.ndarray:
     keys = philox(*key).integers(2**64, size=ROUNDS, dtype=np.uint64)
 
     # permute again until all values are within range(length)
-    found = places.astype(np.uint64)
+    values = places.astype(np.uint64)
     outside = np.arange(len(places))
     while len(outside):
-        left, right = found[outside] >> half, found[outside] & mask
+        left, right = values[outside] >> half, values[outside] & mask
         for round_key in keys:
             left, right = right, left ^ (scrambled(right + round_key) & mask)
-        found[outside] = left << half | right
-        outside = outside[found[outside] >= length]
+        values[outside] = left << half | right
+        outside = outside[values[outside] >= length]
 
-    return found.astype(np.int64)
+    return values.astype(np.int64)
 
 
 def scrambled(x: np.ndarray) -> np.ndarray:

@@ -26,7 +26,7 @@ class CachedLatents:
             decode: load the autoencoder anyway, to decode sample images during training.
         """
         feature_cache.check(Path(cache_dir), feature_cache.describe("autoencoder", autoencoder))
-        self.autoencoder, self.draws_pictures = autoencoder, decode
+        self.autoencoder, self.decodes = autoencoder, decode
         self.token_dim, self.multiple = autoencoder.token_dim, autoencoder.multiple
 
     def output_settings(self) -> dict[str, Any]:
@@ -34,7 +34,7 @@ class CachedLatents:
 
     def load(self, device: torch.device) -> None:
         self.device = device
-        if self.draws_pictures:
+        if self.decodes:
             self.autoencoder.load(device)
 
     def encode(self, images: Sequence[Tensor], rng: SampleRNG) -> Packed:
@@ -65,7 +65,7 @@ class CachedLatents:
         Raises:
             UserError: the autoencoder is not loaded, so samples could not be decoded.
         """
-        if not self.draws_pictures:
+        if not self.decodes:
             raise UserError(
                 "the autoencoder is not loaded when training from a cache: set system.autoencoder.params.decode=1 to "
                 "generate sample images, or trainer.samples.prompts=[] to disable them"

@@ -75,10 +75,10 @@ class Store:
         record = self.records[at]
         shape = [int(record[name]) for name in ("rows", "columns", "width")]
         size = 2 * shape[0] * shape[1] * shape[2]
-        found = os.pread(self.opened(int(record["shard"])).fileno(), size, int(record["offset"]))
-        if len(found) < size:
+        content = os.pread(self.opened(int(record["shard"])).fileno(), size, int(record["offset"]))
+        if len(content) < size:
             raise UserError(f"{shard_path(self.folder, record['shard'])}: truncated; remove this file and {AGAIN}")
-        return torch.frombuffer(bytearray(found), dtype=torch.bfloat16).reshape(shape)
+        return torch.frombuffer(bytearray(content), dtype=torch.bfloat16).reshape(shape)
 
 
 def shard_path(folder: Path, number: int) -> Path:

@@ -130,9 +130,9 @@ def findings(batches: Iterable[list[Item]], total: int, limits: Limits, workers:
     progress = log.Progress("bytes", total)
 
     def counted(results: Iterable[tuple[list[Item], list[Finding | None]]]) -> Iterator[Finding]:
-        for items, found in results:
+        for items, of_batch in results:
             progress.advance(sum(len(content) for _, content in items))
-            yield from filter(None, found)
+            yield from filter(None, of_batch)
 
     if workers:
         with ProcessPoolExecutor(workers) as pool:

@@ -18,8 +18,8 @@ from selfe.io import image_decode
 
 def write(tar: Path, manifest: Manifest, indices: range) -> None:
     """Write one tar file with these samples, atomically (`.partial`, then rename); its bytes are reproducible."""
-    aside = tar.with_suffix(".partial")
-    with tarfile.open(aside, "w", format=tarfile.GNU_FORMAT) as file:
+    partial = tar.with_suffix(".partial")
+    with tarfile.open(partial, "w", format=tarfile.GNU_FORMAT) as file:
         for index in indices:
             path = Path(manifest.name(index))
             suffix = path.suffix[1:].lower()
@@ -34,7 +34,7 @@ def write(tar: Path, manifest: Manifest, indices: range) -> None:
                 member = tarfile.TarInfo(f"{index:010d}.{name}")
                 member.size = len(content)
                 file.addfile(member, BytesIO(content))
-    aside.rename(tar)
+    partial.rename(tar)
 
 
 def main(options: argparse.Namespace) -> None:

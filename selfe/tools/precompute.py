@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -52,20 +52,20 @@ class Block:
     length: int
 
 
-class Pictures(Dataset):
+class Images(Dataset):
     """Every image at every pixel budget that training uses: number -> (key of its cache entry, file stamp, image).
 
     An error takes the place of an image that cannot be read.
     """
 
-    def __init__(self, feed: BucketedDataset):
-        self.feed = feed
+    def __init__(self, data: BucketedDataset):
+        self.data = data
         self.blocks = [
             Block(split, source, pixels, flipped, len(samples))
-            for split, sources in feed.sources.items()
+            for split, sources in data.sources.items()
             for source, samples in enumerate(sources)
-            for pixels in (sorted(feed.buckets) if split == "train" else feed.phases[0].pixels)
-            for flipped in ((False, True) if feed.flip and split == "train" else (False,))
+            for pixels in (sorted(data.buckets) if split == "train" else data.phases[0].pixels)
+            for flipped in ((False, True) if data.flip and split == "train" else (False,))
         ]
 
     def __len__(self) -> int:
@@ -76,7 +76,7 @@ class Pictures(Dataset):
         shape = self.shape(number)
         stamp = feature_cache.file_stamp(self.location(number))  # before reading: a change in between is seen later
         try:
-            image = self.feed.read(block.split, SampleSpec(block.source, index, 0, 0, shape, 0), block.flipped)
+            image = self.data.read(block.split, SampleSpec(block.source, index, 0, 0, shape, 0), block.flipped)
             share(image, "--workers")
         except UserError as problem:  # returned: raised in a worker, it would arrive as a traceback
             image = problem
@@ -90,7 +90,7 @@ class Pictures(Dataset):
     def location(self, number: int) -> feature_cache.Location:
         """Where the bytes of an item's image are."""
         block, index = self.locate(number)
-        return self.feed.sources[block.split][block.source].location(index)
+        return self.data.sources[block.split][block.source].location(index)
 
     def locate(self, number: int) -> tuple[Block, int]:
         """The block of an item, and the image's index in its source."""
@@ -107,7 +107,7 @@ class Pictures(Dataset):
 
     def shapes(self, block: Block, indices: np.ndarray) -> np.ndarray:
         """Height and width (n, 2) of the buckets of these images of a block."""
-        return self.feed.buckets[block.pixels].nearest(self.feed.sizes(block.split, block.source, indices))
+        return self.data.buckets[block.pixels].nearest(self.data.sizes(block.split, block.source, indices))
 
     def num_tokens(self) -> int:
         """Image tokens of all items together."""
@@ -116,14 +116,14 @@ class Pictures(Dataset):
             for first in range(0, block.length, 1 << 20):
                 indices = np.arange(first, min(first + (1 << 20), block.length))
                 pixels += int(self.shapes(block, indices).prod(axis=1).sum())
-        return pixels // self.feed.multiple**2
+        return pixels // self.data.multiple**2
 
 
 class Captions:
     """The distinct captions of all sources by first occurrence, then the null prompt and `more` if not among them."""
 
-    def __init__(self, feed: BucketedDataset, more: Sequence[str]):
-        self.sources = [source for sources in feed.sources.values() for source in sources]
+    def __init__(self, data: BucketedDataset, more: Sequence[str]):
+        self.sources = [source for sources in data.sources.values() for source in sources]
         self.starts = np.cumsum([0, *map(len, self.sources)])
         self.more = list(dict.fromkeys(["", *more]))
 
@@ -133,7 +133,7 @@ class Captions:
             try:
                 keys[place] = key_of(self.at(place))
             except BadSample:
-                if feed.on_bad_image == "error":
+                if data.on_bad_image == "error":
                     raise
                 keys[place] = 0
 
@@ -170,24 +170,26 @@ def wanted(objective: Objective, prompts: Sequence[str], num_steps: int) -> list
     """The distinct captions that an objective may request in a run over these prompts."""
     rows = [prompt for prompt in prompts for _ in range(objective.batch_multiple)]
     rng = Undropped.of_step(0, 0, range(len(rows)))
-    found = [objective.captions(rows, rng, step).values() for step in (0, num_steps - 1)]
-    return list(dict.fromkeys(caption for lists in found for captions in lists for caption in captions))
+    captions = []
+    for step in (0, num_steps - 1):
+        captions += chain(*objective.captions(rows, rng, step).values())
+    return list(dict.fromkeys(captions))
 
 
 class Precompute:
     """Fills the cache in `folder`: shard n is encoded by rank n modulo the world size."""
 
     def __init__(
-        self, system: System, feed: BucketedDataset, folder: Path, world: World, options: argparse.Namespace, trainer
+        self, system: System, data: BucketedDataset, folder: Path, world: World, options: argparse.Namespace, trainer
     ):
-        self.system, self.feed, self.folder, self.world, self.options = system, feed, folder, world, options
+        self.system, self.data, self.folder, self.world, self.options = system, data, folder, world, options
         self.num_steps = trainer.max_steps
-        self.pictures, self.captions = Pictures(feed), Captions(feed, trainer.samples.prompts)
+        self.images, self.captions = Images(data), Captions(data, trainer.samples.prompts)
 
     @cached_property
     def num_shards(self) -> dict[str, int]:
         text = -(-len(self.captions) // CAPTIONS_PER_SHARD)
-        return {"text": text, "pooled": text, "latents": -(-len(self.pictures) // LATENTS_PER_SHARD)}
+        return {"text": text, "pooled": text, "latents": -(-len(self.images) // LATENTS_PER_SHARD)}
 
     def run(self) -> None:
         self.system.load_encoders(self.world.device)
@@ -196,24 +198,24 @@ class Precompute:
         collectives.barrier()
 
         self.encode("pooled", len(self.captions), CAPTIONS_PER_SHARD, self.encode_captions)
-        self.encode("latents", len(self.pictures), LATENTS_PER_SHARD, self.encode_pictures)
+        self.encode("latents", len(self.images), LATENTS_PER_SHARD, self.encode_images)
         collectives.barrier()
         self.encode_changed()
 
         # an index is written once all ranks have written their shards
         collectives.barrier()
         if self.world.is_main:
-            cached.write_stamps(self.folder, self.feed)
+            cached.write_stamps(self.folder, self.data)
             for name, number in self.num_shards.items():
                 feature_cache.write_index(self.folder / name, number)
 
     def encode(self, name: str, total: int, per_shard: int, work: Work) -> None:
         """Encode this rank's shards, except existing ones."""
-        mine = set(range(self.world.rank, self.num_shards[name], self.world.size))
-        self.existing = mine & set(feature_cache.shard_numbers(self.folder / name))
+        of_rank = set(range(self.world.rank, self.num_shards[name], self.world.size))
+        self.existing = of_rank & set(feature_cache.shard_numbers(self.folder / name))
         missing = {
             number: range(number * per_shard, min((number + 1) * per_shard, total))
-            for number in sorted(mine - self.existing)
+            for number in sorted(of_rank - self.existing)
         }
         self.encode_shards({"pooled": "captions", "latents": "images"}[name], missing, work)
 
@@ -230,10 +232,10 @@ class Precompute:
         changed = []
         for number in sorted(self.existing):
             stamps = feature_cache.read_stamps(feature_cache.shard_path(folder, number)) | later
-            items = range(number * LATENTS_PER_SHARD, min((number + 1) * LATENTS_PER_SHARD, len(self.pictures)))
+            items = range(number * LATENTS_PER_SHARD, min((number + 1) * LATENTS_PER_SHARD, len(self.images)))
             for item in items:
-                stamp = stamps.get(self.pictures.key(item))
-                if stamp is None or feature_cache.has_changed(stamp, self.pictures.location(item)):
+                stamp = stamps.get(self.images.key(item))
+                if stamp is None or feature_cache.has_changed(stamp, self.images.location(item)):
                     changed.append(item)
 
         if changed:
@@ -241,7 +243,7 @@ class Precompute:
             log.print_line(f"{rank}{len(changed)} cached images have changed; encoding them again")
         parts = enumerate(chunks(changed, LATENTS_PER_SHARD))
         shards = {first + place * self.world.size: items for place, items in parts}
-        self.encode_shards("changed images", shards, self.encode_pictures)
+        self.encode_shards("changed images", shards, self.encode_images)
 
     def encode_shards(self, what: str, shards: dict[int, Sequence[int]], work: Work) -> None:
         """Encode the items of each shard."""
@@ -261,9 +263,9 @@ class Precompute:
         captions.sort(key=len)  # similar lengths share a batch
 
         text, pooled = {}, {}
-        for part in chunks(captions, self.options.batch_size):
-            cond = self.system.text_encoder(part)
-            keys = [feature_cache.digest(caption) for caption in part]
+        for batch in chunks(captions, self.options.batch_size):
+            cond = self.system.text_encoder(batch)
+            keys = [feature_cache.digest(caption) for caption in batch]
             text |= {key: tokens[None] for key, tokens in zip(keys, cond.text.split(), strict=True)}
             pooled |= {key: vector[None, None] for key, vector in zip(keys, cond.pooled, strict=True)}
 
@@ -271,11 +273,11 @@ class Precompute:
         feature_cache.write_shard(self.folder / "pooled", number, pooled)
         progress.advance(len(items))
 
-    def encode_pictures(self, number: int, items: Sequence[int], progress: log.Progress) -> None:
+    def encode_images(self, number: int, items: Sequence[int], progress: log.Progress) -> None:
         """Write one shard of latents."""
-        order = sorted(items, key=self.pictures.shape)  # equal shapes share a batch
+        order = sorted(items, key=self.images.shape)  # equal shapes share a batch
         loader = DataLoader(
-            self.pictures,
+            self.images,
             sampler=order,
             batch_size=None,
             num_workers=self.options.workers,
@@ -288,7 +290,7 @@ class Precompute:
             # unreadable images are recorded and have no entry, or stop the run
             problems = [image for _, _, image in batch if isinstance(image, UserError)]
             for problem in problems:
-                if self.feed.on_bad_image == "error" or not isinstance(problem, BadSample):
+                if self.data.on_bad_image == "error" or not isinstance(problem, BadSample):
                     raise problem
             log.record_replaced(self.folder, list(map(str, problems)))
 
@@ -300,9 +302,9 @@ class Precompute:
 
         feature_cache.write_shard(self.folder / "latents", number, entries, stamps)
 
-    def latents(self, keys: Sequence[str], pictures: Sequence[Tensor]) -> list[Tensor]:
+    def latents(self, keys: Sequence[str], images: Sequence[Tensor]) -> list[Tensor]:
         """B x (rows, columns, values per token): means and standard deviations, or one fixed sample (--one-sample)."""
-        mean, deviation = self.system.autoencoder.moments([signed(picture) for picture in pictures])
+        mean, deviation = self.system.autoencoder.moments([signed(image) for image in images])
         entries = mean.tokens
         if deviation is not None and self.options.one_sample:
             noise = SampleRNG(tuple(("cache", key) for key in keys)).normal_like("latent", mean)
@@ -314,10 +316,10 @@ class Precompute:
     def check_space(self) -> None:
         """Print the estimated size of the cache; raise a UserError if it does not fit on the disk."""
         # latents: exact, from the values per token of one image
-        images = (self.pictures[i][2] for i in range(len(self.pictures)))
-        picture = next(image for image in images if not isinstance(image, UserError))
-        width = self.latents(["0"], [picture])[0].shape[-1]
-        latents = self.pictures.num_tokens() * width * BYTES
+        images = (self.images[i][2] for i in range(len(self.images)))
+        image = next(image for image in images if not isinstance(image, UserError))
+        width = self.latents(["0"], [image])[0].shape[-1]
+        latents = self.images.num_tokens() * width * BYTES
 
         # text: estimated from a sample of captions
         some = np.unique(np.linspace(0, len(self.captions) - 1, SAMPLE).astype(int))
@@ -329,7 +331,7 @@ class Precompute:
         done = sum(path.stat().st_size for path in self.folder.glob("*/*.safetensors"))
         free = shutil.disk_usage(self.folder).free
         log.print_line(
-            f"{self.folder}: {len(self.pictures)} images take {size(latents)}, {len(self.captions)} captions about "
+            f"{self.folder}: {len(self.images)} images take {size(latents)}, {len(self.captions)} captions about "
             f"{size(text)}; {size(done)} already encoded, {size(free)} free"
         )
         if latents + text - done > free:
@@ -339,8 +341,8 @@ class Precompute:
 def chunks(items: Iterable, length: int) -> Iterator[list]:
     """Lists of `length` consecutive items; the last may be shorter."""
     items = iter(items)
-    while part := list(islice(items, length)):
-        yield part
+    while chunk := list(islice(items, length)):
+        yield chunk
 
 
 def size(num_bytes: int) -> str:
@@ -361,8 +363,8 @@ def from_cache(settings: dict, folder: Path) -> dict:
     """The same training config reading from the cache: encoders and data are wrapped, sample grids are switched off."""
     place = {"cache_dir": str(folder)}
 
-    def wrap(module: str, name: str, part: dict) -> dict:
-        return {"module": f"selfe.{module}", "params": place | {name: part}}
+    def wrap(module: str, name: str, wrapped: dict) -> dict:
+        return {"module": f"selfe.{module}", "params": place | {name: wrapped}}
 
     system, trainer = settings["system"], settings["trainer"]
     parts = {
@@ -392,15 +394,15 @@ def encode_all(settings: dict, folder: Path, options: argparse.Namespace, world:
     """Build the cache for a training config; called by every process."""
     with torch.device("meta"):
         system = config.build(settings, "system")
-    feed, trainer = config.build(settings, "data"), config.build(settings, "trainer")
-    if not isinstance(feed, BucketedDataset):
+    data, trainer = config.build(settings, "data"), config.build(settings, "trainer")
+    if not isinstance(data, BucketedDataset):
         raise UserError(f"data.module: {settings['data']['module']} does not read image files; use manifests or shards")
 
     # the fingerprint: everything that changes the cached features
     facts = feature_cache.describe("text_encoder", system.text_encoder) | feature_cache.describe(
         "autoencoder", system.autoencoder
     )
-    facts |= feed.facts() | {
+    facts |= data.facts() | {
         "precompute.one_sample": str(options.one_sample),
         "precompute.captions": str(wanted(system.objective, ["PROMPT"], trainer.max_steps)),
     }
@@ -408,7 +410,7 @@ def encode_all(settings: dict, folder: Path, options: argparse.Namespace, world:
         claim(folder, facts)
     collectives.barrier()
 
-    Precompute(system, feed, folder, world, options, trainer).run()
+    Precompute(system, data, folder, world, options, trainer).run()
     if world.is_main:
         config.save(from_cache(settings, folder), folder / "config.yaml")
         log.print_line(f"done; train from the cache with ./run.sh {folder / 'config.yaml'}")

@@ -94,7 +94,7 @@ def test_manifest_shards_precompute_and_check_data_read_the_same_pixels(tmp_path
         ShardData(str(shards / "*.tar"), pixels=1024, multiple=4),
     ]
     limits = check_data.Limits(tmp_path, min_side=1, max_pixels=10**6)
-    precomputed = precompute.Pictures(datasets[0])
+    precomputed = precompute.Images(datasets[0])
     for index, case in enumerate(cases):
         expected = np.asarray(image_decode.read(BytesIO(case.content), case.name))
         for data in datasets:
@@ -103,7 +103,7 @@ def test_manifest_shards_precompute_and_check_data_read_the_same_pixels(tmp_path
             assert source.sizes(np.array([index])).tolist() == [list(expected.shape[:2])]
 
         height, width = precomputed.shape(index)
-        _, encoded = precomputed[index]
+        _, _, encoded = precomputed[index]
         fitted = image_decode.fit(Image.fromarray(expected), (height, width))
         assert (encoded == fitted).all()
 
