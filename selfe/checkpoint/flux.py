@@ -64,9 +64,9 @@ def names_in(style: Style, name: str) -> tuple[str, ...]:
     """Names of the tensors that make up a parameter in the other format, in order of concatenation."""
     module, _, kind = name.rpartition(".")
     if block := re.fullmatch(r"(double_blocks|single_blocks)\.(\d+)\.(.+)", module):
-        stack, number, inner = block.groups()
+        stack, index, inner = block.groups()
         table, theirs = BLOCKS[stack]
-        prefix = f"{stack if style == 'bfl' else theirs}.{number}."
+        prefix = f"{stack if style == 'bfl' else theirs}.{index}."
     else:
         table, inner, prefix = EDGES, module, ""
 
@@ -74,7 +74,7 @@ def names_in(style: Style, name: str) -> tuple[str, ...]:
     if style == "bfl":
         kind = "scale" if bfl.endswith("_norm") else kind
         return (f"{prefix}{bfl}.{kind}",)
-    return tuple(f"{prefix}{part}.{kind}" for part in diffusers)
+    return tuple(f"{prefix}{module}.{kind}" for module in diffusers)
 
 
 def split(style: Style, name: str, tensor: Tensor, width: int) -> dict[str, Tensor]:
@@ -126,7 +126,7 @@ class FluxStateDict:
 
     weights: SafetensorsFiles
     style: Style
-    used: tuple[str, ...]  # parameters of the denoiser found in the file
+    used: tuple[str, ...]  # parameters of the denoiser that the file has
     missing: tuple[str, ...]  # parameters of the denoiser not in the file
     left_over: tuple[str, ...]  # tensors of the file that are not used
 
@@ -135,18 +135,28 @@ class FluxStateDict:
         """Match a safetensors file, an index of shards, or a folder with the parameters (name -> shape) of a denoiser.
 
         Raises:
-            UserError: the file is not a FLUX transformer, or a shape does not match.
+            UserError: the file is not a FLUX transformer, is quantised, or a shape does not match.
         """
         # Detect the naming style and match names.
         remedy = f"trainer.init_from takes {OURS}, as a .safetensors file, an index of shards, or a folder with either"
         weights = SafetensorsFiles.open(path, remedy)
         style: Style = "bfl" if any(name.startswith("double_blocks.") for name in weights.shapes) else "diffusers"
         sources = {name: names_in(style, name) for name in wanted}
-        used = tuple(name for name, parts in sources.items() if weights.shapes.keys() >= set(parts))
+        weights.refuse_quantised(source for tensors in sources.values() for source in tensors)
+        used = tuple(name for name, tensors in sources.items() if weights.shapes.keys() >= set(tensors))
         if not used:
             raise UserError(f"{path}: no tensor name is recognised; {remedy}")
-        taken = {part for name in used for part in sources[name]}
-        found = cls(
+        taken = {source for name in used for source in sources[name]}
+
+        # Check shapes of the concatenated tensors.
+        for name in used:
+            shapes = [weights.shapes[source] for source in sources[name]]
+            if (sum(shape[0] for shape in shapes), *shapes[0][1:]) != tuple(wanted[name]):
+                raise UserError(
+                    f"{path}: {' + '.join(sources[name])} is {' + '.join(map(str, shapes))}, system.backbone expects "
+                    f"{tuple(wanted[name])}; set system.backbone.params to the sizes of the file"
+                )
+        return cls(
             weights,
             style,
             used,
@@ -154,20 +164,10 @@ class FluxStateDict:
             left_over=tuple(sorted(weights.shapes.keys() - taken)),
         )
 
-        # Check shapes of the concatenated tensors.
-        for name in used:
-            shapes = [weights.shapes[part] for part in sources[name]]
-            if (sum(shape[0] for shape in shapes), *shapes[0][1:]) != tuple(wanted[name]):
-                raise UserError(
-                    f"{path}: {' + '.join(sources[name])} is {' + '.join(map(str, shapes))}, system.backbone expects "
-                    f"{tuple(wanted[name])}; set system.backbone.params to the sizes of the file"
-                )
-        return found
-
     def read(self, name: str) -> Tensor:
         """Read a parameter of the denoiser, in the dtype of the file."""
-        parts = [self.weights.read(part) for part in names_in(self.style, name)]
-        return swapped(self.style, name, torch.cat(parts) if len(parts) > 1 else parts[0])
+        tensors = [self.weights.read(source) for source in names_in(self.style, name)]
+        return swapped(self.style, name, torch.cat(tensors) if len(tensors) > 1 else tensors[0])
 
     def summary(self, file: Path) -> str:
         """Write `report` to a file and return a one-line summary."""
@@ -197,14 +197,14 @@ def warm_start(path: Path, *modules: nn.Module) -> FluxStateDict:
 
     If the file lacks the embedding of t - s, its output layer is zeroed, so that it has no effect at the start.
     """
-    found = FluxStateDict.of(path, {name: p.shape for name, p in modules[0].named_parameters()})
-    for name in found.used:
-        full = found.read(name)
+    source = FluxStateDict.of(path, {name: p.shape for name, p in modules[0].named_parameters()})
+    for name in source.used:
+        full = source.read(name)
         for module in modules:
             fill(module.get_parameter(name), full)
 
-    for name in found.missing:
+    for name in source.missing:
         if name.startswith("s_in.2."):
             for module in modules:
                 module.get_parameter(name).zero_()
-    return found
+    return source

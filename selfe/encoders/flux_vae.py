@@ -85,6 +85,8 @@ class FluxVAE:
         else:
             self.net.load_state_dict(self.pretrained(), assign=True)
         self.net.to(device, self.dtype).eval().requires_grad_(False)
+        if device.type not in ("cpu", "meta"):
+            self.net.to(memory_format=torch.channels_last)  # the layout of tensor cores; activations follow the weights
 
     def pretrained(self) -> dict[str, Tensor]:
         """The state dict in `ae.safetensors`; names and shapes must match exactly."""
@@ -125,8 +127,8 @@ class FluxVAE:
         pixels = z.shape[2] * z.shape[3] * PIXELS**2
         if pixels > self.decode_pixels:
             return torch.stack([self.decode_tiled(each) for each in z])
-        parts = z.split(self.decode_pixels // pixels)
-        return torch.cat([self.net["decoder"](part.to(self.device, self.dtype)).float() for part in parts])
+        batches = z.split(self.decode_pixels // pixels)
+        return torch.cat([self.net["decoder"](batch.to(self.device, self.dtype)).float() for batch in batches])
 
     def decode_tiled(self, z: Tensor) -> Tensor:
         """Decode (16, h, w) -> (3, 8 h, 8 w) in square tiles, blended linearly where they overlap."""
@@ -135,17 +137,15 @@ class FluxVAE:
         weight = torch.zeros_like(total[0])
 
         for top, left in product(*(starts(n, side) for n in z.shape[1:])):
-            tile = z[None, :, top : top + side, left : left + side].to(self.device, self.dtype)
-            picture = self.net["decoder"](tile)[0].float()
+            latents = z[None, :, top : top + side, left : left + side].to(self.device, self.dtype)
+            tile = self.net["decoder"](latents)[0].float()
 
             # Accumulate the tile with weights that fall off towards its borders.
-            here = (
-                slice(top * PIXELS, top * PIXELS + picture.shape[1]),
-                slice(left * PIXELS, left * PIXELS + picture.shape[2]),
-            )
-            fade = ramp(picture.shape[1])[:, None].minimum(ramp(picture.shape[2])[None]).to(self.device)
-            total[:, here[0], here[1]] += picture * fade
-            weight[here] += fade
+            rows = slice(top * PIXELS, top * PIXELS + tile.shape[1])
+            columns = slice(left * PIXELS, left * PIXELS + tile.shape[2])
+            fade = ramp(tile.shape[1])[:, None].minimum(ramp(tile.shape[2])[None]).to(self.device)
+            total[:, rows, columns] += tile * fade
+            weight[rows, columns] += fade
 
         return total / weight
 
@@ -185,13 +185,13 @@ def ramp(length: int) -> Tensor:
 def by_shape(inputs: Sequence[Tensor], forward: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """Apply `forward` to batches of tensors of equal shape; results are in the order of the inputs."""
     groups = defaultdict(list)
-    for number, x in enumerate(inputs):
-        groups[x.shape].append(number)
+    for index, x in enumerate(inputs):
+        groups[x.shape].append(index)
 
     results: dict[int, Tensor] = {}
-    for numbers in groups.values():
-        results |= zip(numbers, forward(torch.stack([inputs[n] for n in numbers])), strict=True)
-    return [results[n] for n in range(len(inputs))]
+    for indices in groups.values():
+        results |= zip(indices, forward(torch.stack([inputs[i] for i in indices])), strict=True)
+    return [results[i] for i in range(len(inputs))]
 
 
 def patchify(latents: Sequence[Tensor]) -> Packed:

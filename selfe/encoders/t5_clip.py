@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoTokenizer,
     ByT5Tokenizer,
     CLIPTextConfig,
     CLIPTextModel,
@@ -21,23 +19,20 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
-from transformers.utils import logging as logging_of_transformers
 
-from selfe.io.safetensors_files import AGAIN, SafetensorsFiles, cached
+from selfe.device import to_device
+from selfe.encoders.pretrained_tokenizer import load_tokenizer, plain_errors
+from selfe.io.safetensors_files import SafetensorsFiles, cached, read_json
 from selfe.protocols import ShardLoader, TensorReader
+from selfe.rng import philox
 from selfe.types import DTYPES, MOST_WIDTH, Precision, TextCond, UserError, check_range, packed
 
 T5_FOLDER, CLIP_FOLDER = "t5-v1_1-xxl", "clip-vit-large-patch14"
-TOKENIZERS = (
-    {"tokenizer.json"},
-    {"spiece.model"},
-    {"vocab.json", "merges.txt"},
-)  # without these files transformers builds an empty tokenizer
+T5_TOKENIZER, CLIP_TOKENIZER = ("spiece.model",), ("vocab.json", "merges.txt")
 CLIP_MAX_TOKENS = 77  # size of its position table
 T5_VOCABULARY, CLIP_VOCABULARY = 32128, 49408  # rows of the embedding tables
-Tokenizer = PreTrainedTokenizerBase
-Parts = tuple[
-    Tokenizer, T5Config, TensorReader, Tokenizer, CLIPTextModel
+Encoders = tuple[
+    PreTrainedTokenizerBase, T5Config, TensorReader, PreTrainedTokenizerBase, CLIPTextModel
 ]  # T5 as config and reader, CLIP as a loaded model
 
 logger = logging.getLogger(__name__)
@@ -77,12 +72,15 @@ def check_sizes(size: T5Size | ClipSize) -> None:
 
 
 class T5Clip:
-    """Encodes captions as T5 tokens (last hidden state) and CLIP's pooled output, each caption at its true length.
+    """Encodes captions as T5 tokens (last hidden state, at the caption's true length) and CLIP's pooled output.
 
-    Captions are batched by length, so that no padding is needed and an embedding does not depend on the rest of the
-    batch. A sharded T5 instead encodes all captions in one padded, masked batch, because every rank must make the same
-    calls; its output is trimmed to the true lengths.
+    Inside, T5 pads a caption to the next multiple of `pad_multiple` tokens, with a mask, and runs once per padded
+    length; CLIP pads all captions to its 77 positions and runs once. The padded length depends on the caption alone, so
+    its embedding does not depend on the rest of the batch. A sharded T5 pads all captions to the longest, because every
+    rank must make the same number of calls.
     """
+
+    pad_multiple = 32
 
     def __init__(
         self,
@@ -117,6 +115,7 @@ class T5Clip:
             "t5": asdict(self.t5_size),
             "clip": asdict(self.clip_size),
             "dtype": self.precision,
+            "padding": f"T5 to a multiple of {self.pad_multiple}, CLIP to {CLIP_MAX_TOKENS}",
         }
 
     def load(self, device: torch.device, shard: ShardLoader | None = None) -> None:
@@ -137,18 +136,18 @@ class T5Clip:
         with torch.device("meta"):
             self.t5 = T5EncoderModel(config).to(self.dtype).eval().requires_grad_(False)
         self.t5.set_input_embeddings(self.t5.shared)  # share one module, so that it is materialised once
-        (shard or self.whole)(self.t5, (self.t5.shared, *self.t5.encoder.block), read)
+        (shard or self.materialise)(self.t5, (self.t5.shared, *self.t5.encoder.block), read)
 
         self.clip.to(device, self.dtype).eval().requires_grad_(False)
         self.empty = self.encode_each([""])[0]  # the empty caption is needed in every step
 
-    def whole(self, module: nn.Module, blocks: Iterable[nn.Module], read: TensorReader) -> None:
+    def materialise(self, module: nn.Module, blocks: Iterable[nn.Module], read: TensorReader) -> None:
         """A `ShardLoader` without sharding: materialise the module on this device and read all parameters."""
         module.to_empty(device=self.device)
         for name, parameter in module.named_parameters():
             parameter.copy_(read(name, slice(None)))
 
-    def random(self) -> Parts:
+    def random(self) -> Encoders:
         """Randomly initialised networks of the configured sizes, the same on every machine."""
         tokenizer = ByT5Tokenizer()
         vocabularies = (len(tokenizer),) * 2 if self.skip_pretrained else (T5_VOCABULARY, CLIP_VOCABULARY)
@@ -161,41 +160,46 @@ class T5Clip:
             **asdict(self.clip_size),
         )
 
+        # T5 one tensor at a time: T5-XXL takes 19 GB in fp32.
+        shapes = t5_shapes(t5)
+
+        def read(name: str, rows: slice) -> Tensor:
+            return random_t5(name, shapes[name], t5, self.dtype)[rows]
+
         with torch.random.fork_rng(devices=[]), torch.device("meta" if self.device.type == "meta" else "cpu"):
             torch.manual_seed(0)
-            state = T5EncoderModel(t5).state_dict()
-            return tokenizer, t5, lambda name, rows: state[name][rows], tokenizer, CLIPTextModel(clip)
+            return tokenizer, t5, read, tokenizer, CLIPTextModel(clip)
 
-    def pretrained(self) -> Parts:
+    def pretrained(self) -> Encoders:
         """Open the pretrained files and check tokenizers, sizes and parameter names.
 
         Raises:
-            UserError: files are missing or damaged, or their sizes differ from the configuration.
+            UserError: files are missing or damaged, or do not belong to the configured encoders.
         """
         # T5: configuration and tensor names only; parameters are read when the module is materialised.
         folder = cached(self.cache_dir, T5_FOLDER)
         weights = SafetensorsFiles.open(folder)
-        with naming(folder):
-            t5_tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            t5 = T5Config.from_pretrained(folder, local_files_only=True)
-        expect_size(folder, t5, self.t5_size)
-        with torch.device("meta"):
-            wanted = {name: p.shape for name, p in T5EncoderModel(t5).named_parameters()}
-        wanted.pop("encoder.embed_tokens.weight", None)  # tied to shared.weight
-        weights.expect(wanted, "T5's encoder")
+        t5 = read_config(folder, T5Config, self.t5_size)
+        weights.expect(t5_shapes(t5), "T5's encoder")
+        t5_tokenizer = load_tokenizer(folder, T5_TOKENIZER, t5.vocab_size, t5.eos_token_id)
+        return t5_tokenizer, t5, weights.read, *self.pretrained_clip()
 
-        # CLIP: loaded at once.
+    def pretrained_clip(self) -> tuple[PreTrainedTokenizerBase, CLIPTextModel]:
+        """CLIP's tokenizer and text model from its folder."""
         folder = cached(self.cache_dir, CLIP_FOLDER)
-        SafetensorsFiles.open(folder)
-        with naming(folder):
-            clip_tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            clip, loaded = CLIPTextModel.from_pretrained(
-                folder, dtype=self.dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+        weights = SafetensorsFiles.open(folder)
+        config = read_config(folder, CLIPTextConfig, self.clip_size)
+        with torch.device("meta"):
+            shapes = {name.removeprefix("text_model."): p.shape for name, p in CLIPTextModel(config).named_parameters()}
+        shapes = {f"text_model.{name}": shape for name, shape in shapes.items()}  # as in the file of the complete CLIP
+        weights.expect(shapes, "CLIP's text encoder")
+
+        tokenizer = load_tokenizer(folder, CLIP_TOKENIZER, config.vocab_size, config.eos_token_id)
+        with plain_errors(folder):
+            clip = CLIPTextModel.from_pretrained(
+                None, config=config, state_dict={name: weights.read(name) for name in shapes}, dtype=self.dtype
             )
-        expect_size(folder, clip.config, self.clip_size)
-        if loaded["missing_keys"]:
-            raise UserError(f"{folder}: {min(loaded['missing_keys'])} is missing from the weights; {AGAIN}")
-        return t5_tokenizer, t5, weights.read, clip_tokenizer, clip
+        return tokenizer, clip
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> TextCond:
@@ -211,16 +215,28 @@ class T5Clip:
     @torch.no_grad()
     def encode_each(self, captions: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
         """Encode captions: B x (text (n, text_dim), pooled (pooled_dim,)), float32."""
-        # T5 tokens.
-        ids = self.t5_ids(captions)
-        groups = [list(range(len(ids)))] if self.sharded else by_length(ids)
-        texts = self.forward_each(ids, groups, self.forward_t5)
-        texts = [text[: len(row)] for text, row in zip(texts, ids, strict=True)]
+        t5_ids, clip_ids = self.t5_ids(captions), self.clip_ids(captions)
 
-        # CLIP's pooled output.
-        ids = self.clip_tokenizer(list(captions), truncation=True, max_length=CLIP_MAX_TOKENS)["input_ids"]
-        pooled = self.forward_each(ids, by_length(ids), lambda ids, mask: self.clip(ids).pooler_output)
-        return list(zip(texts, pooled, strict=True))
+        # Captions of one padded length share a call of T5.
+        lengths = [-(-len(row) // self.pad_multiple) * self.pad_multiple for row in t5_ids]
+        if self.sharded:
+            lengths = [max(lengths)] * len(lengths)
+        groups = defaultdict(list)
+        for index, length in enumerate(lengths):
+            groups[length].append(index)
+
+        # All ids go to the device in one copy.
+        blocks = [padded([t5_ids[i] for i in group], length) for length, group in groups.items()]
+        blocks.append(padded(clip_ids, CLIP_MAX_TOKENS))
+        flat = to_device(torch.cat([block.flatten() for block in blocks]), self.device)
+        pieces = flat.split([block.numel() for block in blocks])
+        *t5_blocks, clip_block = (piece.view(block.shape) for piece, block in zip(pieces, blocks, strict=True))
+
+        texts: dict[int, Tensor] = {}
+        for group, block in zip(groups.values(), t5_blocks, strict=True):
+            texts |= zip(group, self.forward_t5(block[:, 1:], block[:, :1]).float(), strict=True)
+        pooled = self.clip(clip_block[:, 1:]).pooler_output.float()
+        return [(texts[index][: len(row)], pooled[index]) for index, row in enumerate(t5_ids)]
 
     def t5_ids(self, captions: Sequence[str]) -> list[list[int]]:
         """T5 token ids of each caption, including the end token. Long captions are truncated and counted."""
@@ -237,56 +253,61 @@ class T5Clip:
         self.num_cut += len(long)
         return self.t5_tokenizer(list(captions), truncation=True, max_length=self.max_tokens)["input_ids"]
 
-    def forward_t5(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Token ids (B, n) -> (B, n, text_dim). The mask is only needed for padded batches (sharded T5)."""
-        padded = self.sharded and not ids.is_meta
-        return self.t5(ids, attention_mask=mask if padded else None).last_hidden_state
+    def clip_ids(self, captions: Sequence[str]) -> list[list[int]]:
+        """CLIP token ids of each caption, including the end token, at most 77."""
+        return self.clip_tokenizer(list(captions), truncation=True, max_length=CLIP_MAX_TOKENS)["input_ids"]
 
-    def forward_each(
-        self, ids: list[list[int]], groups: list[list[int]], forward: Callable[[Tensor, Tensor], Tensor]
-    ) -> list[Tensor]:
-        """Run `forward(ids, mask)` on each group of rows, padded to its longest; one float32 result per row."""
-        results: dict[int, Tensor] = {}
-        for group in groups:
-            padded = nn.utils.rnn.pad_sequence([torch.tensor(ids[n]) for n in group], batch_first=True)
-            mask = torch.arange(padded.shape[1]) < torch.tensor([len(ids[n]) for n in group])[:, None]
-            results |= zip(group, forward(padded.to(self.device), mask.to(self.device)).float(), strict=True)
-        return [results[n] for n in range(len(ids))]
+    def forward_t5(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Padded token ids (B, n) and their true lengths (B, 1) -> (B, n, text_dim)."""
+        # A mask in the shape of the scores; given (B, n), transformers reads its values, which waits for the device.
+        padding = torch.arange(ids.shape[1], device=ids.device) >= lengths
+        mask = torch.zeros_like(padding, dtype=self.dtype).masked_fill(padding, torch.finfo(self.dtype).min)
+        return self.t5(ids, attention_mask=mask[:, None, None]).last_hidden_state
 
 
-@contextmanager
-def naming(folder: Path) -> Iterator[None]:
-    """Silence transformers while it loads from a folder and report its errors as one line that names the folder.
+def read_config(
+    folder: Path, kind: type[T5Config | CLIPTextConfig], size: T5Size | ClipSize
+) -> T5Config | CLIPTextConfig:
+    """The configuration, an object of `kind`, of a pretrained encoder.
 
     Raises:
-        UserError: tokenizer files are missing, or loading failed.
+        UserError: it is missing or damaged, or differs from the configured size.
     """
-    if not any(files <= {file.name for file in folder.iterdir()} for files in TOKENIZERS):
-        raise UserError(f"{folder}: the tokenizer's files are missing; {AGAIN}")
-
-    verbosity = logging_of_transformers.get_verbosity()
-    logging_of_transformers.set_verbosity_error()  # it would list the unused weights of CLIP's vision tower
-    logging_of_transformers.disable_progress_bar()
-
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]}); {AGAIN}") from error
-    finally:
-        logging_of_transformers.set_verbosity(verbosity)
-        logging_of_transformers.enable_progress_bar()
-
-
-def expect_size(folder: Path, config: T5Config | CLIPTextConfig, size: T5Size | ClipSize) -> None:
-    """Raise UserError if a loaded configuration differs from the configured size."""
+    read_json(folder / "config.json")  # names a missing or damaged file
+    with plain_errors(folder):
+        config = kind.from_pretrained(folder, local_files_only=True)
     for key, wanted in asdict(size).items():
-        if (found := getattr(config, key)) != wanted:
-            raise UserError(f"{folder}: {key} is {found}, system.text_encoder.params expects {wanted}")
+        if (stored := getattr(config, key)) != wanted:
+            raise UserError(f"{folder}: {key} is {stored}, system.text_encoder.params expects {wanted}")
+    return config
 
 
-def by_length(ids: Sequence[list[int]]) -> list[list[int]]:
-    """Group row indices by length, so that each group can be batched without padding."""
-    groups = defaultdict(list)
-    for number, row in enumerate(ids):
-        groups[len(row)].append(number)
-    return list(groups.values())
+def t5_shapes(config: T5Config) -> dict[str, torch.Size]:
+    """Shapes of the parameters of T5's encoder; the embedding counts once, as shared.weight."""
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in T5EncoderModel(config).named_parameters()}
+    shapes.pop("encoder.embed_tokens.weight", None)
+    return shapes
+
+
+def random_t5(name: str, shape: torch.Size, config: T5Config, dtype: torch.dtype) -> Tensor:
+    """A random parameter of T5, a function of its name and shape, scaled as T5 is initialised."""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=dtype)  # scale of a norm
+
+    if name.endswith(".relative_attention_bias.weight"):
+        std = config.d_model**-0.5
+    elif name.endswith(".q.weight"):
+        std = (config.d_model * config.d_kv) ** -0.5  # T5 does not divide attention scores by the root of d_kv
+    else:
+        std = 1.0 if name == "shared.weight" else shape[1] ** -0.5
+    generator = torch.Generator().manual_seed(int(philox("t5", name).integers(2**63)))
+    return torch.empty(shape, dtype=dtype).normal_(0, std, generator=generator)
+
+
+def padded(rows: Sequence[list[int]], length: int) -> Tensor:
+    """(B, 1 + length): the number of token ids of each row, the ids, and zeros.
+
+    Neither encoder reads the zeros: T5 has a mask, and CLIP attends to earlier tokens only.
+    """
+    return torch.tensor([[len(row), *row, *[0] * (length - len(row))] for row in rows])

@@ -15,14 +15,11 @@ from typing import Any
 
 from selfe import config
 from selfe.io import text_files
+from selfe.io.sampling_limits import check_multiple, check_range, check_size, check_text, normal_prompt
 from selfe.protocols import Sampler
 from selfe.samplers.renoise import Renoise
 from selfe.types import UserError
 
-MAX_PROMPT = 4000  # characters; T5 reads 512 tokens, and a JPEG's EXIF block is limited to 64 KB
-MAX_PIXELS = 4096 * 4096
-MAX_STEPS = 1000
-MAX_SAMPLES = 100_000
 TEXT_KEYS = ("prompt", "negative_prompt", "aspect", "sampler", "path")  # TSV columns that are plain text, not JSON
 GENEVAL_KEYS = ("tag", "include", "exclude")
 
@@ -44,27 +41,16 @@ class SamplingDefaults:
     sampler: Sampler = Renoise()  # noqa: RUF009 - it has no state
 
     def __post_init__(self):
-        for name, low, high in (
-            ("num_steps", 1, MAX_STEPS),
-            ("num_samples", 1, MAX_SAMPLES),
-            ("first_sample", 0, 10**9),
-            ("seed", 0, 2**63 - 1),
-            ("cfg_scale", 0, 1000),
-            ("s_ratio", 0, 1),
-        ):
+        for name in ("num_steps", "num_samples", "first_sample", "seed", "cfg_scale", "s_ratio"):
             values = sweep(getattr(self, name))
             if not values:
                 raise ValueError(f"{name}: the list is empty; give one number, or several for a sweep")
             for value in values:
-                if not low <= value <= high:
-                    raise ValueError(f"{name}: {value} is not between {low} and {high}")
+                check_range(name, value)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}: {list(values)} repeats a value; list each once")
 
-        if self.height < 1 or self.width < 1 or self.height * self.width > MAX_PIXELS:
-            raise ValueError(
-                f"height {self.height} and width {self.width} must be positive and at most {MAX_PIXELS} pixels"
-            )
+        check_size(self.height, self.width)
         check_text("negative_prompt", self.negative_prompt)
 
 
@@ -156,10 +142,7 @@ def request(where: str, keys: dict, defaults: SamplingDefaults, multiple: int) -
 
     # check keys and types against `Line`
     line = config.call(Line, keys, "", build=True)
-    prompt = line.prompt.strip()
-    if not prompt:
-        raise ValueError("prompt: must not be empty")
-    check_text("prompt", prompt)
+    prompt = normal_prompt(line.prompt)
 
     # sampler and aspect set other fields; the rest are fields of SamplingDefaults
     given = {name: value for name, value in vars(line).items() if value is not None}
@@ -175,8 +158,7 @@ def request(where: str, keys: dict, defaults: SamplingDefaults, multiple: int) -
 
     settings = replace(defaults, **given)
     for name in ("height", "width"):
-        if getattr(settings, name) % multiple:
-            raise ValueError(f"{name}: {getattr(settings, name)} is not a multiple of {multiple}")
+        check_multiple(name, getattr(settings, name), multiple)
     return Request(prompt, settings, where, extra)
 
 
@@ -197,14 +179,6 @@ def foreign_syntax(requests: Sequence[Request]) -> Iterator[str]:
                 f"{matching[0].where}{more}: {shorten(matching[0].prompt, 60)!r} looks like {kind}, but is used as a "
                 "prompt; settings of a single prompt are keys of .jsonl or columns of .tsv files"
             )
-
-
-def check_text(name: str, text: str) -> None:
-    if len(text) > MAX_PROMPT:
-        raise ValueError(f"{name}: {len(text)} characters; at most {MAX_PROMPT}, of which the encoder reads 512 tokens")
-    if control := text_files.CONTROL.search(text):
-        hint = " (for a table, name the file .tsv)" if control[0] == "\t" else ""
-        raise ValueError(f"{name}: contains the control character U+{ord(control[0]):04X}{hint}; remove it")
 
 
 def sampler_of(name: str | None, eta: float | None, default: Sampler) -> Sampler:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
+from selfe.io import sampling_limits
 from selfe.types import UserError
 
 BOM = b"\xef\xbb\xbf"
-# no caption or prompt contains these on purpose; U+FEFF is a byte order mark inside the text
-CONTROL = re.compile("[\x00-\x1f\x7f\u2028\u2029\ufeff\ud800-\udfff]")
+CONTROL = sampling_limits.CONTROL  # one pattern for captions and prompts
 # first bytes of files that are often mistaken for UTF-8 text, and how to convert them
 UTF_16 = "the file is UTF-16; save it as UTF-8, for instance with iconv -f UTF-16 -t UTF-8"
 MAGIC = {

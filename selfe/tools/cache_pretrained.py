@@ -129,10 +129,11 @@ def list_files(part: Part, token: str | None) -> list[File]:
         wanted = sorted(names & part.files)
 
         if part.needed == "model":
-            found = [name for name in names if re.fullmatch(rf"model(-\d+-of-\d+)?\.safetensors|model{INDEX}", name)]
-            wanted += sorted(
-                found or [name for name in names if re.fullmatch(r"pytorch_model(-\d+-of-\d+)?\.bin", name)]
-            )
+            safetensors = [
+                name for name in names if re.fullmatch(rf"model(-\d+-of-\d+)?\.safetensors|model{INDEX}", name)
+            ]
+            pickles = [name for name in names if re.fullmatch(r"pytorch_model(-\d+-of-\d+)?\.bin", name)]
+            wanted += sorted(safetensors or pickles)
         if not any(name.startswith((part.needed, "pytorch_model")) for name in wanted):
             raise UserError(f"{part.repo}: the repository has no {part.needed} file; check that it has not moved")
         return [head(part.repo, name, info.sha, token) for name in wanted]
@@ -140,8 +141,8 @@ def list_files(part: Part, token: str | None) -> list[File]:
 
 def head(repo: str, name: str, commit: str, token: str | None) -> File:
     """Size, hash and current download address of a file, from a HEAD request."""
-    found = get_hf_file_metadata(hf_hub_url(repo, name, revision=commit), token=token)
-    return File(repo, commit, name, found.size, found.etag, found.location)
+    metadata = get_hf_file_metadata(hf_hub_url(repo, name, revision=commit), token=token)
+    return File(repo, commit, name, metadata.size, metadata.etag, metadata.location)
 
 
 def check_space(cache: Path, plan: list[tuple[Part, list[File]]]) -> None:
@@ -177,8 +178,11 @@ def partial(folder: Path, file: File) -> Path:
 
 
 def fetch(file: File, folder: Path, token: str | None) -> None:
-    """Download a file and verify its hash. Partial downloads are resumed; http_get retries short interruptions."""
-    final, part = folder / file.name, partial(folder, file)
+    """Download a file and verify its hash. Partial downloads are resumed; http_get retries short interruptions.
+
+    hf_hub_download would start a file of 45 GB from the beginning: it removes what an interrupted download has written.
+    """
+    final, incomplete = folder / file.name, partial(folder, file)
     if final.is_file() and final.stat().st_size == file.size and digest(final, file) == file.hash:
         return
 
@@ -187,18 +191,18 @@ def fetch(file: File, folder: Path, token: str | None) -> None:
         headers = build_hf_headers(token=token)
         if urlsplit(file.location).netloc != urlsplit(constants.ENDPOINT).netloc:
             headers.pop("authorization", None)  # a signed address on another host: do not send it the token
-        with part.open("ab") as stream:
+        with incomplete.open("ab") as stream:
             have = stream.tell()
             if have < file.size:
                 http_get(file.location, stream, resume_size=have, headers=headers, expected_size=file.size)
 
-    if (size := part.stat().st_size) != file.size or digest(part, file) != file.hash:
-        part.unlink()
+    if (size := incomplete.stat().st_size) != file.size or digest(incomplete, file) != file.hash:
+        incomplete.unlink()
         raise UserError(
             f"{final}: received {size} bytes that do not match size {file.size} and hash {file.hash} listed by "
             f"{file.repo}; the download is removed, run again"
         )
-    part.replace(final)
+    incomplete.replace(final)
 
 
 def digest(path: Path, file: File) -> str:

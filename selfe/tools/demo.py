@@ -25,6 +25,7 @@ from selfe.inference.prompt_cache import PromptCache
 from selfe.inference.prompts import SamplingDefaults
 from selfe.io import image_encode
 from selfe.rng import SampleRNG
+from selfe.tools import recorded_run
 from selfe.types import DTYPES, UserError
 
 STRIP = (1, 2, 4, 8)
@@ -52,14 +53,10 @@ class DemoModel:
                 runs their code.
         """
         path = verify.find(ckpt)
-        if config_path is None:
-            beside = compare.config_beside(path)
-            if beside is None:
-                raise UserError(f"{path}: no config.yaml found beside the checkpoints; pass it with --config")
-            settings = config.load(beside, trust=trust)
-        else:
-            settings = config.load(config_path)
-        settings["system"] = compare.uncached(settings["system"])
+        settings_path = config_path or compare.config_beside(path)
+        if settings_path is None:
+            raise UserError(f"{path}: no config.yaml found beside the checkpoints; pass it with --config")
+        settings = recorded_run.load_settings(settings_path, trust=trust or config_path is not None)
         with torch.device("meta"):
             self.system = config.build(settings, "system")
 
@@ -68,14 +65,14 @@ class DemoModel:
         self.defaults = SamplingDefaults(height=height, width=width)
         self.check("an image", self.defaults)
 
-        place = device.choose_device(0)
-        self.net = self.system.backbone.to_empty(device=place).requires_grad_(False)
+        accelerator = device.choose_device(0)
+        self.net = self.system.backbone.to_empty(device=accelerator).requires_grad_(False)
         self.title = f"{path}, {'EMA' if weights == 'ema' else 'live'} weights of step "
         self.title += f"{load_weights(path, self.net, weights):,}"
-        self.net.to(DTYPES[device.choose_precision(precision, place)])
+        self.net.to(DTYPES[device.choose_precision(precision, accelerator)])
 
         self.system.text_encoder = PromptCache(self.system.text_encoder)
-        self.system.load_encoders(place)
+        self.system.load_encoders(accelerator)
 
     def check(self, prompt: str, settings: SamplingDefaults) -> str:
         """The normalized prompt; raises a UserError if prompt or settings are invalid."""
@@ -131,33 +128,33 @@ class DemoModel:
 
         # the image first, then the strip, one image at a time
         image, seconds = self.draw(prompt, settings, settings.num_steps)
-        said = f"{steps(settings.num_steps)} in {seconds:.2f} s"
+        summary = f"{steps(settings.num_steps)} in {seconds:.2f} s"
         strip: list[tuple[Image.Image, str]] = []
-        yield image, said, strip
-        for number in STRIP:
-            again = (image, seconds) if number == settings.num_steps else self.draw(prompt, settings, number)
-            strip = [*strip, (again[0], f"{steps(number)}, {again[1]:.2f} s")]
-            yield image, said, strip
+        yield image, summary, strip
+        for count in STRIP:
+            result = (image, seconds) if count == settings.num_steps else self.draw(prompt, settings, count)
+            strip = [*strip, (result[0], f"{steps(count)}, {result[1]:.2f} s")]
+            yield image, summary, strip
 
 
-def steps(number: int) -> str:
-    return "1 step" if number == 1 else f"{number} steps"
+def steps(count: int) -> str:
+    return "1 step" if count == 1 else f"{count} steps"
 
 
-def page(painter: DemoModel) -> Any:
+def page(model: DemoModel) -> Any:
     """The gradio page."""
     import gradio as gr
 
     def show(*values: Any) -> Iterator[tuple]:
         try:
-            yield from painter.show(*values)
+            yield from model.show(*values)
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
     # controls on the left, the image on the right, the strip below
     with gr.Blocks(title="Self-E", analytics_enabled=False) as blocks:
         gr.Markdown("# Self-E: any number of steps")
-        gr.Textbox(painter.title, show_label=False, interactive=False, container=False)
+        gr.Textbox(model.title, show_label=False, interactive=False, container=False)
         with gr.Row():
             with gr.Column(scale=2):
                 prompt = gr.Textbox("a red bird on a branch", label="Prompt", lines=2, elem_id="prompt")
@@ -176,7 +173,7 @@ def page(painter: DemoModel) -> Any:
                 image = gr.Image(
                     label="Image", format="png", height=440, buttons=["download", "fullscreen"], elem_id="image"
                 )
-                said = gr.Textbox(label="Time", interactive=False, elem_id="time")
+                seconds = gr.Textbox(label="Time", interactive=False, elem_id="time")
         strip = gr.Gallery(
             label="The same noise in 1, 2, 4 and 8 steps",
             columns=4,
@@ -187,18 +184,34 @@ def page(painter: DemoModel) -> Any:
         )
 
         inputs = [prompt, negative_prompt, num_steps, cfg_scale, seed, sampler, eta, s_ratio]
-        gr.on([button.click, prompt.submit], show, inputs, [image, said, strip], api_name=False)
+        gr.on([button.click, prompt.submit], show, inputs, [image, seconds, strip], api_name=False)
     return blocks
 
 
-def serve(painter: DemoModel, port: int | None, everywhere: bool, block: bool) -> Any:
-    """Listen on the loopback interface, or on all interfaces if `everywhere`; returns the running page."""
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
+def check_address(port: int | None, everywhere: bool) -> str:
+    """The address to listen on: the loopback interface, or all interfaces if `everywhere`.
+
+    Raises:
+        UserError: GRADIO_SERVER_NAME asks for another address, or the port is in use.
+    """
     if os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1") not in ("127.0.0.1", "localhost") and not everywhere:
         raise UserError("GRADIO_SERVER_NAME: the page listens on this machine only; see --listen-on-all-interfaces")
 
-    blocks = page(painter)
     name = "0.0.0.0" if everywhere else "127.0.0.1"
+    if port is not None:
+        try:
+            with socket.create_server((name, port)):
+                pass
+        except (OSError, OverflowError) as error:
+            raise UserError(f"--port {port}: cannot be listened on ({error}); choose another port") from error
+    return name
+
+
+def serve(model: DemoModel, port: int | None, everywhere: bool, block: bool) -> Any:
+    """Listen on the loopback interface, or on all interfaces if `everywhere`; returns the running page."""
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
+    name = check_address(port, everywhere)
+    blocks = page(model)
     blocks.launch(server_name=name, server_port=port, share=False, quiet=True, prevent_thread_lock=True, ssr_mode=False)
     print(f"open {blocks.local_url}", flush=True)
     if block:
@@ -206,22 +219,15 @@ def serve(painter: DemoModel, port: int | None, everywhere: bool, block: bool) -
     return blocks
 
 
-def check_port(port: int) -> None:
-    """Raise UserError if a port cannot be listened on; called before weights are loaded."""
-    try:
-        with socket.create_server(("127.0.0.1", port)):
-            pass
-    except (OSError, OverflowError) as error:
-        raise UserError(f"--port {port}: cannot be listened on ({error}); choose another port") from error
-
-
 def main(options: argparse.Namespace) -> None:
     """Entry point of `selfe demo`."""
-    if options.port is not None:
-        check_port(options.port)
-    painter = DemoModel(options.ckpt, options.config, options.weights, options.precision, options.size, options.trust)
+    # what needs no weights is checked before they are loaded
     try:
-        serve(painter, options.port, options.listen_on_all_interfaces, block=True)
+        import gradio  # noqa: F401
     except ImportError as error:
         remedy = "run ./scripts/setup.sh --extra demo, or pip install 'selfe[demo]'"
         raise UserError(f"{error.name} is not installed; {remedy}") from error
+    check_address(options.port, options.listen_on_all_interfaces)
+
+    model = DemoModel(options.ckpt, options.config, options.weights, options.precision, options.size, options.trust)
+    serve(model, options.port, options.listen_on_all_interfaces, block=True)

@@ -124,6 +124,31 @@ def test_import_then_export_gives_the_same_bytes(style, layout, tmp_path):
         assert torch.equal(back[name].view(torch.int16), tensor.view(torch.int16)), name
 
 
+@pytest.mark.parametrize("style", ["bfl", "diffusers"])
+def test_a_quantised_flux_is_refused(style, tmp_path):
+    """Names and shapes fit, but the weights mean nothing without their scales. Plain fp8 has none and is taken."""
+    net = small(dtype=torch.float32)
+    wanted = {n: p.shape for n, p in net.named_parameters()}
+    name = flux.names_in(style, "double_blocks.0.image.attention_out.weight")[0]
+    original = written(net, style)
+    path = tmp_path / "flux.safetensors"
+
+    fp8 = original | {name: original[name].to(torch.float8_e4m3fn)}
+    save_file(fp8, path)
+    assert not FluxStateDict.of(path, wanted).missing
+
+    scale = name.removesuffix("weight") + "scale_weight"
+    save_file(fp8 | {scale: torch.ones(1), "scaled_fp8": torch.zeros(2)}, path)
+    with pytest.raises(UserError, match=f"{path}: {scale}: the weights are quantised; use the bf16, fp16 or fp32"):
+        FluxStateDict.of(path, wanted)
+    save_file(fp8 | {"scaled_fp8": torch.zeros(2)}, path)
+    with pytest.raises(UserError, match=f"{path}: scaled_fp8: the weights are quantised"):
+        FluxStateDict.of(path, wanted)
+    save_file(original | {name: original[name].to(torch.int8)}, path)
+    with pytest.raises(UserError, match=f"{path}: {name}: stored as I8, the weights are quantised"):
+        FluxStateDict.of(path, wanted)
+
+
 def test_what_is_no_fitting_flux_file_is_one_line(tmp_path):
     net = small(dtype=torch.float32)
     wanted = {n: p.shape for n, p in net.named_parameters()}

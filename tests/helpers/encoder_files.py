@@ -53,7 +53,7 @@ def write_t5(folder: Path) -> None:
     write_json(folder / "special_tokens_map.json", special)
     write_json(folder / "tokenizer_config.json", special | {"extra_ids": 0, "model_max_length": 512})
     config = T5Config(
-        vocab_size=512, d_model=64, num_layers=2, num_heads=4, d_kv=16, d_ff=128, feed_forward_proj="gated-gelu"
+        vocab_size=320, d_model=64, num_layers=2, num_heads=4, d_kv=16, d_ff=128, feed_forward_proj="gated-gelu"
     )
     T5ForConditionalGeneration(config).save_pretrained(folder)
 

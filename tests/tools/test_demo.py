@@ -17,14 +17,14 @@ from tests.inference.test_infer import SMOKE, STAND_INS, draw, trained  # noqa: 
 
 
 @pytest.fixture(scope="module")
-def painter(trained):  # noqa: F811
+def model(trained):  # noqa: F811
     settings = config.load(SMOKE, [*STAND_INS, "trainer.samples.size=[32,48]"])
     config.save(settings, trained.parent / "config.yaml")
     return demo.DemoModel(trained, None, "ema", "fp32", None)
 
 
-def test_the_image_is_that_of_the_inferencer(painter, trained, tmp_path):  # noqa: F811
-    shown = list(painter.show("a cat", "a dog", 2, 3, 7, "renoise", 0.5, 0.25))
+def test_the_image_is_that_of_the_inferencer(model, trained, tmp_path):  # noqa: F811
+    shown = list(model.show("a cat", "a dog", 2, 3, 7, "renoise", 0.5, 0.25))
     image, said, strip = shown[-1]
     assert said.startswith("2 steps in ")
     assert [label.split(",")[0] for _, label in strip] == ["1 step", "2 steps", "4 steps", "8 steps"]
@@ -56,14 +56,14 @@ def test_the_image_is_that_of_the_inferencer(painter, trained, tmp_path):  # noq
         (("a", "", 4, 5, 0, "euler", 1, 2), "s_ratio: 2.0 is not between"),
     ],
 )
-def test_what_cannot_be_drawn_is_said(painter, values, words):
+def test_settings_out_of_range_are_one_line(model, values, words):
     with pytest.raises(UserError, match=words):
-        list(painter.show(*values))
+        list(model.show(*values))
 
 
 @browser.needed
-def test_the_page_in_a_browser(painter, tmp_path):
-    blocks = demo.serve(painter, None, everywhere=False, block=False)
+def test_the_page_in_a_browser(model, tmp_path):
+    blocks = demo.serve(model, None, everywhere=False, block=False)
     try:
         assert listening(blocks.server_port) == {"0100007F"}  # 127.0.0.1, and nothing else
         with browser.opened(str(tmp_path)) as driver:
@@ -95,10 +95,10 @@ def listening(port: int) -> set[str]:
     return {line[1].split(":")[0] for line in lines if line[3] == "0A" and int(line[1].split(":")[1], 16) == port}
 
 
-def test_other_addresses_are_refused(painter, monkeypatch, capsys, tmp_path):
+def test_other_addresses_are_refused(model, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("GRADIO_SERVER_NAME", "0.0.0.0")
     with pytest.raises(UserError, match="this machine only"):
-        demo.serve(painter, None, everywhere=False, block=False)
+        demo.serve(model, None, everywhere=False, block=False)
     with pytest.raises(SystemExit):
         cli.run(["demo", str(tmp_path), "--host", "0.0.0.0"])
     assert "unrecognized arguments" in capsys.readouterr().err

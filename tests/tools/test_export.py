@@ -1,20 +1,27 @@
-"""From real files to an image and out again: the commands read SELFE_CACHE_DIR, diffusers draws the same images."""
+"""From real files to an image and out again: the commands read SELFE_CACHE_DIR, diffusers generates the same images."""
 
+import copy
 import json
+import logging
 import os
+import pickle
+import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from selfe import cli, config
 from selfe.checkpoint import flux, state, verify
 from selfe.checkpoint.flux import FluxStateDict
+from selfe.io.sampling_limits import RANGES
+from selfe.tools import demo
+from selfe.tools.export import command
 from selfe.types import UserError
 from tests.helpers.encoder_files import ROOT, write_cache
 
@@ -52,38 +59,306 @@ def write_flux(path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, Path]:
-    """Two steps from FLUX weights, on two processes with T5 cut over them; then images. Returns run and images."""
+    """Two steps from FLUX weights, on two processes that share T5; then images. Returns both folders."""
     cache, folder = write_cache(tmp_path_factory.mktemp("cache")), tmp_path_factory.mktemp("run")
     steps = "trainer.max_steps=2", "trainer.warmup_steps=1", "trainer.samples.every=2", "trainer.lr=1e-2"
     start = f"trainer.init_from={write_flux(cache / 'flux1-dev.safetensors')}", "trainer.shard_text_encoder=true"
-    said = run("run.sh", 2, cache, f"trainer.output_dir={folder}", *steps, *start)
-    assert "2 steps done" in said
-    assert "tensors loaded, 4 missing, 1 unused" in said
+    length = "system.text_encoder.params.max_tokens=24"
+    output = run("run.sh", 2, cache, f"trainer.output_dir={folder}", *steps, *start, length)
+    assert "2 steps done" in output
+    assert "tensors loaded, 4 missing, 1 unused" in output
     assert "guidance_in.in_layer.weight" in (folder / "init_from.txt").read_text()
+
+    (folder / "prompts.jsonl").write_text(
+        '{"prompt": "a cup of coffee", "num_steps": [1, 3], "num_samples": 2}\n'
+        '{"prompt": "an astronaut", "negative_prompt": "a cat", "cfg_scale": 3, "seed": 7, "num_steps": 2, '
+        '"eta": 0.5, "s_ratio": 0.25}\n'
+    )
     paths = f"inferencer.ckpt_dir={folder}/checkpoints", f"inferencer.output_dir={folder}/images"
-    run("infer.sh", 1, cache, *paths, "inferencer.defaults.num_steps=[1,3]")
+    run("infer.sh", 1, cache, *paths, f"inferencer.defaults.prompt_file={folder}/prompts.jsonl", length)
     return folder, folder / "images"
 
 
-def test_images_of_the_exported_pipeline_are_those_of_the_inferencer(trained, tmp_path):
-    """From the same noise, prompt and steps, with guidance and fresh noise; diffusers' code all the way."""
-    folder, images = trained
-    out = tmp_path / "pipeline"
-    cli.run(["export", str(folder / "checkpoints"), str(out), "--format", "diffusers", "--dtype", "fp32"])
-    pipeline = DiffusionPipeline.from_pretrained(out, custom_pipeline=str(out), trust_remote_code=True)
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "pipeline"
+    arguments = [str(trained[0] / "checkpoints"), str(folder), "--format", "diffusers", "--dtype", "fp32"]
+    cli.run(["export", *arguments])
+    return folder
+
+
+def loaded(folder: Path) -> DiffusionPipeline:
+    pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=str(folder), trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def pipeline(exported) -> DiffusionPipeline:
+    return loaded(exported)
+
+
+SMALL = {"height": 48, "width": 64, "num_inference_steps": 2}
+
+
+def generate(pipeline, prompt="a cup of coffee", **changes) -> np.ndarray:
+    """All images (N, height, width, 3) as integers."""
+    images = pipeline(prompt, **SMALL | changes).images
+    return np.stack([np.asarray(image, dtype=int) for image in images])
+
+
+def test_images_of_the_exported_pipeline_are_those_of_infer(pipeline, trained):
+    """From settings alone, with guidance, negative prompts, second samples and fresh noise; without code of selfe."""
+    _, images = trained
     assert not [name for name in pipeline.components if "selfe" in type(getattr(pipeline, name)).__module__.split(".")]
-    settings = {"height": 96, "width": 128, "guidance_scale": 5.0, "seed": 0}
-    lines = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if line["prompt"] in {lines[0]["prompt"], lines[-1]["prompt"]}]
-    assert {line["num_steps"] for line in lines} == {1, 3}
-    for line in lines:
-        (drawn,) = pipeline(line["prompt"], num_inference_steps=line["num_steps"], **settings).images
+    for line in [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()]:
+        result = pipeline(
+            [line["prompt"]] * (line["sample"] + 1),
+            num_inference_steps=line["num_steps"],
+            height=line["height"],
+            width=line["width"],
+            guidance_scale=line["cfg_scale"],
+            s_ratio=line["s_ratio"],
+            eta=line["eta"],
+            seed=line["seed"],
+            negative_prompt=line["negative_prompt"],
+        )
+        generated = np.asarray(result.images[-1], dtype=int)
         expected = np.asarray(Image.open(images / line["file"]), dtype=int)
         assert expected.std() > 5
-        assert np.abs(np.asarray(drawn, dtype=int) - expected).max() <= 2
-    noise = pipeline.draw((0, line["prompt"], 0), "noise", 96, 128)
-    (again,) = pipeline(line["prompt"], num_inference_steps=line["num_steps"], latents=noise, **settings).images
-    assert np.array_equal(np.asarray(again), np.asarray(drawn))
+        difference = np.abs(generated - expected)
+        assert difference.max() <= 1
+        assert (difference > 0).mean() < 0.001
+
+
+@pytest.mark.parametrize("seed", [np.int64(3), torch.tensor(3)], ids=["numpy", "torch"])
+@pytest.mark.parametrize("prompt", [" a cup of coffee\n", np.str_("a cup of coffee")], ids=["spaces", "numpy"])
+def test_one_request_has_one_image_however_it_is_written(pipeline, seed, prompt):
+    assert np.array_equal(generate(pipeline, prompt, seed=seed), generate(pipeline, seed=3))
+    assert not np.array_equal(generate(pipeline, prompt, seed=seed), generate(pipeline, seed=4))
+
+
+def test_repeated_prompts_are_further_samples(pipeline):
+    samples = generate(pipeline, num_images_per_prompt=3)
+    assert np.array_equal(generate(pipeline, ["a cup of coffee"] * 3), samples)
+    mixed = generate(pipeline, ["a cup of coffee", "an astronaut"], num_images_per_prompt=2)
+    assert np.array_equal(mixed[:2], samples[:2])
+    assert len({image.tobytes() for image in (*samples, *mixed[2:])}) == 5
+
+
+def test_latents_come_out_and_go_in(pipeline):
+    """In the shape of `latents`; decoded they are the image."""
+    latents = pipeline("a cup of coffee", output_type="latent", **SMALL).images
+    assert (latents.shape, latents.dtype) == ((1, 12, 64), torch.float32)
+    image = pipeline.to_output([pipeline.decode(latents, 48, 64)], "pil")[0]
+    assert np.array_equal(np.asarray(image, dtype=int), generate(pipeline)[0])
+    noise = pipeline.source_of_noise((0, "a cup of coffee", 0), None, 48, 64)("noise")
+    assert np.array_equal(generate(pipeline, latents=noise), generate(pipeline))
+
+    arrays = {kind: pipeline("a cup of coffee", output_type=kind, **SMALL).images for kind in ("np", "pt")}
+    assert arrays["np"].shape == (1, 48, 64, 3)
+    assert arrays["pt"].shape == (1, 3, 48, 64)
+    assert np.abs(arrays["np"] * 255 - generate(pipeline)).max() <= 0.501
+
+
+def test_a_pipeline_survives_saving_and_copying(pipeline, exported, tmp_path):
+    """The saved folder loads without the first one and without `custom_pipeline`."""
+    latents = pipeline("a cup of coffee", output_type="latent", **SMALL).images
+    pipeline.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved/model_index.json").read_text())["max_tokens"] == 24
+    exported.rename(exported.with_name("away"))
+    try:
+        copies = {
+            "saved": loaded(tmp_path / "saved"),
+            "without custom_pipeline": DiffusionPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True),
+            "from_pipe": type(pipeline).from_pipe(pipeline),
+            "components": type(pipeline)(**pipeline.components, max_tokens=pipeline.config.max_tokens),
+            "deepcopy": copy.deepcopy(pipeline),
+            "pickle": pickle.loads(pickle.dumps(pipeline)),
+        }
+    finally:
+        exported.with_name("away").rename(exported)
+    for name, other in copies.items():
+        other.set_progress_bar_config(disable=True)
+        again = other("a cup of coffee", output_type="latent", **SMALL).images
+        torch.testing.assert_close(again, latents, rtol=0, atol=1e-5, msg=name)  # memory is aligned differently
+        assert other.config.max_tokens == 24, name
+
+
+def test_the_autoencoder_has_every_key_that_a_reader_derives_from(pipeline, exported):
+    """Without sample_size, tiling would cut small images into tiles of 32 pixels."""
+    keys = json.loads((exported / "vae/config.json").read_text()).keys()
+    assert keys >= {key for key in AutoencoderKL().config if not key.startswith("_")} - {"latents_mean", "latents_std"}
+    expected = generate(pipeline)
+    pipeline.vae.enable_tiling()
+    assert np.array_equal(generate(pipeline), expected)
+    pipeline.vae.disable_tiling()
+
+
+def test_prompts_are_truncated_as_in_training(pipeline, caplog):
+    long = "a cup of coffee beside a red cat on a chair by the sea " * 3
+    with caplog.at_level(logging.WARNING):
+        assert pipeline.encode_prompt(long)[0].shape[1] == 24
+    assert "to 24 T5 tokens" in caplog.text
+    assert not np.array_equal(generate(pipeline, long, max_sequence_length=8), generate(pipeline, long))
+
+
+def test_habits_of_diffusers(pipeline):
+    expected = generate(pipeline)
+    (images,) = pipeline("a cup of coffee", return_dict=False, **SMALL)
+    assert np.array_equal(np.asarray(images[0], dtype=int), expected[0])
+
+    # embeddings instead of prompts
+    embeds, pooled = pipeline.encode_prompt("a cup of coffee")
+    noise = torch.randn(1, 12, 64, generator=torch.Generator().manual_seed(0))
+    given = {"latents": noise, "eta": 0}
+    other = pipeline.encode_prompt("an astronaut")
+    assert np.array_equal(
+        generate(
+            pipeline,
+            None,
+            prompt_embeds=embeds,
+            pooled_prompt_embeds=pooled,
+            negative_prompt_embeds=other[0],
+            negative_pooled_prompt_embeds=other[1],
+            **given,
+        ),
+        generate(pipeline, negative_prompt=["an astronaut"], **given),
+    )
+
+    # generators: one for all images, or one for each
+    def generator(seed: int) -> torch.Generator:
+        return torch.Generator().manual_seed(seed)
+
+    pair = generate(pipeline, num_images_per_prompt=2, generator=[generator(1), generator(2)])
+    assert np.array_equal(generate(pipeline, generator=generator(2))[0], pair[1])
+    assert not np.array_equal(pair[0], pair[1])
+
+    # callback after each step
+    steps = []
+
+    def callback(pipe, step, time, tensors):
+        steps.append((step, float(time), tuple(tensors["latents"].shape)))
+        return {"latents": torch.zeros_like(tensors["latents"])} if step == 1 else {}
+
+    latents = pipeline(
+        "a cup of coffee",
+        callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=["latents"],
+        output_type="latent",
+        **SMALL,
+    ).images
+    assert [step[::2] for step in steps] == [(0, (1, 12, 64)), (1, (1, 12, 64))]
+    assert steps[0][1] == 1
+    assert not latents.any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"seed": 0.0}, "seed: expected an integer, got float"),
+        ({"seed": True}, "seed: expected an integer, got bool"),
+        ({"seed": None}, "seed: expected an integer, got NoneType"),
+        ({"seed": -1}, "seed: -1 is not between 0"),
+        ({"prompt": None}, "prompt: expected a string, got NoneType"),
+        ({"prompt": []}, "prompt: the list is empty"),
+        ({"prompt": " "}, "prompt: must not be empty"),
+        ({"prompt": "a\x00b"}, "control character U\\+0000"),
+        ({"prompt": ["a", 5]}, "prompt: expected a string, got int"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt: 0 is not between"),
+        ({"num_inference_steps": 0}, "num_inference_steps: 0 is not between 1 and 1000"),
+        ({"num_inference_steps": 2.0}, "num_inference_steps: expected an integer, got float"),
+        ({"guidance_scale": float("nan")}, "guidance_scale: nan is not between"),
+        ({"guidance_scale": -3}, "guidance_scale: -3.0 is not between"),
+        ({"guidance_scale": "5"}, "guidance_scale: expected a number, got str"),
+        ({"s_ratio": 2}, "s_ratio: 2.0 is not between 0 and 1"),
+        ({"eta": float("nan")}, "eta: nan is not between 0 and 1"),
+        ({"height": 0}, "height 0 and width 64 must be positive"),
+        ({"height": 100}, "height: 100 is not a multiple of 16"),
+        ({"height": 96.0}, "height: expected an integer, got float"),
+        ({"output_type": "foo"}, "output_type: expected one of pil, np, pt, latent, got 'foo'"),
+        ({"output_type": None}, "output_type: expected one of"),
+        ({"latents": torch.zeros(2, 12, 64)}, r"latents: expected \(1, 12, 64\) .* got \(2, 12, 64\)"),
+        ({"latents": torch.zeros(1, 16, 6, 8)}, r"latents: expected \(1, 12, 64\)"),
+        ({"latents": torch.full((1, 12, 64), torch.nan)}, "latents returns infinite or NaN"),
+        ({"negative_prompt": ["a", "b"]}, "negative_prompt: 2 for 1 prompts"),
+        ({"negative_prompt": 5}, "negative_prompt: expected a string, got int"),
+        ({"generator": 5}, "generator: expected torch.Generator, got int; for a number use seed"),
+        ({"generator": [torch.Generator()] * 2}, "generator: 2 generators for 1 images"),
+        ({"prompt_embeds": torch.zeros(1, 4, 64)}, "prompt_embeds and pooled_prompt_embeds must be given together"),
+        (
+            {"prompt_embeds": torch.zeros(1, 4, 64), "pooled_prompt_embeds": torch.zeros(1, 32)},
+            "prompt and prompt_embeds: give one of them",
+        ),
+        (
+            {"prompt": None, "prompt_embeds": torch.zeros(1, 4, 63), "pooled_prompt_embeds": torch.zeros(1, 32)},
+            r"prompt_embeds: expected \(B, n, 64\) and pooled \(B, 32\), got \(1, 4, 63\)",
+        ),
+        ({"max_sequence_length": 512}, "max_sequence_length: 512 is not between 1 and 24"),
+        ({"callback_on_step_end": 5}, "callback_on_step_end: expected a function"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "'noise' is not available"),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, str) else None,
+)
+def test_wrong_arguments_of_the_pipeline_are_one_line(pipeline, arguments, words):
+    with pytest.raises(ValueError, match=words) as error:
+        pipeline(**{"prompt": "a cup of coffee"} | SMALL | arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_the_pipeline_has_the_ranges_of_infer(pipeline, exported):
+    """They are one file, copied."""
+    assert (exported / "selfe_limits.py").read_text() == (ROOT / "selfe/io/sampling_limits.py").read_text()
+    assert RANGES["num_steps"] == (1, 1000)
+
+
+def test_infinite_weights_are_named_not_painted_black(pipeline):
+    broken = copy.deepcopy(pipeline)
+    broken.vae.decoder.conv_out.bias.data[0] = torch.inf
+    with pytest.raises(ValueError, match="a cup of coffee: the autoencoder returns infinite or NaN values"):
+        generate(broken)
+    broken.transformer.proj_out.bias.data[0] = torch.nan
+    with pytest.raises(ValueError, match="a cup of coffee: the denoiser returns infinite or NaN values"):
+        generate(broken)
+
+
+def test_a_failed_export_leaves_nothing(trained, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    arguments = ["export", str(trained[0] / "checkpoints"), str(out)]
+
+    def fails(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "write_denoiser", fails)
+        with pytest.raises(OSError, match="disk full"):
+            cli.run(arguments)
+    assert list(tmp_path.iterdir()) == []
+
+    (tmp_path / "out.partial").mkdir()  # of an export that was killed
+    (tmp_path / "out.partial/old").touch()
+    out.mkdir()
+    cli.run(arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_encoders_that_moved_are_read_from_the_cache_dir_of_today(trained, tmp_path, monkeypatch):
+    """The run's config has the old place."""
+    folder, _ = trained
+    old = Path(config.load(folder / "config.yaml")["system"]["text_encoder"]["params"]["cache_dir"])
+    moved = old.rename(old.with_name("moved"))
+    arguments = ["export", str(folder / "checkpoints"), str(tmp_path / "out"), "--format", "diffusers"]
+    try:
+        monkeypatch.delenv("SELFE_CACHE_DIR", raising=False)
+        with pytest.raises(UserError, match=f"{old}/ae.safetensors: not found; set SELFE_CACHE_DIR"):
+            cli.run(arguments)
+        monkeypatch.setenv("SELFE_CACHE_DIR", str(moved))
+        cli.run(arguments)
+        demo.DemoModel(folder / "checkpoints", None, "ema", "fp32", None)
+    finally:
+        moved.rename(old)
+    assert (tmp_path / "out/text_encoder_2/model.safetensors").is_file()
 
 
 def test_exported_safetensors_hold_the_weights(trained, tmp_path, monkeypatch):
@@ -103,10 +378,10 @@ def test_exported_safetensors_hold_the_weights(trained, tmp_path, monkeypatch):
             net = config.build(settings, "system").backbone
         net.to_empty(device="cpu")
         state.load_weights(verify.find(folder / "checkpoints"), net, weights)
-        found = FluxStateDict.of(out, {name: p.shape for name, p in net.named_parameters()})
-        assert (found.missing, found.left_over) == ((), ())
+        stored = FluxStateDict.of(out, {name: p.shape for name, p in net.named_parameters()})
+        assert (stored.missing, stored.left_over) == ((), ())
         for name, parameter in net.named_parameters():
-            assert torch.equal(found.read(name), parameter.to(found.read(name).dtype)), name
+            assert torch.equal(stored.read(name), parameter.to(stored.read(name).dtype)), name
     about = json.loads((out / "config.json").read_text())
     assert about["step"] == 2
     assert about["backbone"]["params"]["width"] == 128
@@ -114,10 +389,10 @@ def test_exported_safetensors_hold_the_weights(trained, tmp_path, monkeypatch):
 
 def test_mistakes_are_one_line(trained, tmp_path):
     folder, images = trained
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError, match="exists and is not an empty folder"):
         cli.run(["export", str(folder / "checkpoints"), str(images)])
     with pytest.raises(UserError, match="no such checkpoint directory"):
         cli.run(["export", str(folder / "nowhere"), str(tmp_path / "out")])
-    (tmp_path / "alone").symlink_to(folder / "checkpoints")
-    with pytest.raises(UserError, match=r"config.yaml: not found"):
+    shutil.copytree(folder / "checkpoints", tmp_path / "alone")
+    with pytest.raises(UserError, match=r"no config.yaml beside it; expected RUN/config.yaml"):
         cli.run(["export", str(tmp_path / "alone"), str(tmp_path / "out")])

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, CLIPTextModel
 
 from selfe import compare, config
 from selfe.backbones.mmdit import MMDiT
 from selfe.checkpoint import flux, state, verify
 from selfe.encoders.flux_vae import CHANNELS, SCALE, SHIFT, STAGES, FluxVAE
-from selfe.encoders.t5_clip import CLIP_FOLDER, T5_FOLDER, T5Clip, naming
-from selfe.io.safetensors_files import cached, write
+from selfe.encoders.t5_clip import T5_FOLDER, T5Clip
+from selfe.io import sampling_limits
+from selfe.io.safetensors_files import INDEX, SafetensorsFiles, cached, write
 from selfe.system import System
+from selfe.tools import recorded_run
 from selfe.types import DTYPES, UserError
 
 CODE = Path(__file__).parent / "diffusers_folder"
@@ -31,21 +35,36 @@ CODE = Path(__file__).parent / "diffusers_folder"
 
 def main(options: argparse.Namespace) -> None:
     """Entry point of `selfe export`."""
+    out = options.out.absolute()
     path = verify.find(options.ckpt)
     settings, system = read_run(path, options.trust)
-    if options.out.exists() and any(options.out.iterdir()):
-        raise UserError(f"{options.out}: the folder is not empty; choose another or remove it")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{options.out}: exists and is not an empty folder; choose another or remove it")
 
-    folder = options.out / ("transformer" if options.format == "diffusers" else "")
-    folder.mkdir(parents=True, exist_ok=True)
-    if options.format == "diffusers":
-        write_pipeline(options.out, system)
-    else:
-        origin = {"step": verify.read_step(path), "weights": options.weights, "dtype": options.dtype}
-        write_json(folder / "config.json", origin | {"backbone": config.plain(settings["system"]["backbone"])})
+    with complete_folder(out) as unfinished:
+        folder = unfinished / ("transformer" if options.format == "diffusers" else "")
+        folder.mkdir(exist_ok=True)
+        if options.format == "diffusers":
+            write_pipeline(unfinished, system)
+        else:
+            origin = {"step": verify.read_step(path), "weights": options.weights, "dtype": options.dtype}
+            write_json(folder / "config.json", origin | {"backbone": config.plain(settings["system"]["backbone"])})
 
-    write_denoiser(path, system.backbone, folder, options.weights, DTYPES[options.dtype], options.format)
+        write_denoiser(path, system.backbone, folder, options.weights, DTYPES[options.dtype], options.format)
     print(f"{path} ({options.weights} weights, {options.dtype}) exported to {options.out}")
+
+
+@contextmanager
+def complete_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into, which gets the name `out` when everything is written, and is removed after an error."""
+    unfinished = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.replace(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def read_run(path: Path, trust: bool) -> tuple[dict, System]:
@@ -57,8 +76,7 @@ def read_run(path: Path, trust: bool) -> tuple[dict, System]:
     if settings_path is None:
         raise UserError(f"{path}: no config.yaml beside it; expected RUN/config.yaml for RUN/checkpoints/step_...")
 
-    settings = config.load(settings_path, trust=trust)
-    settings["system"] = compare.uncached(settings["system"])
+    settings = recorded_run.load_settings(settings_path, trust)
     settings["system"]["autoencoder"]["params"]["dtype"] = "fp32"
     with torch.device("meta"):
         system = config.build(settings, "system")
@@ -78,8 +96,8 @@ def write_denoiser(
     def read(name: str) -> dict[str, torch.Tensor]:
         full = torch.empty(shapes[name])
         state.load_tensors(path, {name: full}, weights)
-        parts = flux.split(style, name, full, width)
-        return {theirs: part.to(dtype, copy=True) for theirs, part in parts.items()}
+        tensors = flux.split(style, name, full, width)
+        return {theirs: tensor.to(dtype, copy=True) for theirs, tensor in tensors.items()}
 
     write(folder, stem, {name: shape.numel() * dtype.itemsize for name, shape in shapes.items()}, read)
 
@@ -87,21 +105,23 @@ def write_denoiser(
 def write_pipeline(out: Path, system: System) -> None:
     """Write a diffusers folder, except for the denoiser's weights."""
     shutil.copy(CODE / "pipeline.py", out)
+    shutil.copy(sampling_limits.__file__, out / "selfe_limits.py")
     shutil.copy(CODE / "dual_time_flux.py", out / "transformer")
     write_json(out / "transformer" / "config.json", transformer_config(system.backbone))
 
     write_autoencoder(out / "vae", system.autoencoder)
     tokenizers = write_text_encoders(out, system.text_encoder)
 
-    # the index names the class of each part; the first two are the files copied above
-    parts = {
+    # the index names the class of each component; the first two are in the files copied above
+    components = {
+        "_class_name": ["pipeline", "SelfEPipeline"],
         "transformer": ["dual_time_flux", "DualTimeFlux"],
         "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "text_encoder_2": ["transformers", "T5EncoderModel"],
     }
-    parts |= {name: ["transformers", kind] for name, kind in tokenizers.items()}
-    write_json(out / "model_index.json", {"_class_name": ["pipeline", "SelfEPipeline"], **parts})
+    components |= {name: ["transformers", kind] for name, kind in tokenizers.items()}
+    write_json(out / "model_index.json", components | {"max_tokens": system.text_encoder.max_tokens})
 
 
 def transformer_config(net: MMDiT) -> dict:
@@ -123,7 +143,7 @@ def transformer_config(net: MMDiT) -> dict:
         "joint_attention_dim": net.text_dim,
         "pooled_projection_dim": net.pooled_dim,
         "axes_dims_rope": net.rope_axes,
-        "second_clock": net.s_in is not None,
+        "second_time": net.s_in is not None,
     }
 
 
@@ -132,18 +152,27 @@ def write_autoencoder(folder: Path, autoencoder: FluxVAE) -> None:
     autoencoder.load(torch.device("cpu"))
     width = autoencoder.net["encoder"].conv_in.out_channels
 
+    # every key of FLUX.1's own file, because readers derive other values from them (sample_size: the size of tiles)
     settings = {
         "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
         "block_out_channels": [width * stage for stage in STAGES],
         "down_block_types": ["DownEncoderBlock2D"] * len(STAGES),
-        "up_block_types": ["UpDecoderBlock2D"] * len(STAGES),
+        "force_upcast": True,
+        "in_channels": 3,
         "latent_channels": CHANNELS,
+        "latents_mean": None,
+        "latents_std": None,
         "layers_per_block": 2,
+        "mid_block_add_attention": True,
         "norm_num_groups": 32,
+        "out_channels": 3,
+        "sample_size": 1024,
         "scaling_factor": SCALE,
         "shift_factor": SHIFT,
-        "use_quant_conv": False,
+        "up_block_types": ["UpDecoderBlock2D"] * len(STAGES),
         "use_post_quant_conv": False,
+        "use_quant_conv": False,
     }
     folder.mkdir()
     write_json(folder / "config.json", settings)
@@ -160,27 +189,36 @@ def write_text_encoders(out: Path, encoder: T5Clip) -> dict[str, str]:
         encoder.t5.save_pretrained(out / "text_encoder_2")
         clip, tokenizers = encoder.clip, {"tokenizer": encoder.clip_tokenizer, "tokenizer_2": encoder.t5_tokenizer}
     else:
-        sources = {
-            "tokenizer": cached(encoder.cache_dir, CLIP_FOLDER),
-            "tokenizer_2": cached(encoder.cache_dir, T5_FOLDER),
-        }
-
-        # T5 as it is in the cache
-        (out / "text_encoder_2").mkdir()
-        for file in sorted(sources["tokenizer_2"].iterdir()):
-            if file.name == "config.json" or ".safetensors" in file.suffixes:
-                link(file, out / "text_encoder_2" / file.name)
-
-        with naming(sources["tokenizer"]):
-            clip = CLIPTextModel.from_pretrained(sources["tokenizer"], local_files_only=True)
-        tokenizers = {
-            name: AutoTokenizer.from_pretrained(path, local_files_only=True) for name, path in sources.items()
-        }
+        t5_tokenizer, _, _, clip_tokenizer, clip = encoder.pretrained()
+        tokenizers = {"tokenizer": clip_tokenizer, "tokenizer_2": t5_tokenizer}
+        write_t5(cached(encoder.cache_dir, T5_FOLDER), out / "text_encoder_2")
 
     clip.save_pretrained(out / "text_encoder")
     for name, tokenizer in tokenizers.items():
         tokenizer.save_pretrained(out / name)
     return {name: type(tokenizer).__name__ for name, tokenizer in tokenizers.items()}
+
+
+def write_t5(source: Path, folder: Path) -> None:
+    """T5 from the cache, under the file names that transformers looks for."""
+    folder.mkdir()
+    shutil.copy(source / "config.json", folder)
+    weights = SafetensorsFiles.open(source)
+
+    # transformers would keep fp8 for computing
+    if any(dtype.startswith("F8") for dtype in weights.dtypes.values()):
+        sizes = {name: 2 * math.prod(shape) for name, shape in weights.shapes.items()}
+        write(folder, "model", sizes, lambda name: {name: weights.read(name).to(torch.bfloat16)})
+        return
+
+    files = sorted(set(weights.files.values()))
+    if len(files) == 1:
+        link(files[0], folder / "model.safetensors")
+        return
+    for file in files:
+        link(file, folder / file.name)
+    places = {name: file.name for name, file in weights.files.items()}
+    write_json(folder / f"model{INDEX}", {"metadata": {}, "weight_map": places})
 
 
 def link(source: Path, target: Path) -> None:

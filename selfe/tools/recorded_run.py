@@ -1,0 +1,27 @@
+"""The settings of a run that has started, for tools that load its checkpoints on this machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from selfe import compare, config
+
+PRETRAINED = ("selfe.encoders.t5_clip.T5Clip", "selfe.encoders.flux_vae.FluxVAE")
+
+
+def load_settings(path: Path, trust: bool) -> dict:
+    """Settings of a run's `config.yaml`, with the pretrained encoders of this machine and without feature caches.
+
+    The file records where the encoders were during training. SELFE_CACHE_DIR, if set, takes its place.
+
+    Args:
+        trust: the file may name modules that are not part of this package, which runs their code.
+    """
+    settings = config.load(path, trust=trust)
+    settings["system"] = compare.uncached(settings["system"])
+    if folder := os.environ.get("SELFE_CACHE_DIR"):
+        for part in settings["system"].values():
+            if part["module"] in PRETRAINED:
+                part["params"]["cache_dir"] = folder
+    return settings
