@@ -6,7 +6,6 @@ import argparse
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,14 +106,12 @@ def manifest(rounds: int) -> dict:
     """
     with tempfile.TemporaryDirectory() as folder:
         small, large = lines(Path(folder), 1000), lines(Path(folder), 10_000_000)
-        start = time.perf_counter()
-        ManifestData(str(large))
-        indexed = time.perf_counter() - start
+        indexed = cpu_seconds(lambda: ManifestData(str(large)))
         opened = statistics.median(cpu_seconds(lambda: ManifestData(str(large))) for _ in range(rounds))
         before, after = (memory(ManifestData(str(path))) for path in (small, large))
         size = large.stat().st_size
     return {
-        "figures": {"seconds to index": round(indexed, 2), "megabytes of the file": round(size / 1e6)},
+        "figures": {"CPU seconds to index": round(indexed, 2), "megabytes of the file": round(size / 1e6)},
         "verdicts": [
             at_most("manifest: seconds to open when indexed", opened, 5),
             at_most("manifest: MB in three processes, more than for a thousand lines", (after - before) / 1e6, 200),

@@ -20,10 +20,10 @@ import numpy as np
 from selfe import log
 from selfe.data.buckets import Buckets
 from selfe.data.dataset import BYTES_PER_TOKEN
-from selfe.data.manifest import parse, skip_bom
+from selfe.data.manifest import ENCLOSED, parse, skip_bom
 from selfe.data.shards import Sample, describe_unused, matching_files, read_caption, read_samples
 from selfe.io import image_decode
-from selfe.io.text_files import check_encoding
+from selfe.io.text_files import check_encoding, in_csv_quotes
 from selfe.types import BadSample, UserError
 
 BATCH = 64  # lines or samples per task of a worker
@@ -176,7 +176,7 @@ class Report:
 
     def __init__(self, tokenizer: str | None, items: str):
         self.items = items  # lines or samples
-        self.problems, self.good = Counter(), 0
+        self.problems, self.good, self.enclosed = Counter(), 0, 0  # enclosed: captions in quotes
         self.sizes, self.tokens, self.captions_of = Counter(), Counter(), {}
         self.profiles, self.flat = Counter(), 0
         self.count = self.exact(tokenizer) if tokenizer else lambda prompt: len(prompt.encode()) // BYTES_PER_TOKEN + 1
@@ -205,6 +205,7 @@ class Report:
             return False
 
         self.good += 1
+        self.enclosed += in_csv_quotes(finding.prompt)
         self.profiles[finding.profile] += 1
         if finding.contrast <= FLAT:
             self.flat += 1
@@ -245,6 +246,9 @@ class Report:
 
                 small = int((sizes.prod(axis=1) < pixels) @ np.array(counts))
                 log.print_line(f"{small} of {self.good} images have fewer than {pixels} pixels and would be upscaled")
+
+        if self.enclosed:
+            log.print_line(f"{self.enclosed} {ENCLOSED}")
 
         total = sum(self.problems.values())
         log.print_line("\n" + "\n".join(f"{count:8d} {kind}" for kind, count in self.problems.most_common()))

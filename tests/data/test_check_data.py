@@ -67,7 +67,7 @@ def test_all_problems_are_told_at_once_and_the_clean_manifest_has_none(folder, c
 
 
 def test_tells_sizes_ratios_lengths_and_buckets(folder, capsys):
-    (folder / "good.tsv").write_text("0.png\tfirst words\n1.png\tsecond\n2.png\tthird\n")
+    (folder / "good.tsv").write_text('0.png\tfirst words\n1.png\tsecond\n2.png\t"third"\n')
     options = ["--base-dir", str(folder), "--workers", "0", "--pixels", "4096", "65536"]
     cli.run(["check-data", str(folder / "good.tsv"), *options])
     said = capsys.readouterr().out
@@ -77,6 +77,7 @@ def test_tells_sizes_ratios_lengths_and_buckets(folder, capsys):
     assert "0 of 3 images have fewer than 4096 pixels" in said
     assert "3 of 3 images have fewer than 65536 pixels" in said
     assert "estimated" in said
+    assert "1 captions are enclosed in quotes, which stay part of them" in said
 
 
 def test_a_manifest_of_nothing_good_is_not_fine(tmp_path):
