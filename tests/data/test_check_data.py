@@ -6,19 +6,19 @@ import pytest
 
 from selfe import cli
 from selfe.data.manifest import ManifestData
-from tests.helpers.images import picture
+from tests.helpers.images import make_image
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """Nine lines, each wrong in its own way, between three good ones."""
     for number, size in enumerate([(80, 100), (90, 90), (100, 80)]):
-        picture(number, size).save(tmp_path / f"{number}.png")
-    picture(3, (20, 90)).save(tmp_path / "small.png")
-    whole = (tmp_path / "0.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "text.png").write_bytes(b"not a picture")
-    picture(5, (500, 500)).save(tmp_path / "huge.png")
+        make_image(number, size).save(tmp_path / f"{number}.png")
+    make_image(3, (20, 90)).save(tmp_path / "small.png")
+    complete = (tmp_path / "0.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(complete[: len(complete) // 2])
+    (tmp_path / "text.png").write_bytes(b"not an image")
+    make_image(5, (500, 500)).save(tmp_path / "huge.png")
     (tmp_path / "copy.png").write_bytes((tmp_path / "1.png").read_bytes())
     lines = ["0.png\tfirst", "no tab", "1.png\t", "none.png\tx", "cut.png\tx", "text.png\tx", "", "1.png\tsecond"]
     lines += ["small.png\tx", "huge.png\tx", "copy.png\tsecond", "1.png\tother words", "2.png\tthird\t10\t10"]
@@ -48,13 +48,13 @@ def test_all_problems_are_told_at_once_and_the_clean_manifest_has_none(folder, c
     with pytest.raises(SystemExit) as ended:
         cli.run(["check-data", *command])
     assert ended.value.code == 1
-    said = capsys.readouterr().out
-    problems = [line for line in said.splitlines() if ": line " in line]
+    printed = capsys.readouterr().out
+    problems = [line for line in printed.splitlines() if ": line " in line]
     assert len(problems) == len(EXPECTED)
     for (number, kind), line in zip(EXPECTED.items(), problems, strict=True):
         assert line.startswith(f"{kind}: line {number}: "), line
-        assert f"       1 {kind}" in said
-    assert "3 valid lines, 10 with problems" in said
+        assert f"       1 {kind}" in printed
+    assert "3 valid lines, 10 with problems" in printed
     assert clean.read_text().splitlines() == [
         "0.png\tfirst\t100\t80",
         "1.png\tsecond\t90\t90",
@@ -62,22 +62,22 @@ def test_all_problems_are_told_at_once_and_the_clean_manifest_has_none(folder, c
     ]
     cli.run(["check-data", str(clean), "--base-dir", str(folder), "--workers", "0"])
     assert "3 valid lines, 0 with problems" in capsys.readouterr().out
-    feed = ManifestData(str(clean), str(folder), pixels=4096)
-    assert len(feed.batch(0, 0, range(3), range(3), "train").images) == 3
+    dataset = ManifestData(str(clean), str(folder), pixels=4096)
+    assert len(dataset.batch(0, 0, range(3), range(3), "train").images) == 3
 
 
 def test_tells_sizes_ratios_lengths_and_buckets(folder, capsys):
     (folder / "good.tsv").write_text('0.png\tfirst words\n1.png\tsecond\n2.png\t"third"\n')
     options = ["--base-dir", str(folder), "--workers", "0", "--pixels", "4096", "65536"]
     cli.run(["check-data", str(folder / "good.tsv"), *options])
-    said = capsys.readouterr().out
-    assert [line.split()[:4] for line in said.splitlines() if line.startswith("         64 x 64")] == [
+    printed = capsys.readouterr().out
+    assert [line.split()[:4] for line in printed.splitlines() if line.startswith("         64 x 64")] == [
         ["64", "x", "64", "3"]
     ]
-    assert "0 of 3 images have fewer than 4096 pixels" in said
-    assert "3 of 3 images have fewer than 65536 pixels" in said
-    assert "estimated" in said
-    assert "1 captions are enclosed in quotes, which stay part of them" in said
+    assert "0 of 3 images have fewer than 4096 pixels" in printed
+    assert "3 of 3 images have fewer than 65536 pixels" in printed
+    assert "estimated" in printed
+    assert "1 captions are enclosed in quotes, which stay part of them" in printed
 
 
 def test_a_manifest_of_nothing_good_is_not_fine(tmp_path):

@@ -23,14 +23,14 @@ from selfe.rng import SampleRNG
 from selfe.types import Batch, packed
 from tests.helpers.images import lines_only, manifest
 
-TOTAL, PICTURES, STEPS = 16, 40, 8  # 8 steps of 16 are 3 epochs of 40 and a bit
-SIZES = [(24 + 8 * (i % 5), 64 - 8 * (i % 4)) for i in range(PICTURES)]
+TOTAL, IMAGES, STEPS = 16, 40, 8  # 8 steps of 16 are 3 epochs of 40 and a bit
+SIZES = [(24 + 8 * (i % 5), 64 - 8 * (i % 4)) for i in range(IMAGES)]
 TWO_BUDGETS = (ResolutionPhase(3, (1024, 4096)),)
 
 
 @pytest.fixture(scope="module")
-def feed(tmp_path_factory) -> ManifestData:
-    folder = tmp_path_factory.mktemp("pictures")
+def dataset(tmp_path_factory) -> ManifestData:
+    folder = tmp_path_factory.mktemp("images")
     return ManifestData(str(manifest(folder, SIZES)), str(folder), pixels=1024, phases=TWO_BUDGETS, flip=True)
 
 
@@ -38,16 +38,16 @@ def samples_at(step: int, total: int = TOTAL) -> range:
     return range(step * total, (step + 1) * total)
 
 
-def seen(feed: ManifestData, start: int, end: int, world: int, accumulation: int, workers: int) -> Iterator[tuple]:
-    """(step, position, picture, its pixels, time, noise) of every sample, in order, from all ranks of a run."""
+def seen(dataset: ManifestData, start: int, end: int, world: int, accumulation: int, workers: int) -> Iterator[tuple]:
+    """(step, position, image, its pixels, time, noise) of every sample, in order, from all ranks of a run."""
     micro = TOTAL // world // accumulation
-    found = []
+    samples = []
     for rank in range(world):
-        part = MicroBatches(feed, 5, samples_at, micro, 2, World(rank, world, torch.device("cpu")), "train")
+        part = MicroBatches(dataset, 5, samples_at, micro, 2, World(rank, world, torch.device("cpu")), "train")
         order = [(step, place) for step in range(start, end) for place in range(accumulation)]
         for (step, _), batch in zip(order, map(raise_if_error, make_loader(part, order, workers)), strict=True):
-            found += of_batch(batch, step)
-    return sorted(found)
+            samples += of_batch(batch, step)
+    return sorted(samples)
 
 
 def of_batch(batch: Batch, step: int) -> Iterator[tuple]:
@@ -63,49 +63,49 @@ def of_batch(batch: Batch, step: int) -> Iterator[tuple]:
 
 
 @pytest.fixture(scope="module")
-def reference(feed) -> list[tuple]:
-    return seen(feed, 0, STEPS, 1, 1, 0)
+def reference(dataset) -> list[tuple]:
+    return seen(dataset, 0, STEPS, 1, 1, 0)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_samples_times_noise_and_shapes_do_not_depend_on_the_machine(feed, reference, world, accumulation, workers):
-    assert seen(feed, 0, STEPS, world, accumulation, workers) == reference
+def test_samples_times_noise_and_shapes_do_not_depend_on_the_machine(dataset, reference, world, accumulation, workers):
+    assert seen(dataset, 0, STEPS, world, accumulation, workers) == reference
 
 
 @settings(max_examples=6, deadline=None)
 @given(st.integers(0, STEPS - 1), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]))
-def test_stopped_anywhere_and_resumed_on_another_world(feed, reference, stop, world, accumulation):
+def test_stopped_anywhere_and_resumed_on_another_world(dataset, reference, stop, world, accumulation):
     before = [sample for sample in reference if sample[0] < stop]
-    assert before + seen(feed, stop, STEPS, world, accumulation, 0) == reference
+    assert before + seen(dataset, stop, STEPS, world, accumulation, 0) == reference
 
 
-def test_every_picture_once_per_epoch_and_each_epoch_in_a_new_order(reference):
+def test_every_image_once_per_epoch_and_each_epoch_in_a_new_order(reference):
     by_step = Counter(sample[2] for sample in reference)
-    assert len(by_step) == PICTURES
-    assert sorted(by_step.values()) == [3] * (PICTURES - 8) + [4] * 8
+    assert len(by_step) == IMAGES
+    assert sorted(by_step.values()) == [3] * (IMAGES - 8) + [4] * 8
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_no_sample_is_repeated_or_left_out_where_the_batch_size_changes(feed, world):
-    """8 samples a step, 16 from step 3 on, 4 from step 7 on: after each step, each picture as often as the others."""
+def test_no_sample_is_repeated_or_left_out_where_the_batch_size_changes(dataset, world):
+    """8 samples a step, 16 from step 3 on, 4 from step 7 on: after each step, each image as often as the others."""
     phases = (train.BatchPhase(3, total_batch_size=16), train.BatchPhase(7, total_batch_size=4))
     trainer = train.TrainerConfig("x", max_steps=15, total_batch_size=8, micro_batch_size=2, phases=phases)
     machine = [World(rank, world, torch.device("cpu")) for rank in range(world)]
-    parts = [MicroBatches(feed, 5, trainer.samples_at, 2, 2, rank, "train") for rank in machine]
-    times = Counter({feed.sources["train"][0].name(i): 0 for i in range(PICTURES)})
+    parts = [MicroBatches(dataset, 5, trainer.samples_at, 2, 2, rank, "train") for rank in machine]
+    times = Counter({dataset.sources["train"][0].name(i): 0 for i in range(IMAGES)})
     for step in range(15):
         for part, place in product(parts, range(trainer.micro_batches(world, 2, step))):
             times.update(raise_if_error(part[step, place]).names)
         done = trainer.samples_at(step).stop
         assert times.total() == done
-        assert set(times.values()) <= {done // PICTURES, -(-done // PICTURES)}
+        assert set(times.values()) <= {done // IMAGES, -(-done // IMAGES)}
     assert set(times.values()) == {3}
 
 
-def test_a_feed_opens_its_files_anew_in_a_copy(feed, reference):
-    twin = copy.deepcopy(feed)
+def test_a_feed_opens_its_files_anew_in_a_copy(dataset, reference):
+    twin = copy.deepcopy(dataset)
     assert seen(twin, 0, 1, 1, 1, 0) == [sample for sample in reference if sample[0] == 0]
 
 
@@ -134,9 +134,9 @@ def test_several_manifests_come_as_their_weights_say_and_each_has_its_epochs(tmp
     sizes = np.full((30, 2), 64)
     paths = [lines_only(tmp_path / name, sizes[:n]) for name, n in (("a.tsv", 30), ("b.tsv", 8))]
     parts = (WeightedManifest(str(paths[0]), 3), WeightedManifest(str(paths[1]), 1))
-    feed = ManifestData(parts, str(tmp_path), pixels=4096)
+    dataset = ManifestData(parts, str(tmp_path), pixels=4096)
     # 60 of one and 20 of the other
-    rows = [row for step in range(10) for row in plan(feed, 0, step, samples_at(step, 8), "train")]
+    rows = [row for step in range(10) for row in plan(dataset, 0, step, samples_at(step, 8), "train")]
     assert Counter(row.source for row in rows) == {0: 60, 1: 20}
     assert set(Counter(row.index for row in rows if row.source == 0).values()) == {2}
     assert set(Counter(row.index for row in rows if row.source == 1 and row.place < 16).values()) == {2}
@@ -145,15 +145,15 @@ def test_several_manifests_come_as_their_weights_say_and_each_has_its_epochs(tmp
     assert place.tolist() == [0, 1, 2, 0, 3, 4, 5, 1]
 
 
-def test_budgets_share_each_batch_and_small_pictures_are_not_enlarged(tmp_path):
+def test_budgets_share_each_batch_and_small_images_are_not_enlarged(tmp_path):
     sizes = np.array([(300, 200), (600, 800), (512, 512), (1200, 700)] * 100)
-    feed = ManifestData(
+    dataset = ManifestData(
         str(lines_only(tmp_path / "a.tsv", sizes)),
         str(tmp_path),
         phases=(ResolutionPhase(10, (65536, 262144), (1, 3)),),
     )
     for step in (9, 10, 11):
-        rows = plan(feed, 0, step, samples_at(step, 30), "train")
+        rows = plan(dataset, 0, step, samples_at(step, 30), "train")
         large = [row for row in rows if row.shape[0] * row.shape[1] > 65536]
         assert len(large) in ((0,) if step < 10 else (22, 23))
         num_small = sum(tuple(sizes[row.index]) == (300, 200) for row in rows)
@@ -161,8 +161,8 @@ def test_budgets_share_each_batch_and_small_pictures_are_not_enlarged(tmp_path):
         assert enlarged == max(0, num_small - (30 - len(large)))
         areas = [row.shape[0] * row.shape[1] for row in rows]
         assert areas == sorted(areas, reverse=True)
-        line = len(b"0000000.jpg\tpicture 0\t300\t300\n")
-        for cost, area in zip(feed.costs(0, step, samples_at(step, 30), "train"), areas, strict=True):
+        line = len(b"0000000.jpg\tdrawing 0\t300\t300\n")
+        for cost, area in zip(dataset.costs(0, step, samples_at(step, 30), "train"), areas, strict=True):
             assert 0 <= cost - area // 256 - line // 4 <= 1
 
 
@@ -174,8 +174,8 @@ def test_buckets_keep_the_budget_the_multiple_and_nearly_the_aspect():
         assert (buckets.shapes.prod(axis=1) > 0.85 * pixels).all()
         assert {tuple(shape[::-1]) for shape in buckets.shapes.tolist()} == {tuple(s) for s in buckets.shapes.tolist()}
         sizes = np.random.default_rng(0).integers(100, 200, (500, 2))
-        found = buckets.nearest(sizes)
-        lost = np.abs(np.log(found[:, 0] / found[:, 1] * sizes[:, 1] / sizes[:, 0]))
+        nearest = buckets.nearest(sizes)
+        lost = np.abs(np.log(nearest[:, 0] / nearest[:, 1] * sizes[:, 1] / sizes[:, 0]))
         every = np.abs(np.log(buckets.shapes[:, 0] / buckets.shapes[:, 1]) - np.log(sizes[:, :1] / sizes[:, 1:]))
         np.testing.assert_allclose(lost, every.min(axis=1))
 
@@ -191,7 +191,7 @@ def test_dealing_hands_out_every_position_once(ranks, num_micro, room, multiple,
 
 @pytest.mark.parametrize(("ranks", "micro", "waiting"), [(8, 32, 1.001), (64, 16, 1.01), (64, 4, 1.07)])
 def test_the_busiest_rank_has_little_more_work_than_the_mean(tmp_path, ranks, micro, waiting):
-    """An epoch of pictures as the web has them, half at 256^2 and half at 512^2 pixels, with captions of 5 to 512
+    """An epoch of images as the web has them, half at 256^2 and half at 512^2 pixels, with captions of 5 to 512
     tokens. Planned, not run. `waiting`: as ranks wait for each other in every micro-batch, the sum of their maxima; in
     micro-batches of two pairs, the longest captions have nobody to even them out.
     """
@@ -203,10 +203,10 @@ def test_the_busiest_rank_has_little_more_work_than_the_mean(tmp_path, ranks, mi
     (tmp_path / "a.tsv").write_text(
         "".join(f"a.jpg\t{'word' * n}\t{w}\t{h}\n" for n, (h, w) in zip(tokens.tolist(), sizes.tolist(), strict=True))
     )
-    feed = ManifestData(str(tmp_path / "a.tsv"), str(tmp_path), phases=(ResolutionPhase(0, (65536, 262144)),))
+    dataset = ManifestData(str(tmp_path / "a.tsv"), str(tmp_path), phases=(ResolutionPhase(0, (65536, 262144)),))
     ratios = []
     for step in range(50_000 // 1024):
-        costs = feed.costs(0, step, samples_at(step, 1024), "train")
+        costs = dataset.costs(0, step, samples_at(step, 1024), "train")
         work = np.array(costs)[np.array(balance(costs, ranks, micro, 2))].sum(axis=2)  # (ranks, micro-batches)
         ratios.append((work.sum(axis=1).max(), work.max(axis=0).sum()) / work.sum(axis=1).mean())
     busiest, waited = np.max(ratios, axis=0)

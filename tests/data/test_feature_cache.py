@@ -1,4 +1,4 @@
-"""Training from a cache of latents and captions equals training from pictures, and a stale cache is refused."""
+"""Training from a cache of latents and captions equals training from images, and a stale cache is refused."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ from selfe.io import feature_cache
 from selfe.rng import SampleRNG
 from selfe.tools import precompute
 from selfe.types import BadSample, UserError
-from tests.helpers.images import manifest, picture
+from tests.helpers.images import make_image, manifest
 from tests.helpers.ranks import on_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -28,8 +28,8 @@ OPTIONS = argparse.Namespace(workers=0, batch_size=4, one_sample=False)
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory) -> dict:
-    """The smoke system on 12 small pictures of several shapes, at two budgets, mirrored, with validation."""
-    folder = tmp_path_factory.mktemp("pictures")
+    """The smoke system on 12 small images of several shapes, at two budgets, mirrored, with validation."""
+    folder = tmp_path_factory.mktemp("images")
     path = manifest(folder, [(32, 32), (24, 48), (64, 40), (80, 80)] * 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SELFE_SKIP_PRETRAINED", "1")
@@ -77,21 +77,21 @@ def losses(settings: dict) -> list[torch.Tensor]:
         p.copy_(system.backbone.initial(name, p.shape, 0))
         p.add_(torch.linspace(-0.05, 0.05, p.numel()).view_as(p))  # away from the zeros of the start
     system.load_encoders(CPU)
-    found = []
+    values = []
     for step, split in [*((step, "train") for step in range(12)), (0, "val")]:
         positions = balance(data.costs(0, step, range(step * 8, (step + 1) * 8), split), 1, 8, 2)[0][0]
         batch = data.batch(0, step, range(step * 8, (step + 1) * 8), positions, split).to(CPU)
         rng = SampleRNG.of_step(0, step, batch.positions)
-        found.append(system.loss(system.backbone, system.backbone, batch, rng, step).per_sample)
-    return found
+        values.append(system.loss(system.backbone, system.backbone, batch, rng, step).per_sample)
+    return values
 
 
-def test_losses_from_the_cache_are_those_from_pictures_step_by_step(settings, cached):
-    expected, found = losses(settings), losses(cached)
-    assert len(found) == 13
-    for step, (a, b) in enumerate(zip(expected, found, strict=True)):
+def test_losses_from_the_cache_are_those_from_images_step_by_step(settings, cached):
+    expected, actual = losses(settings), losses(cached)
+    assert len(actual) == 13
+    for step, (a, b) in enumerate(zip(expected, actual, strict=True)):
         torch.testing.assert_close(b, a, rtol=2**-7, atol=0, msg=lambda text, step=step: f"step {step}: {text}")
-    assert max((a - b).abs().max() for a, b in zip(expected, found, strict=True)) > 0  # they are rounded
+    assert max((a - b).abs().max() for a, b in zip(expected, actual, strict=True)) > 0  # they are rounded
 
 
 def test_training_from_the_cache_loads_no_encoder(cached):
@@ -108,15 +108,15 @@ def test_training_from_the_cache_loads_no_encoder(cached):
 def test_the_cache_holds_each_caption_once_and_null_and_fake_prompts(cached):
     folder = Path(cached["data"]["params"]["cache_dir"])
     text = feature_cache.Store(folder / "text")
-    for caption in ("", "fake image ", "picture 3", "fake image picture 3", "an astronaut"):
+    for caption in ("", "fake image ", "drawing 3", "fake image drawing 3", "an astronaut"):
         assert text.read(feature_cache.digest(caption), caption).shape == (1, len(caption.encode()) + 1, 64)
-    assert len(text.records) == 2 * (12 + 1 + 2)  # pictures, null, samples; each with its fake twin
+    assert len(text.records) == 2 * (12 + 1 + 2)  # images, null, samples; each also with the prefix of a fake image
     latents = feature_cache.Store(folder / "latents")
     assert len(latents.records) == 12 * (2 * 2 + 1)  # two budgets, mirrored or not; validation at one
     system, _, _ = build(cached)
     system.load_encoders(CPU)
     with pytest.raises(BadSample, match=r"does not contain the caption 'never seen'; run selfe precompute"):
-        system.text_encoder(["picture 3", "never seen"])
+        system.text_encoder(["drawing 3", "never seen"])
 
 
 def test_captions_read_in_the_workers_are_those_of_the_step(cached, monkeypatch):
@@ -135,7 +135,7 @@ def test_captions_read_in_the_workers_are_those_of_the_step(cached, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("key", "value", "message"),
     [
         (
             "system.text_encoder.params.encoder.params.max_tokens",
@@ -151,28 +151,28 @@ def test_captions_read_in_the_workers_are_those_of_the_step(cached, monkeypatch)
         ("data.params.source.params.pixels", "2048", r"data.pixels was \[1024, 4096\], is now \[1024, 2048, 4096\]"),
     ],
 )
-def test_a_stale_cache_says_what_changed(cached, key, value, said):
+def test_a_stale_cache_says_what_changed(cached, key, value, message):
     folder = Path(cached["data"]["params"]["cache_dir"])
     settings = config.load(folder / "config.yaml", [f"{key}={value}"])
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         build(settings)
 
 
 def test_a_changed_manifest_makes_the_cache_stale(cached, tmp_path):
     path = Path(cached["data"]["params"]["source"]["params"]["train_manifest"])
     other = tmp_path / "other.tsv"
-    other.write_text(path.read_text().replace("picture 3\n", "picture three\n"))
+    other.write_text(path.read_text().replace("drawing 3\n", "drawing three\n"))
     key = "data.params.source.params.train_manifest"
     with pytest.raises(UserError, match=r"data.train_manifest\[0\] was"):
         build(config.load(Path(cached["data"]["params"]["cache_dir"]) / "config.yaml", [f"{key}={other}"]))
 
 
 def test_interrupted_and_continued_by_two_processes_is_the_same_cache(settings, cached, tmp_path):
-    whole = Path(cached["data"]["params"]["cache_dir"])
+    complete = Path(cached["data"]["params"]["cache_dir"])
     out = tmp_path / "cache"
     (out / "latents").mkdir(parents=True)
-    (out / "fingerprint.json").write_text((whole / "fingerprint.json").read_text())
-    first = feature_cache.shard_path(whole / "latents", 0)
+    (out / "fingerprint.json").write_text((complete / "fingerprint.json").read_text())
+    first = feature_cache.shard_path(complete / "latents", 0)
     (out / "latents" / first.name).write_bytes(first.read_bytes())
     stamp = (out / "latents" / first.name).stat().st_mtime_ns
     with pytest.raises(UserError, match="no complete cache"):
@@ -180,7 +180,7 @@ def test_interrupted_and_continued_by_two_processes_is_the_same_cache(settings, 
     on_ranks(2, encode_on, settings, str(out))
     assert (out / "latents" / first.name).stat().st_mtime_ns == stamp
     for name in ("latents", "text", "pooled"):
-        stores = feature_cache.Store(whole / name), feature_cache.Store(out / name)
+        stores = feature_cache.Store(complete / name), feature_cache.Store(out / name)
         keys, others = (store.records[["high", "low"]].tolist() for store in stores)
         assert keys == others
         for high, low in keys:
@@ -221,7 +221,7 @@ def test_images_that_were_replaced_are_encoded_again_and_training_warns(tmp_path
     assert "have changed" not in printed
 
     # new content under an old name, the same content with another time, and a file that is damaged
-    picture(100, (32, 32)).save(files[3])
+    make_image(100, (32, 32)).save(files[3])
     os.utime(files[5], ns=(1, 1))
     content = files[9].read_bytes()
     files[9].write_bytes(content[:300])
@@ -252,11 +252,11 @@ def test_one_sample_is_half_the_size(settings, tmp_path, capfd, monkeypatch):
     encode(settings, tmp_path / "cache", World(0, 1, CPU), options)
     store = feature_cache.Store(tmp_path / "cache" / "latents")
     assert set(store.records["width"].tolist()) == {64}
-    said = capfd.readouterr().out
-    assert "60 images" in said
+    printed = capfd.readouterr().out
+    assert "60 images" in printed
     size = sum(path.stat().st_size for path in (tmp_path / "cache" / "latents").glob("*.safetensors"))
     tokens = int((store.records["rows"].astype(int) * store.records["columns"]).sum())
-    assert f"60 images take {tokens * 64 * 2 / 1e6:.2f} MB" in said
+    assert f"60 images take {tokens * 64 * 2 / 1e6:.2f} MB" in printed
     assert size - 60 * 200 < tokens * 64 * 2 < size
     assert json.loads((tmp_path / "cache" / "fingerprint.json").read_text())["precompute.one_sample"] == "True"
 

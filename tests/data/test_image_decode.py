@@ -1,4 +1,4 @@
-"""Ordinary image files, and more than 300 damaged or unusual ones that checker and training must judge alike."""
+"""Ordinary image files, and more than 300 damaged or unusual ones, treated alike by check-data and training."""
 
 import warnings
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from selfe.tools import check_data
 from selfe.types import BadSample, signed
 from tests.helpers import image_files
 from tests.helpers.image_files import saved
-from tests.helpers.images import picture
+from tests.helpers.images import make_image
 
 SIZE = (48, 64)
 
@@ -25,13 +25,13 @@ def read(content: bytes, **options: object) -> np.ndarray:
     return np.asarray(image_decode.read(BytesIO(content), "it", **options)).astype(int)
 
 
-RGB = np.asarray(picture(0, SIZE)).astype(int)
-GREY = np.asarray(picture(0, SIZE, "L")).astype(int)[..., None].repeat(3, axis=2)
+RGB = np.asarray(make_image(0, SIZE)).astype(int)
+GREY = np.asarray(make_image(0, SIZE, "L")).astype(int)[..., None].repeat(3, axis=2)
 ALPHA = Image.fromarray(np.linspace(0, 255, 64, dtype=np.uint8)[None].repeat(48, axis=0))
 
 
 def transparent(mode: str) -> Image.Image:
-    image = picture(0, SIZE, mode)
+    image = make_image(0, SIZE, mode)
     image.putalpha(ALPHA)
     return image
 
@@ -39,18 +39,18 @@ def transparent(mode: str) -> Image.Image:
 @pytest.mark.parametrize(
     ("content", "expected", "tolerance"),
     [
-        (saved(picture(0, SIZE), "PNG"), RGB, 0),
-        (saved(picture(0, SIZE), "JPEG", quality=95), RGB, 16),
-        (saved(picture(0, SIZE), "WEBP", lossless=True), RGB, 0),
-        (saved(picture(0, SIZE), "TIFF"), RGB, 0),
-        (saved(picture(0, SIZE, "L"), "JPEG", quality=95), GREY, 8),
-        (saved(picture(0, SIZE).quantize(256), "PNG"), RGB, 40),
-        (saved(picture(0, SIZE).quantize(256), "GIF"), RGB, 40),
-        (saved(picture(0, SIZE, "CMYK"), "TIFF"), RGB, 4),
-        (saved(picture(0, SIZE, "CMYK"), "JPEG", quality=95), RGB, 20),
+        (saved(make_image(0, SIZE), "PNG"), RGB, 0),
+        (saved(make_image(0, SIZE), "JPEG", quality=95), RGB, 16),
+        (saved(make_image(0, SIZE), "WEBP", lossless=True), RGB, 0),
+        (saved(make_image(0, SIZE), "TIFF"), RGB, 0),
+        (saved(make_image(0, SIZE, "L"), "JPEG", quality=95), GREY, 8),
+        (saved(make_image(0, SIZE).quantize(256), "PNG"), RGB, 40),
+        (saved(make_image(0, SIZE).quantize(256), "GIF"), RGB, 40),
+        (saved(make_image(0, SIZE, "CMYK"), "TIFF"), RGB, 4),
+        (saved(make_image(0, SIZE, "CMYK"), "JPEG", quality=95), RGB, 20),
         (saved(Image.fromarray((GREY[..., 0] * 257).astype(np.uint16)), "PNG"), GREY, 0),
-        (saved(picture(0, SIZE, "1"), "PNG"), np.asarray(picture(0, SIZE, "1").convert("RGB")), 0),
-        (saved(picture(0, SIZE), "GIF", save_all=True, append_images=[picture(1, SIZE)]), RGB, 40),
+        (saved(make_image(0, SIZE, "1"), "PNG"), np.asarray(make_image(0, SIZE, "1").convert("RGB")), 0),
+        (saved(make_image(0, SIZE), "GIF", save_all=True, append_images=[make_image(1, SIZE)]), RGB, 40),
     ],
 )
 def test_modes_become_rgb(content, expected, tolerance):
@@ -68,7 +68,7 @@ def test_transparency_is_put_on_white(mode):
 def test_images_are_put_upright(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    turned = read(content := saved(picture(0, SIZE), "PNG", exif=exif))
+    turned = read(content := saved(make_image(0, SIZE), "PNG", exif=exif))
     turns = {1: 0, 2: 0, 3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}[orientation]  # by 90 degrees, to the left
     expected = np.rot90(RGB[:, ::-1] if orientation in (2, 4, 5, 7) else RGB, turns)
     assert (turned == expected).all()
@@ -76,14 +76,14 @@ def test_images_are_put_upright(orientation):
 
 
 def test_large_jpegs_are_decoded_smaller_and_look_the_same():
-    content = saved(picture(0, (1200, 1600)), "JPEG", quality=95)
+    content = saved(make_image(0, (1200, 1600)), "JPEG", quality=95)
     small = image_decode.read(BytesIO(content), "it", enough=256)
     assert min(small.size) >= 256
     assert small.width < 1600
-    whole, quick = (
+    complete, quick = (
         image_decode.fit(image, (96, 128)).int() for image in (image_decode.read(BytesIO(content), "it"), small)
     )
-    assert (whole - quick).abs().max() <= 3
+    assert (complete - quick).abs().max() <= 3
 
 
 def test_fit_cuts_no_more_than_it_must():
@@ -119,13 +119,13 @@ NOT_IMAGES = {
 
 
 def good_files() -> dict[str, bytes]:
-    image = picture(0, SIZE)
+    image = make_image(0, SIZE)
     exif = Image.Exif()
     exif[0x0112] = 6
     return {
         "jpg": saved(image, "JPEG", exif=exif),
         "png": saved(transparent("RGB"), "PNG"),
-        "gif": saved(image, "GIF", save_all=True, append_images=[picture(1, SIZE)]),
+        "gif": saved(image, "GIF", save_all=True, append_images=[make_image(1, SIZE)]),
         "webp": saved(image, "WEBP"),
         "tiff": saved(image, "TIFF", compression="tiff_lzw"),
         "bmp": saved(image, "BMP"),
@@ -168,9 +168,9 @@ def odd_inputs(seed: int) -> Iterator[tuple[str, bytes | None]]:
         rows = np.zeros((1, 5, 3), np.uint8)
         yield f"claims_{width}x{height}.png", image_files.png(rows, 8, 2, size=(width, height))
     for mode in ("F", "I", "YCbCr", "CMYK"):
-        yield f"mode_{mode}.tiff", saved(picture(0, SIZE, mode), "TIFF")
+        yield f"mode_{mode}.tiff", saved(make_image(0, SIZE, mode), "TIFF")
     for mode in ("RGBA", "1", "P"):
-        yield f"mode_{mode}.png", saved(picture(0, SIZE, mode), "PNG")
+        yield f"mode_{mode}.png", saved(make_image(0, SIZE, mode), "PNG")
     yield "mode_LA.png", saved(transparent("L"), "PNG")
 
     # names, missing files, other files
@@ -245,7 +245,7 @@ def problems_of_training(data: ManifestData) -> dict[int, str]:
 def test_checker_and_training_refuse_the_same_lines(tmp_path):
     """Lines of a manifest with flipped bits: whatever the checker names, opening or reading the manifest names too."""
     random = np.random.default_rng(1)
-    picture(0, SIZE).save(tmp_path / "a.jpg")
+    make_image(0, SIZE).save(tmp_path / "a.jpg")
     good, path = "a.jpg\tan été, 紅い\t64\t48".encode(), tmp_path / "odd.tsv"
 
     for _ in range(100):

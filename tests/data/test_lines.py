@@ -1,4 +1,4 @@
-"""Manifests in every form, the pictures they name, and what happens when one is bad."""
+"""Manifests in every form, the images they name, and what happens when one is bad."""
 
 import gzip
 import json
@@ -15,7 +15,7 @@ from selfe.data.dataset import plan
 from selfe.data.manifest import RECORD, Manifest, ManifestData
 from selfe.io import image_decode
 from selfe.types import BadSample, UserError
-from tests.helpers.images import manifest, picture
+from tests.helpers.images import make_image, manifest
 
 SMOKE = Path(__file__).parents[2] / "configs/debug/selfe_smoke.yaml"
 
@@ -28,7 +28,7 @@ def opened(path: Path, text: bytes, strict: bool = True) -> Manifest:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     for number, size in enumerate([(40, 60), (50, 50), (64, 32)]):
-        picture(number, size).save(tmp_path / f"{number}.png")
+        make_image(number, size).save(tmp_path / f"{number}.png")
     return tmp_path
 
 
@@ -38,14 +38,14 @@ def folder(tmp_path) -> Path:
 def test_every_form_of_text_reads_alike(folder, bom, end, last):
     lines = ["0.png\tein Vogel, 紅い鳥", "", "1.png\ta  bird ", "  ", "2.png\ta line with size\t32\t64", ""]
     text = bom + end.join(line.encode() for line in lines) + (end if last else b"")
-    found = opened(folder / "a.tsv", text)
-    assert [found.prompt(i) for i in range(len(found))] == ["ein Vogel, 紅い鳥", "a  bird", "a line with size"]
-    assert [Path(found.name(i)).name for i in range(3)] == ["0.png", "1.png", "2.png"]
-    assert found.sizes(np.arange(3)).tolist() == [[40, 60], [50, 50], [64, 32]]
+    parsed = opened(folder / "a.tsv", text)
+    assert [parsed.prompt(i) for i in range(len(parsed))] == ["ein Vogel, 紅い鳥", "a  bird", "a line with size"]
+    assert [Path(parsed.name(i)).name for i in range(3)] == ["0.png", "1.png", "2.png"]
+    assert parsed.sizes(np.arange(3)).tolist() == [[40, 60], [50, 50], [64, 32]]
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (b"\r\n\r\n", "empty"),
         (b"0.png\tx\n1.png\t\r\n", "line 2: path or prompt is empty"),
@@ -54,12 +54,12 @@ def test_every_form_of_text_reads_alike(folder, bom, end, last):
         (b"\n0.png\tx\nnone.png\ty\n", "line 3: .*none.png: no such image"),
     ],
 )
-def test_mistakes_are_one_line(folder, text, said):
+def test_mistakes_are_one_line(folder, text, message):
     def read() -> list[str]:
-        found = opened(folder / "a.tsv", text)
-        return [found.prompt(i) for i in range(len(found))]
+        parsed = opened(folder / "a.tsv", text)
+        return [parsed.prompt(i) for i in range(len(parsed))]
 
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         read()
     assert "\n" not in str(error.value)
     assert not [path for path in folder.iterdir() if path.suffix in (".lock", ".partial")]
@@ -103,7 +103,7 @@ def test_only_a_line_feed_ends_a_line_and_quotes_may_be_part_of_a_caption(folder
     assert capsys.readouterr().out == ""  # once, when it is indexed
 
 
-def test_several_bad_pictures_are_counted(folder):
+def test_several_bad_images_are_counted(folder):
     with pytest.raises(BadSample, match=r"line 1: .*a.png.*\(2 more; selfe check-data"):
         opened(folder / "a.tsv", b"a.png\tx\nb.png\tx\nc.png\tx\n")
 
@@ -114,7 +114,7 @@ def test_index_is_small_kept_and_made_again_when_the_file_changes(folder):
     assert kept.stat().st_size == 2 * RECORD.itemsize
     assert RECORD.itemsize <= 16
     assert len(first.records.map) == kept.stat().st_size
-    (folder / "0.png").unlink()  # with an index nobody looks at pictures
+    (folder / "0.png").unlink()  # with an index nobody looks at images
     assert len(Manifest(folder / "a.tsv", folder, image_decode.MAX_PIXELS)) == 2
     assert [path.name for path in folder.glob("*.index")] == [kept.name]
     again = opened(folder / "a.tsv", b"2.png\tz\n1.png\ty\n2.png\tx\n")
@@ -123,13 +123,13 @@ def test_index_is_small_kept_and_made_again_when_the_file_changes(folder):
 
 
 def test_a_long_file_is_indexed_block_by_block(tmp_path, monkeypatch):
-    lines = [f"{'d' * (i % 50)}/{i}.png\tpicture {i}\t{i + 1}\t{2 * i + 1}" for i in range(3000)]
+    lines = [f"{'d' * (i % 50)}/{i}.png\tdrawing {i}\t{i + 1}\t{2 * i + 1}" for i in range(3000)]
     monkeypatch.setattr("selfe.data.manifest.CHUNK", 1000)
-    found = opened(tmp_path / "a.tsv", "\n".join(lines).encode())
-    assert len(found) == 3000
-    assert found.sizes(np.arange(3000)).tolist() == [[2 * i + 1, i + 1] for i in range(3000)]
-    assert [found.prompt(i) for i in range(3000)] == [f"picture {i}" for i in range(3000)]
-    assert found.where(int(found.records[2999]["offset"])).endswith("line 3000")
+    parsed = opened(tmp_path / "a.tsv", "\n".join(lines).encode())
+    assert len(parsed) == 3000
+    assert parsed.sizes(np.arange(3000)).tolist() == [[2 * i + 1, i + 1] for i in range(3000)]
+    assert [parsed.prompt(i) for i in range(3000)] == [f"drawing {i}" for i in range(3000)]
+    assert parsed.where(int(parsed.records[2999]["offset"])).endswith("line 3000")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -168,14 +168,14 @@ def test_an_interrupted_look_at_sizes_goes_on(folder, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         opened(folder / "a.tsv", text)
     os_facts = (folder / "a.tsv").stat()
-    found = Manifest(folder / "a.tsv", folder, image_decode.MAX_PIXELS)
+    parsed = Manifest(folder / "a.tsv", folder, image_decode.MAX_PIXELS)
     assert (folder / "a.tsv").stat().st_mtime_ns == os_facts.st_mtime_ns
-    assert found.sizes(np.arange(3)).tolist() == [[40, 60], [50, 50], [64, 32]]
+    assert parsed.sizes(np.arange(3)).tolist() == [[40, 60], [50, 50], [64, 32]]
     assert looked.count("0.png") == 1
 
 
 def damaged(tmp_path: Path, **options: object) -> tuple[ManifestData, Path]:
-    """Twelve pictures in two buckets, of which number 3 is cut short and number 8 is missing."""
+    """Twelve images in two buckets, of which number 3 is cut short and number 8 is missing."""
     path = manifest(tmp_path, [(32, 32), (24, 48)] * 6, columns=True)
     broken = tmp_path / "train_0003.jpg"
     broken.write_bytes(broken.read_bytes()[:-400])
@@ -183,27 +183,27 @@ def damaged(tmp_path: Path, **options: object) -> tuple[ManifestData, Path]:
     return ManifestData(str(path), str(tmp_path), pixels=1024, **options), path
 
 
-def test_a_bad_picture_stops_training_by_default(tmp_path):
-    feed, path = damaged(tmp_path)
+def test_a_bad_image_stops_training_by_default(tmp_path):
+    dataset, path = damaged(tmp_path)
     with pytest.raises(BadSample, match=rf"{path}, line (4|9): .*train_000(3|8).jpg"):
-        feed.batch(0, 0, range(12), range(12), "train")
+        dataset.batch(0, 0, range(12), range(12), "train")
 
 
-def test_a_bad_picture_is_replaced_by_the_next_of_its_bucket(tmp_path):
-    feed, path = damaged(tmp_path, on_bad_image="replace")
-    rows = plan(feed, 0, 0, range(12), "train")
-    batch = feed.batch(0, 0, range(12), range(12), "train")
-    places = {row.place: row for row in (*rows, *plan(feed, 0, 1, range(12, 24), "train"))}
+def test_a_bad_image_is_replaced_by_the_next_of_its_bucket(tmp_path):
+    dataset, path = damaged(tmp_path, on_bad_image="replace")
+    rows = plan(dataset, 0, 0, range(12), "train")
+    batch = dataset.batch(0, 0, range(12), range(12), "train")
+    places = {row.place: row for row in (*rows, *plan(dataset, 0, 1, range(12, 24), "train"))}
     for position, row in enumerate(rows):
         expected = row.index
         if expected in (3, 8):
             after = (places[place] for place in range(row.place + 1, 24))
             expected = next(r.index for r in after if r.shape == row.shape and r.index not in (3, 8))
         assert batch.names[position].endswith(f"train_{expected:04d}.jpg")
-        assert batch.prompts[position] == f"picture {expected}"
+        assert batch.prompts[position] == f"drawing {expected}"
         assert batch.images[position].shape[1:] == row.shape
     assert {f"{path}, line 4", f"{path}, line 9"} == {problem.partition(": ")[0] for problem in batch.replaced}
-    halves = [feed.batch(0, 0, range(12), positions, "train") for positions in (range(6), range(6, 12))]
+    halves = [dataset.batch(0, 0, range(12), positions, "train") for positions in (range(6), range(6, 12))]
     assert halves[0].names + halves[1].names == batch.names
 
 
@@ -215,29 +215,29 @@ def test_replacements_are_counted_and_listed(tmp_path, monkeypatch):
     train.main([str(SMOKE), f"data.params={data}", *(f"trainer.{override}" for override in overrides)])
     (line,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     listed = (tmp_path / "run" / "quarantine.txt").read_text().splitlines()
-    assert line["replaced"] == len(listed) == 2  # an epoch is 12 pictures, of which 2 are bad
+    assert line["replaced"] == len(listed) == 2  # an epoch is 12 images, of which 2 are bad
     assert sorted(problem.partition(": ")[0] for problem in listed) == [f"{path}, line 4", f"{path}, line 9"]
 
 
-def test_a_bucket_without_a_good_picture_is_one_line(tmp_path):
+def test_a_bucket_without_a_good_image_is_one_line(tmp_path):
     path = manifest(tmp_path, [(32, 32)], columns=True)
     (tmp_path / "train_0000.jpg").write_bytes(b"nothing")
-    feed = ManifestData(str(path), str(tmp_path), pixels=1024, on_bad_image="replace")
+    dataset = ManifestData(str(path), str(tmp_path), pixels=1024, on_bad_image="replace")
     with pytest.raises(UserError, match="no readable image of shape"):
-        feed.batch(0, 0, range(1), [0], "train")
+        dataset.batch(0, 0, range(1), [0], "train")
 
 
 def test_flips_are_a_coin_per_sample_and_not_for_validation(tmp_path):
     path = str(manifest(tmp_path, [(32, 32)] * 8))
     plain = ManifestData(path, str(tmp_path), pixels=1024, val_manifest=path)
     flipping = ManifestData(path, str(tmp_path), pixels=1024, val_manifest=path, flip=True)
-    a, b = (feed.batch(0, 0, range(8), range(8), "train").images for feed in (plain, flipping))
+    a, b = (dataset.batch(0, 0, range(8), range(8), "train").images for dataset in (plain, flipping))
     flipped = [not torch.equal(x, y) for x, y in zip(a, b, strict=True)]
     assert 0 < sum(flipped) < 8
     assert all(torch.equal(x.flip(-1) if flip else x, y) for x, y, flip in zip(a, b, flipped, strict=True))
-    a, b = (feed.batch(0, 0, range(8), range(8), "val") for feed in (plain, flipping))
+    a, b = (dataset.batch(0, 0, range(8), range(8), "val") for dataset in (plain, flipping))
     assert all(torch.equal(x, y) for x, y in zip(a.images, b.images, strict=True))
-    assert list(a.prompts) == [f"picture {i}" for i in range(8)]
+    assert list(a.prompts) == [f"drawing {i}" for i in range(8)]
 
 
 def test_lists_and_phases_come_from_yaml(tmp_path):
@@ -256,19 +256,19 @@ def test_lists_and_phases_come_from_yaml(tmp_path):
     path.write_text(text)
     settings = config.load(path)
     config.save(settings, path)
-    feed = config.build(config.load(path), "data")
-    assert feed.weights == (2, 1)
-    assert [phase.step for phase in feed.phases] == [0, 5]
+    dataset = config.build(config.load(path), "data")
+    assert dataset.weights == (2, 1)
+    assert [phase.step for phase in dataset.phases] == [0, 5]
     assert json.dumps(config.plain(config.load(path))) == json.dumps(config.plain(settings))
     path.write_text(text.replace("weight", "wait"))
     with pytest.raises(UserError, match=r"train_manifest\[0\].wait: unknown key; .*weight"):
         config.load(path)
 
 
-def test_sizes_are_those_of_the_upright_picture(tmp_path):
+def test_sizes_are_those_of_the_upright_image(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
-    picture(0, (30, 60)).save(tmp_path / "0.jpg", exif=exif)
-    found = opened(tmp_path / "a.tsv", b"0.jpg\tx\n")
-    assert found.sizes(np.array([0])).tolist() == [[60, 30]]
-    assert found.image(0, None).size == (30, 60)
+    make_image(0, (30, 60)).save(tmp_path / "0.jpg", exif=exif)
+    parsed = opened(tmp_path / "a.tsv", b"0.jpg\tx\n")
+    assert parsed.sizes(np.array([0])).tolist() == [[60, 30]]
+    assert parsed.image(0, None).size == (30, 60)

@@ -1,4 +1,4 @@
-"""Manifests and pictures: the order is a function of (seed, step), and every mistake is a line that says where."""
+"""Manifests and images: the order is a function of (seed, step), and every mistake is a line that says where."""
 
 import math
 from pathlib import Path
@@ -25,13 +25,13 @@ def paths(data: ManifestData) -> list[Path]:
     return [Path(source.name(i)) for i in range(len(source))]
 
 
-def picture(path: Path, mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Path:
+def write_image(path: Path, mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Path:
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), np.uint8)).convert(mode).save(path)
     return path
 
 
 def one(folder: Path, path: Path) -> ManifestData:
-    (folder / "one.tsv").write_text(f"{path}\ta picture\n")
+    (folder / "one.tsv").write_text(f"{path}\tan image\n")
     return ManifestData(str(folder / "one.tsv"), pixels=2048)
 
 
@@ -54,7 +54,7 @@ def test_bundled_photographs():
     assert all(file.name.split(".")[0].split("_")[0] in (SMOKE / "LICENSES.md").read_text() for file in files)
 
 
-def test_every_picture_once_an_epoch_in_an_order_of_its_own():
+def test_every_image_once_an_epoch_in_an_order_of_its_own():
     data = smoke()
     count = len(paths(data))
 
@@ -69,15 +69,15 @@ def test_every_picture_once_an_epoch_in_an_order_of_its_own():
 
 def test_a_batch_is_the_same_however_it_is_dealt():
     data = smoke()
-    whole = data.batch(3, 5, range(40, 48), range(8), "train")
+    complete = data.batch(3, 5, range(40, 48), range(8), "train")
     parts = [data.batch(3, 5, range(40, 48), range(i, i + 2), "train") for i in range(0, 8, 2)]
-    assert whole.names == sum((part.names for part in parts), ())
-    assert whole.positions == sum((part.positions for part in parts), ()) == tuple(range(8))
-    for a, b in zip(whole.images, (image for part in parts for image in part.images), strict=True):
+    assert complete.names == sum((part.names for part in parts), ())
+    assert complete.positions == sum((part.positions for part in parts), ()) == tuple(range(8))
+    for a, b in zip(complete.images, (image for part in parts for image in part.images), strict=True):
         assert a.equal(b)
 
 
-def test_shapes_of_a_batch_are_buckets_near_the_pictures():
+def test_shapes_of_a_batch_are_buckets_near_the_images():
     data = smoke()
     shapes = {tuple(shape) for shape in data.buckets[9216].shapes.tolist()}
     for i, image in enumerate(map(signed, data.batch(0, 0, range(8), range(8), "train").images)):
@@ -90,10 +90,10 @@ def test_shapes_of_a_batch_are_buckets_near_the_pictures():
 
 
 def test_buckets_and_the_nearest_of_them():
-    found = Buckets(65536, 16, 2.0)
-    assert [256, 256] in found.shapes.tolist()
-    assert all(h % 16 == w % 16 == 0 and h * w <= 65536 and max(h, w) <= 2 * min(h, w) for h, w in found.shapes)
-    square, tall, wide = found.nearest(np.array([[1000, 1000], [4000, 1000], [1000, 4000]])).tolist()
+    buckets = Buckets(65536, 16, 2.0)
+    assert [256, 256] in buckets.shapes.tolist()
+    assert all(h % 16 == w % 16 == 0 and h * w <= 65536 and max(h, w) <= 2 * min(h, w) for h, w in buckets.shapes)
+    square, tall, wide = buckets.nearest(np.array([[1000, 1000], [4000, 1000], [1000, 4000]])).tolist()
     assert square == [256, 256]
     assert tall == wide[::-1]
     assert tall[0] == 2 * tall[1]
@@ -102,11 +102,11 @@ def test_buckets_and_the_nearest_of_them():
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "LA", "I;16", "YCbCr"])
 def test_modes(tmp_path, mode):
     suffix = {"CMYK": "tiff", "YCbCr": "jpg"}.get(mode, "png")
-    path = tmp_path / f"picture.{suffix}"
+    path = tmp_path / f"image.{suffix}"
     if mode == "I;16":
         Image.fromarray(np.full((30, 40), 40000, np.uint16)).save(path)
     else:
-        picture(path, mode)
+        write_image(path, mode)
     (image,) = one(tmp_path, path).batch(0, 0, range(1), range(1), "train").images
     assert image.shape[0] == 3
     if mode == "I;16":
@@ -146,7 +146,7 @@ def test_manifests_that_are_none(tmp_path, content, message):
 
 
 def test_windows_files_are_read(tmp_path):
-    picture(tmp_path / "a.png")
+    write_image(tmp_path / "a.png")
     (tmp_path / "windows.tsv").write_bytes("\ufeffa.png\tein Café\r\n".encode())
     batch = ManifestData(str(tmp_path / "windows.tsv"), str(tmp_path), pixels=1024).batch(
         0, 0, range(1), range(1), "train"
@@ -159,12 +159,12 @@ def test_windows_files_are_read(tmp_path):
     [
         (lambda path: path.unlink(), "no such image"),
         (lambda path: path.write_bytes(b""), "cannot be decoded"),
-        (lambda path: path.write_bytes(b"not a picture"), "cannot be decoded"),
+        (lambda path: path.write_bytes(b"not an image"), "cannot be decoded"),
         (lambda path: path.write_bytes(path.read_bytes()[:200]), "cannot be decoded"),
     ],
 )
-def test_bad_pictures_name_file_and_line(tmp_path, damage, message):
-    path = picture(tmp_path / "bad.jpg")
+def test_bad_images_name_file_and_line(tmp_path, damage, message):
+    path = write_image(tmp_path / "bad.jpg")
     damage(path)
     with pytest.raises(UserError) as caught:
         one(tmp_path, path).batch(0, 0, range(1), range(1), "train")

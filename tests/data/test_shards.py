@@ -1,4 +1,4 @@
-"""Tar shards: the same order, pictures and exactness as the manifest they were made from."""
+"""Tar shards: the same order, images and exactness as the manifest they were made from."""
 
 import copy
 import tarfile
@@ -14,7 +14,7 @@ from selfe import cli
 from selfe.data.manifest import ManifestData
 from selfe.data.shards import ShardData, Shards, expand_braces
 from selfe.types import BadSample, UserError
-from tests.helpers.images import manifest, picture
+from tests.helpers.images import make_image, manifest
 
 SIZES = [(32, 32), (24, 48), (48, 24)] * 7
 
@@ -36,15 +36,15 @@ def num_members(path: Path) -> int:
 
 def jpeg(seed: int) -> bytes:
     file = BytesIO()
-    picture(seed, (32, 32)).save(file, "JPEG")
+    make_image(seed, (32, 32)).save(file, "JPEG")
     return file.getvalue()
 
 
 @pytest.fixture
 def made(tmp_path) -> tuple[Path, Path]:
     """A manifest and the shards made of it."""
-    (tmp_path / "pictures").mkdir()
-    path = manifest(tmp_path / "pictures", SIZES)
+    (tmp_path / "images").mkdir()
+    path = manifest(tmp_path / "images", SIZES)
     out = tmp_path / "shards"
     cli.run(["make-shards", str(path), "--base-dir", str(path.parent), "--out", str(out), "--samples", "8"])
     return path, out
@@ -55,9 +55,9 @@ def test_shards_give_the_same_batches_as_their_manifest(made):
     options = {"pixels": 1024, "flip": True}
     one = ManifestData(str(path), str(path.parent), val_manifest=str(path), **options)
     other = ShardData(str(out / "train-*.tar"), val_manifest=str(out / "*.tar"), **options)
-    for feed in (other, copy.deepcopy(other)):
+    for dataset in (other, copy.deepcopy(other)):
         for step, split in ((0, "train"), (3, "train"), (0, "val")):
-            a, b = (data.batch(0, step, range(step * 12, step * 12 + 12), range(12), split) for data in (one, feed))
+            a, b = (data.batch(0, step, range(step * 12, step * 12 + 12), range(12), split) for data in (one, dataset))
             assert a.prompts == b.prompts
             assert all(torch.equal(x, y) for x, y in zip(a.images, b.images, strict=True))
 
@@ -79,8 +79,8 @@ def test_foreign_tars_are_read_whatever_the_names_and_extras(tmp_path, capsys):
     members += [("b.c/0002.JPEG", jpeg(2)), ("b.c/0002.txt", "zwei\n".encode("utf-8-sig"))]
     members += [(f"b.c/{'long' * 40}.png", jpeg(3)), (f"b.c/{'long' * 40}.txt", "trois é".encode())]
     tar(tmp_path / "x.tar", members)
-    feed = ShardData(str(tmp_path / "x.tar"), pixels=1024)
-    source = feed.sources["train"][0]
+    dataset = ShardData(str(tmp_path / "x.tar"), pixels=1024)
+    source = dataset.sources["train"][0]
     assert [source.prompt(i) for i in range(len(source))] == ["one", "zwei", "trois é"]
     assert source.sizes(np.arange(3)).tolist() == [[32, 32]] * 3
     assert "2 members are not used: 1 x hidden file, or no suffix, 1 x .json beside .txt" in capsys.readouterr().out
@@ -132,8 +132,8 @@ def test_two_images_of_a_key_are_refused_or_replaced(tmp_path):
     tar(tmp_path / "x.tar", [("a.png", jpeg(0)), ("a.jpg", jpeg(1)), ("a.txt", b"one"), *B])
     with pytest.raises(BadSample, match=r"x.tar: a: has the images a.png and a.jpg; keep one"):
         Shards(tmp_path / "x.tar", 10**9)
-    feed = ShardData(str(tmp_path / "x.tar"), pixels=1024, on_bad_image="replace")
-    assert set(feed.batch(0, 0, range(2), range(2), "train").prompts) == {"two"}
+    dataset = ShardData(str(tmp_path / "x.tar"), pixels=1024, on_bad_image="replace")
+    assert set(dataset.batch(0, 0, range(2), range(2), "train").prompts) == {"two"}
 
 
 def test_a_tar_that_ends_between_two_members_is_cut_short(tmp_path):
@@ -187,7 +187,7 @@ def test_check_data_reads_shards(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("members", "said"),
+    ("members", "message"),
     [
         ([], "no images; a sample is"),
         ([("a.jpg", jpeg(0))], "x.tar: a: has no .txt"),
@@ -197,17 +197,17 @@ def test_check_data_reads_shards(tmp_path, capsys):
         ([("a.jpg", jpeg(0)), ("a.txt", b"caf\xe9")], "x.tar, image at byte 512: the text is not UTF-8"),
     ],
 )
-def test_what_is_wrong_in_a_tar_is_one_line(tmp_path, members, said):
+def test_what_is_wrong_in_a_tar_is_one_line(tmp_path, members, message):
     tar(tmp_path / "x.tar", members)
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         ShardData(str(tmp_path / "x.tar"), pixels=1024).batch(0, 0, range(1), [0], "train")
     assert "\n" not in str(error.value)
 
 
 def test_an_incomplete_sample_is_replaced_when_asked(tmp_path):
-    tar(tmp_path / "x.tar", [("a.jpg", jpeg(0)), ("b.jpg", jpeg(1)), ("b.txt", b"good"), ("c.txt", b"no picture")])
-    feed = ShardData(str(tmp_path / "x.tar"), pixels=1024, on_bad_image="replace")
-    batch = feed.batch(0, 0, range(3), range(3), "train")
+    tar(tmp_path / "x.tar", [("a.jpg", jpeg(0)), ("b.jpg", jpeg(1)), ("b.txt", b"good"), ("c.txt", b"no image")])
+    dataset = ShardData(str(tmp_path / "x.tar"), pixels=1024, on_bad_image="replace")
+    batch = dataset.batch(0, 0, range(3), range(3), "train")
     assert batch.prompts == ("good",) * 3
     assert len(batch.replaced) >= 2
 

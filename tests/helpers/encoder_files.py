@@ -59,7 +59,7 @@ def write_t5(folder: Path) -> None:
 
 
 def write_clip(folder: Path) -> None:
-    """The whole of CLIP, pictures included, with byte-pair merges."""
+    """All of CLIP, with its image tower, with byte-pair merges."""
     folder.mkdir(parents=True)
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

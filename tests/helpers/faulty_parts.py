@@ -24,4 +24,4 @@ class SlowObjective(SelfEvaluation):
 
 class FailingSampler(Euler):
     def __call__(self, *arguments) -> Tensor:
-        raise MemoryError("no room for pictures")
+        raise MemoryError("no room for images")
