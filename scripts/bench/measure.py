@@ -9,14 +9,7 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from torch import Size
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    register_flop_formula,
-    sdpa_backward_flop_count,
-)
-
-aten = torch.ops.aten
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def keep_memory() -> None:
@@ -50,12 +43,6 @@ def take_turns(contenders: dict[str, Callable[[], None]], rounds: int) -> dict[s
         for name, work in contenders.items():
             seconds[name].append(cpu_seconds(work))
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
-
-
-@register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu_backward)
-def _(grad: Size, q: Size, k: Size, v: Size, *_, **__) -> int:
-    """For diffusers' attention: torch has FLOP formulas for accelerator kernels only."""
-    return sdpa_backward_flop_count(grad, q, k, v)
 
 
 def flops(work: Callable[[], None]) -> int:

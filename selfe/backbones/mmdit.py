@@ -95,7 +95,8 @@ class MMDiT(nn.Module):
     def forward(self, x_t: Packed, t: Tensor, s: Tensor, cond: TextCond) -> Tensor:
         """x_t (T, patch_dim), times t and s (B,) -> v (T, patch_dim), in the dtype of x_t."""
         dtype = self.image_in.weight.dtype
-        layout = PackedLayout.of(x_t, cond.text, self.rope_axes, self.rope_theta)
+        axes, device = tuple(self.rope_axes), x_t.tokens.device
+        layout = PackedLayout.of(x_t.grids, cond.text.grids, axes, self.rope_theta, dtype, device)
 
         # Conditioning vector: time, time difference and pooled text.
         emb = self.t_in(sinusoid(t).to(dtype))
@@ -111,13 +112,16 @@ class MMDiT(nn.Module):
 
         for block in self.double_blocks:
             x = block(x, emb, layout)
+
+        # Single blocks have the same weights for text and image, so they can keep the order of attention.
+        x, emb_sorted = layout.sort(x), emb.index_select(0, layout.samples)
         for block in self.single_blocks:
-            x = block(x, emb, layout)
+            x = block(x, emb_sorted, layout)
+        image = layout.unsort(x)[layout.num_text :]
 
         # Output head on the image tokens.
         shift, scale = self.out_modulation(emb).chunk(2, dim=-1)
-        x = modulate(x[layout.num_text :], shift, scale, layout.image)
-        return self.out(x).to(x_t.tokens.dtype)
+        return self.out(modulate(image, shift, scale, layout.image)).to(x_t.tokens.dtype)
 
     def initial(self, name: str, shape: torch.Size, seed: int) -> Tensor:
         """Initial value of a parameter, float32 on the CPU; depends on (seed, name) only.
@@ -150,23 +154,21 @@ class DoubleBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor, layout: PackedLayout) -> Tensor:
         """Stream x (T, width), conditioning emb (B, width) -> (T, width)."""
-        # The streams have separate weights and modulation.
-        n = layout.num_text
-        halves = (self.text, x[:n], layout.text), (self.image, x[n:], layout.image)
-        mods = [half.modulation(emb).chunk(6, dim=-1) for half, _, _ in halves]
+        # Modulation: scale and shift before attention, its gate, and the same for the MLP.
+        text_mod = self.text.modulation(emb).chunk(6, dim=-1)
+        image_mod = self.image.modulation(emb).chunk(6, dim=-1)
+        text, image = x[: layout.num_text], x[layout.num_text :]
 
-        # Joint attention. `qkv` is a generator, so that per-stream tensors are freed as soon as they are concatenated.
-        qkv = (half.qkv(x, *mod[:2], runs) for (half, x, runs), mod in zip(halves, mods, strict=True))
-        attended = attention(*(layout.sort(torch.cat(parts)) for parts in zip(*qkv, strict=True)), layout)
+        # Joint attention.
+        text_qkv = self.text.qkv(text, *text_mod[:2], layout.text)
+        image_qkv = self.image.qkv(image, *image_mod[:2], layout.image)
+        q, k, v = (layout.sort(torch.cat(pair)) for pair in zip(text_qkv, image_qkv, strict=True))
+        attended = layout.unsort(attention(q, k, v, layout))
 
-        # Output projection and MLP per stream.
-        parts = (attended[:n], attended[n:])
-        return torch.cat(
-            [
-                half.finish(x, part, *mod[2:], runs)
-                for (half, x, runs), part, mod in zip(halves, parts, mods, strict=True)
-            ]
-        )
+        # Output projection and MLP of each stream.
+        text = self.text.finish(text, attended[: layout.num_text], *text_mod[2:], layout.text)
+        image = self.image.finish(image, attended[layout.num_text :], *image_mod[2:], layout.image)
+        return torch.cat([text, image])
 
 
 class ModalityStream(nn.Module):
@@ -180,20 +182,27 @@ class ModalityStream(nn.Module):
         self.qkv_in = nn.Linear(width, 3 * width)
         self.qk_norm = QKNorm(width // num_heads)
         self.attention_out = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), GELU(), nn.Linear(hidden, width))
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
 
-    def qkv(self, x: Tensor, shift: Tensor, scale: Tensor, runs: Segments) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x: Tensor, shift: Tensor, scale: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
         """x (n, width) -> q, k, v (n, heads, head_dim)."""
-        qkv = self.qkv_in(modulate(x, shift, scale, runs))
+        qkv = self.qkv_in(modulate(x, shift, scale, segments))
         q, k, v = rearrange(qkv, "n (three heads d) -> three n heads d", three=3, heads=self.num_heads)
         return *self.qk_norm(q, k), v
 
     def finish(
-        self, x: Tensor, attended: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, mlp_gate: Tensor, runs: Segments
+        self,
+        x: Tensor,
+        attended: Tensor,
+        gate: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        mlp_gate: Tensor,
+        segments: Segments,
     ) -> Tensor:
         """Residual branches: output projection of `attended` (n, width), then the MLP. Returns x (n, width)."""
-        x = runs.addcmul(x, self.attention_out(attended), gate)
-        return runs.addcmul(x, self.mlp(modulate(x, shift, scale, runs)), mlp_gate)
+        x = segments.addcmul(x, self.attention_out(attended), gate)
+        return segments.addcmul(x, self.mlp(modulate(x, shift, scale, segments)), mlp_gate)
 
 
 class SingleBlock(nn.Module):
@@ -205,14 +214,13 @@ class SingleBlock(nn.Module):
         self.modulation = nn.Linear(width, 3 * width)
         self.qkv_mlp_in = nn.Linear(width, 3 * width + self.hidden)
         self.qk_norm = QKNorm(width // num_heads)
-        self.gelu = GELU()
+        self.gelu = nn.GELU(approximate="tanh")
         self.attention_mlp_out = nn.Linear(width + self.hidden, width)
 
     def forward(self, x: Tensor, emb: Tensor, layout: PackedLayout) -> Tensor:
-        """Stream x (T, width), conditioning emb (B, width) -> (T, width)."""
-        # Modulation per sample, repeated because `layout.stream` has two segments per sample: text, then image.
-        shift, scale, gate = self.modulation(emb).repeat(2, 1).chunk(3, dim=-1)
-        h = modulate(x, shift, scale, layout.stream)
+        """x (T, width) and conditioning emb (B, width), both in attention order -> (T, width)."""
+        shift, scale, gate = self.modulation(emb).chunk(3, dim=-1)
+        h = modulate(x, shift, scale, layout.joint)
 
         # Apply the fused projection as two matmuls to lower peak memory: the MLP activations are not alive during
         # attention, nor q, k and v during the MLP.
@@ -220,11 +228,11 @@ class SingleBlock(nn.Module):
         qkv_in, mlp_in = zip(self.qkv_mlp_in.weight.split(sizes), self.qkv_mlp_in.bias.split(sizes), strict=True)
         attended = self.attend(F.linear(h, *qkv_in), layout)
         mlp = self.gelu(F.linear(h, *mlp_in))
-        return layout.stream.addcmul(x, self.attention_mlp_out(torch.cat([attended, mlp], dim=-1)), gate)
+        return layout.joint.addcmul(x, self.attention_mlp_out(torch.cat([attended, mlp], dim=-1)), gate)
 
     def attend(self, qkv: Tensor, layout: PackedLayout) -> Tensor:
-        """qkv (T, 3 width) -> (T, width), both in stream order."""
-        q, k, v = rearrange(layout.sort(qkv), "n (three heads d) -> three n heads d", three=3, heads=self.num_heads)
+        """qkv (T, 3 width) -> (T, width)."""
+        q, k, v = rearrange(qkv, "n (three heads d) -> three n heads d", three=3, heads=self.num_heads)
         return attention(*self.qk_norm(q, k), v, layout)
 
 
@@ -240,19 +248,6 @@ class QKNorm(nn.Module):
         return self.q_norm(q), self.k_norm(k)
 
 
-class GELU(nn.Module):
-    """GELU with the tanh approximation."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            return F.gelu(x, approximate="tanh")
-
-        # (1 + tanh u) / 2 = sigmoid(2 u): in a fused kernel an exponential is cheaper than tanh.
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        u = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)
-        return (wide * torch.sigmoid(2 * u)).to(x.dtype)
-
-
 def embedder(width_in: int, width: int) -> nn.Sequential:
     """Two-layer MLP for time embeddings and pooled text."""
     return nn.Sequential(nn.Linear(width_in, width), nn.SiLU(), nn.Linear(width, width))
@@ -266,9 +261,9 @@ def sinusoid(t: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, runs: Segments) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, segments: Segments) -> Tensor:
     """adaLN: layer norm of x (n, width) without affine weights, then per-sample scale and shift (B, width)."""
-    return runs.addcmul(runs.broadcast(shift), F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+    return segments.addcmul(segments.broadcast(shift), F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
 @lru_cache(maxsize=16)
@@ -290,19 +285,15 @@ def places(grids: tuple[tuple[int, int], ...], largest: tuple[int, int]) -> Tens
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """RoPE on adjacent pairs of x (T, heads, head_dim), computed in the dtype of `rotation`."""
-    pairs = x.to(rotation.dtype).unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():  # inductor does not fuse complex arithmetic
-        (even, odd), (cos, sin) = pairs.unbind(-1), rotation.unbind(-1)
-        pairs = torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=-1)
-    else:  # eager: one complex multiplication instead of several real kernels
-        pairs = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotation))
-    return pairs.flatten(-2).to(x.dtype)
+    even, odd = x.to(rotation.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rotation.unbind(-1)
+    return torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=-1).flatten(-2).to(x.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
-    """Joint attention over the text and image tokens of each sample.
+    """Joint attention over the text and image tokens of each sample, in attention order.
 
-    q, k, v (T, heads, head_dim) in attention order -> (T, width) in stream order.
+    q, k, v (T, heads, head_dim) -> (T, width).
     """
     q, k = rotate(q, layout.rotation), rotate(k, layout.rotation)
-    return layout.unsort(attend(q, k, v, layout.sequences).flatten(1))
+    return attend(q, k, v, layout.sequences).flatten(1)

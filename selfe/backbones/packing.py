@@ -1,7 +1,7 @@
 """Token order of a packed batch: [all text | all image] for weights, [text_i | image_i] per sample for attention.
 
-Stream order gives each modality's layers one contiguous slice. Only attention needs tokens grouped by sample; the
-permutations between the two orders are computed once per forward pass (`PackedLayout`).
+Stream order gives each modality's layers one contiguous slice; attention needs tokens grouped by sample. The maps
+between the two orders are computed once for the calls of a sampling run (`PackedLayout`).
 """
 
 from __future__ import annotations
@@ -17,54 +17,64 @@ from torch.nn import functional as F
 
 from selfe.backbones.attention import Sequences
 from selfe.device import to_device
-from selfe.types import Packed
+
+Grids = tuple[tuple[int, int], ...]  # (rows, columns) of each sample, as in `Packed`
 
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Index maps between stream order [all text | all image], samples and attention order, for one forward pass."""
+    """Index maps between stream order [all text | all image], samples and attention order."""
 
     num_text: int
     text: Segments  # one segment per sample
     image: Segments
-    stream: Segments  # 2 B segments: text of all samples, then images of all samples
-    order: (
-        Tensor  # (T,) stream index of each token in attention order: [text | image] per sample, shortest sample first
-    )
+    joint: Segments  # text and image of a sample together, in attention order
+    samples: Tensor  # (B,) samples in attention order: shortest first
+    order: Tensor  # (T,) stream index of each token in attention order: [text | image] per sample
     inverse: Tensor  # (T,) the inverse permutation
     sequences: Sequences  # one per sample, text and image together, in attention order
     rotation: Tensor  # RoPE (T, 1, head_dim / 2, 2): cosines and sines, in attention order
 
     @classmethod
-    def of(cls, image: Packed, text: Packed, axes: tuple[int, ...], theta: float) -> PackedLayout:
-        """Layout of image and text tokens, with RoPE for `axes` (dimensions for frame, row, column)."""
+    @lru_cache(maxsize=1)  # consecutive calls of a sampling run have the same layout
+    def of(
+        cls, image: Grids, text: Grids, axes: tuple[int, ...], theta: float, dtype: torch.dtype, device: torch.device
+    ) -> PackedLayout:
+        """Layout of image and text tokens, computed on the host and copied to the device at once.
+
+        Args:
+            image: grids of the images.
+            text: grids of the captions, 1 x length.
+            axes: dimensions of RoPE for frame, row, column.
+            theta: base of the RoPE frequencies.
+            dtype: compute precision of the network; RoPE is computed in at least float32.
+        """
+        text_lens, image_lens = ([rows * columns for rows, columns in grids] for grids in (text, image))
+        num_text, lens = sum(text_lens), [t + i for t, i in zip(text_lens, image_lens, strict=True)]
+
         # Attention order: sort samples by length, so that sequences of equal length are adjacent.
-        device, num_text = image.tokens.device, text.tokens.shape[0]
-        total = [i + n for i, n in zip(image.lens, text.lens, strict=True)]
-        samples = sorted(range(len(total)), key=total.__getitem__)
-        place = torch.empty(len(total), dtype=torch.int64)
-        place[samples] = torch.arange(len(total))
-        place = to_device(place, device)
-        # The sort is stable: text stays before image within a sample.
-        order = torch.argsort(torch.cat([place[text.owner], place[image.owner]]), stable=True)
+        samples = sorted(range(len(lens)), key=lens.__getitem__)
+        tokens = torch.arange(sum(lens))
+        texts, images = tokens[:num_text].split(text_lens), tokens[num_text:].split(image_lens)
+        order = torch.cat([part for i in samples for part in (texts[i], images[i])])
+        order, inverse, samples_index = to_device_at_once([order, torch.argsort(order), torch.tensor(samples)], device)
 
         # RoPE angles: 0 for text tokens, patch positions for image tokens.
-        working = torch.promote_types(image.tokens.dtype, torch.float32)
-        still = torch.tensor([1.0, 0.0], dtype=working).expand(max(text.lens), 1, sum(axes) // 2, 2)
+        working = torch.promote_types(dtype, torch.float32)
+        still = torch.tensor([1.0, 0.0], dtype=working).expand(max(text_lens), 1, sum(axes) // 2, 2)
         rotation = [
-            part
-            for i in samples
-            for part in (still[: text.lens[i]], grid_rotation(image.grids[i], axes, theta, working))
+            part for i in samples for part in (still[: text_lens[i]], grid_rotation(image[i], axes, theta, working))
         ]
 
         return cls(
             num_text=num_text,
-            text=Segments.of(text.owner, text.lens),
-            image=Segments.of(image.owner, image.lens),
-            stream=Segments.of(torch.cat([text.owner, image.owner + len(text)]), [*text.lens, *image.lens]),
+            text=Segments.of(text_lens, dtype, device),
+            image=Segments.of(image_lens, dtype, device),
+            joint=Segments.of([lens[i] for i in samples], dtype, device),
+            samples=samples_index,
             order=order,
-            inverse=torch.argsort(order),
-            sequences=Sequences.of([total[i] for i in samples], device),
+            inverse=inverse,
+            sequences=Sequences.of([lens[i] for i in samples], device),
             rotation=to_device(torch.cat(rotation), device),
         )
 
@@ -75,6 +85,11 @@ class PackedLayout:
     def unsort(self, x: Tensor) -> Tensor:
         """Permute the rows of x from attention order to stream order."""
         return Reorder.apply(x, self.inverse, self.order)
+
+
+def to_device_at_once(parts: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    """Copy 1-D host tensors of the same dtype to the device in one transfer."""
+    return to_device(torch.cat(parts), device).split([len(part) for part in parts])
 
 
 @lru_cache(maxsize=256)
@@ -99,28 +114,45 @@ class Segments:
     """Tokens in contiguous segments, where each segment shares one row of per-sample values."""
 
     owner: Tensor  # (n,) row index of each token, ascending
-    starts: Tensor  # (rows,) first token of each segment
+    reducer: Tensor  # sums over segments, see `sum_segments`
 
     @classmethod
-    def of(cls, owner: Tensor, lens: Sequence[int]) -> Segments:
-        return cls(owner, to_device(torch.tensor([0, *accumulate(lens)][:-1]), owner.device))
+    def of(cls, lens: Sequence[int], dtype: torch.dtype, device: torch.device) -> Segments:
+        """Segments of these lengths; `dtype` is that of the values."""
+        starts = torch.tensor([0, *accumulate(lens)][:-1])
+        owner = torch.repeat_interleave(torch.tensor(lens))
+        owner, starts = to_device_at_once([owner, starts], device)
+        if device.type in ("cpu", "meta"):
+            return cls(owner, starts)
+        return cls(owner, one_hot(owner, len(lens), dtype))
 
     def broadcast(self, values: Tensor) -> Tensor:
         """values (rows, width) -> (n, width), each row repeated for the tokens of its segment."""
-        return Broadcast.apply(values, self.owner, self.starts)
+        return Broadcast.apply(values, self.owner, self.reducer)
 
     def addcmul(self, base: Tensor, x: Tensor, factor: Tensor) -> Tensor:
         """base + x * broadcast(factor), with base and x (n, width) and factor (rows, width)."""
-        return Addcmul.apply(base, x, factor, self.owner, self.starts)
+        return Addcmul.apply(base, x, factor, self.owner, self.reducer)
 
 
-def sum_runs(values: Tensor, starts: Tensor) -> Tensor:
+def one_hot(owner: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """(rows, n) matrix that is 1 where a token belongs to a row."""
+    return (torch.arange(rows, device=owner.device)[:, None] == owner).to(dtype)
+
+
+def sum_segments(values: Tensor, reducer: Tensor) -> Tensor:
     """Sum over each segment, (n, width) -> (rows, width), accumulated in at least float32.
 
-    Uses `embedding_bag`, which is much faster than `segment_reduce` on CPU.
+    `reducer` is either the one-hot matrix (rows, n) of the segments (accelerators: a matrix product, because segment
+    kernels walk a segment serially), or the first token (rows,) of each segment (CPU: `embedding_bag`, much faster than
+    `segment_reduce`).
     """
-    working, every = torch.promote_types(values.dtype, torch.float32), torch.arange(len(values), device=values.device)
-    return F.embedding_bag(every, values.to(working), starts, mode="sum").to(values.dtype)
+    if reducer.ndim == 2:
+        return reducer.to(values.dtype) @ values
+
+    working = torch.promote_types(values.dtype, torch.float32)
+    every = torch.arange(len(values), device=values.device)
+    return F.embedding_bag(every, values.to(working), reducer, mode="sum").to(values.dtype)
 
 
 # These functions have no separate setup_context: torch inspects its signature at every call, which costs more than the
@@ -134,27 +166,27 @@ class Broadcast(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, values: Tensor, owner: Tensor, starts: Tensor) -> Tensor:
-        ctx.save_for_backward(starts)
+    def forward(ctx, values: Tensor, owner: Tensor, reducer: Tensor) -> Tensor:
+        ctx.save_for_backward(reducer)
         return values.index_select(0, owner)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return sum_runs(grad, *ctx.saved_tensors), None, None
+        return sum_segments(grad, *ctx.saved_tensors), None, None
 
 
 class Addcmul(torch.autograd.Function):
     """base + x * factor[owner]. Saves factor per row for the backward, not expanded to every token."""
 
     @staticmethod
-    def forward(ctx, base: Tensor, x: Tensor, factor: Tensor, owner: Tensor, starts: Tensor) -> Tensor:
-        ctx.save_for_backward(x, factor, owner, starts)
+    def forward(ctx, base: Tensor, x: Tensor, factor: Tensor, owner: Tensor, reducer: Tensor) -> Tensor:
+        ctx.save_for_backward(x, factor, owner, reducer)
         return torch.addcmul(base, x, factor.index_select(0, owner))
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        x, factor, owner, starts = ctx.saved_tensors
-        return grad, grad * factor.index_select(0, owner), sum_runs(grad * x, starts), None, None
+        x, factor, owner, reducer = ctx.saved_tensors
+        return grad, grad * factor.index_select(0, owner), sum_segments(grad * x, reducer), None, None
 
 
 class Reorder(torch.autograd.Function):

@@ -56,7 +56,9 @@ def checkpointed(forward: Callable[..., Tensor], selective: bool) -> Callable[..
 def compile(module: nn.Module) -> None:
     """Compile every block with dynamic shapes, at its first call.
 
-    Call it after `apply_activation_checkpointing`, if both are used.
+    Call it after `apply_activation_checkpointing`, if both are used. A block is one graph where attention is a single
+    kernel (half precision on accelerators), otherwise two, with attention between them.
     """
+    torch._dynamo.config.recompile_limit = MOST_VARIANTS
     for _, block in blocks(module):
-        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True, recompile_limit=MOST_VARIANTS)
+        block.forward = torch.compile(block.forward, dynamic=True)

@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from selfe.backbones import attention
-from selfe.backbones.attention import Sequences, attend, by_length
+from selfe.backbones.attention import Sequences, attend
 
 LENS = [2, 5, 5, 5, 9, 1]
 
@@ -41,11 +41,6 @@ def test_values_and_gradients(dtype, atol):
         torch.testing.assert_close(a.grad.double(), b.grad, rtol=0, atol=2 * atol)
 
 
-def test_operator_is_sound():
-    """Schema, fake tensors and autograd registration agree with what runs."""
-    torch.library.opcheck(by_length, (*qkv(torch.float32), sequences().lens))
-
-
 def test_flops_are_those_of_each_sequence_alone():
     """By torch's own formulas for fused attention, which it lacks for the CPU's kernel."""
     with FlopCounterMode(display=False) as counter:
@@ -69,13 +64,14 @@ def test_the_fused_kernel_gets_what_it_asks_for(dtype, monkeypatch):
     with FakeTensorMode():
         q, k, v = (torch.empty(sum(LENS), 2, 8, dtype=dtype, device="cuda") for _ in range(3))
         ends = torch.empty(len(LENS) + 1, dtype=torch.int32, device="cuda")
-        out = attend(q, k, v, Sequences(torch.empty(len(LENS), dtype=torch.int64), ends, max(LENS)))
+        out = attend(q, k, v, Sequences((), ends, max(LENS)))
     assert calls == [(dtype, torch.int32, "cuda", (len(LENS) + 1,), 9)]
     assert (out.dtype, out.shape, out.device.type) == (dtype, q.shape, "cuda")
 
 
-def test_ends():
-    found = sequences()
-    assert found.ends.tolist() == [0, 2, 7, 12, 17, 26, 27]
-    assert found.ends.dtype == torch.int32
-    assert (found.longest, found.lens.tolist()) == (9, LENS)
+def test_cumulative_lengths_and_runs_of_equal_length():
+    packed = sequences()
+    assert packed.cu_seqlens.tolist() == [0, 2, 7, 12, 17, 26, 27]
+    assert packed.cu_seqlens.dtype == torch.int32
+    assert packed.max_seqlen == 9
+    assert packed.runs == ((1, 2), (3, 5), (1, 9), (1, 1))

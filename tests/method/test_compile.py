@@ -1,7 +1,7 @@
-"""Compiled blocks compute what plain ones do, in one graph each, with a bounded number of recompilations.
+"""Compiled blocks compute what plain ones do, and are not compiled again for other lengths.
 
-`fullgraph` makes a graph break an error. Most tests trace without generating code: forward and backward graphs and
-guards are the same, and most of the time is saved.
+Most tests trace without generating code, which leaves forward and backward graphs and guards what they are and saves
+most of the time.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import random
 import pytest
 import torch
 
+from selfe.backbones import attention
 from selfe.backbones.mmdit import MMDiT
 from selfe.data.buckets import Buckets
 from selfe.distributed import activation_checkpoint, fsdp
@@ -127,3 +128,18 @@ def test_a_bounded_number_of_compilations(alone: World):
     assert stats["unique_graphs"] - before <= 24
     with torch._dynamo.config.patch(error_on_recompile=True):
         all_that_happens(net, ema, range(2, 5))
+
+
+def test_a_block_is_one_graph_where_attention_is_one_kernel(alone: World, monkeypatch):
+    """As in half precision on accelerators; here by a stand-in for the kernel with the same arguments."""
+    monkeypatch.setattr(attention, "has_varlen_kernel", lambda q: True)
+    monkeypatch.setattr(attention, "varlen_attn", lambda q, k, v, *lengths: q * k + v)
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    breaks.clear()
+    _, net = pair(torch.float32, "selective")
+    ema = small(dtype=torch.float32).requires_grad_(False)
+    activation_checkpoint.compile(ema)
+    all_that_happens(net, ema, range(2))
+    assert not breaks
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        all_that_happens(net, ema, range(2, 4))
