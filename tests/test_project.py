@@ -12,9 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "selfe"
 # which folders and files of selfe/ a folder may import from, besides itself
-BASE = {"types", "protocols", "flow", "rng", "device", "log", "signals"}
+BASE = {"balance", "types", "protocols", "flow", "rng", "device", "log", "signals"}
 PARTS = BASE | {"io"}
 EDGES = {
+    "balance": set(),
     "device": set(),
     "errors": set(),
     "log": set(),

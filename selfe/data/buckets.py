@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from selfe.balance import pack_greedy
 from selfe.types import MOST_STEPS, check_range
 
 MAX_PIXELS = 2**28  # of a bucket; 16384 x 16384
@@ -103,20 +104,7 @@ def balance(costs: tuple[int, ...], ranks: int, micro: int, multiple: int) -> li
 
 def split(groups: np.ndarray, parts: int) -> np.ndarray:
     """Costs (n,) -> group indices (parts, n / parts): equal counts and nearly equal cost per part."""
-    return even_out(groups, fill(groups, len(groups) // parts))
-
-
-def fill(groups: np.ndarray, room: int) -> np.ndarray:
-    """Greedy assignment: costs (n,) -> group indices (n / room, room).
-
-    Groups are assigned in order of decreasing cost, each to the part with the lowest load that has room.
-    """
-    loads, contents = np.zeros(len(groups) // room), [[] for _ in range(len(groups) // room)]
-    for group in np.argsort(-groups, kind="stable"):
-        emptiest = int(np.argmin(loads))
-        contents[emptiest].append(group)
-        loads[emptiest] += groups[group] if len(contents[emptiest]) < room else np.inf
-    return np.array(contents)
+    return even_out(groups, np.array(pack_greedy(groups.tolist(), parts, room=len(groups) // parts)))
 
 
 def even_out(groups: np.ndarray, contents: np.ndarray) -> np.ndarray:

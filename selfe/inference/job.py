@@ -20,6 +20,7 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
+from selfe.balance import pack_greedy
 from selfe.inference.prompts import Request, SamplingDefaults, shorten, sweep
 from selfe.io import image_encode
 from selfe.io.folder_lock import FolderLock
@@ -173,24 +174,19 @@ def share(batches: Sequence[list[ImageSpec]], processes: int) -> list[list[list[
 
     Batches of the same prompts stay on one process if there are enough of them to balance the load.
     """
-    units = defaultdict(list)
+    batches_of = defaultdict(list)
     for number, batch in enumerate(batches):
-        units[tuple(spec.prompt for spec in batch)].append(number)
-    parts = list(units.values())
-    if len(parts) < 4 * processes:
-        parts = [[number] for number in range(len(batches))]
+        batches_of[tuple(spec.prompt for spec in batch)].append(number)
+    groups = list(batches_of.values())
+    if len(groups) < 4 * processes:
+        groups = [[number] for number in range(len(batches))]
 
-    def cost(part: list[int]) -> float:
-        return sum(spec.cost() for number in part for spec in batches[number])
-
-    shares: list[list[int]] = [[] for _ in range(processes)]
-    loads = [0.0] * processes
-    for part in sorted(parts, key=cost, reverse=True):
-        idlest = loads.index(min(loads))
-        loads[idlest] += cost(part)
-        shares[idlest] += part
-
-    return [[batches[number] for number in sorted(numbers)] for numbers in shares]
+    costs = [sum(spec.cost() for number in group for spec in batches[number]) for group in groups]
+    shares = []
+    for indices in pack_greedy(costs, processes):
+        numbers = sorted(number for index in indices for number in groups[index])
+        shares.append([batches[number] for number in numbers])
+    return shares
 
 
 # ---- output directory ----
