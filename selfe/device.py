@@ -5,13 +5,26 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 # dense bf16 TFLOP/s from the vendors' data sheets, by substring of the device name; the first match counts
-PEAKS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362}
+PEAKS = {
+    "B200": 2250,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "RTX 4090": 165,
+}
+
+ALLOCATIONS = 100_000  # most recent ones that are recorded
 
 
 def accelerator_count() -> int:
@@ -103,3 +116,22 @@ def usable_cores() -> int:
 def loopback() -> tuple[str, str]:
     """Address and name of the network device that reaches this machine only."""
     return "127.0.0.1", "lo0" if sys.platform == "darwin" else "lo"
+
+
+def record_allocations() -> None:
+    """Start to record the history of the accelerator's allocator, for `save_allocations`; no-op where unsupported."""
+    if memory := allocator():
+        memory._record_memory_history(max_entries=ALLOCATIONS)
+
+
+def save_allocations(path: Path) -> None:
+    """Save the recorded history for https://pytorch.org/memory_viz and stop recording; no-op where unsupported."""
+    if memory := allocator():
+        memory._dump_snapshot(str(path))
+        memory._record_memory_history(enabled=None)
+
+
+def allocator() -> ModuleType | None:
+    """torch's module of the accelerator's allocator, None if it cannot record its history."""
+    memory = getattr(torch.get_device_module(), "memory", None)
+    return memory if hasattr(memory, "_record_memory_history") else None

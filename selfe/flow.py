@@ -24,14 +24,12 @@ def per_token(values: Tensor, like: Packed) -> Tensor:
 
 def sum_per_sample(tokens: Tensor, like: Packed) -> Tensor:
     """(T, d) -> (B,), the sum over each sample. Does not depend on the other samples of the batch."""
-    lens = to_device(torch.tensor(like.lens), tokens.device)
-    return torch.segment_reduce(tokens.sum(dim=-1), "sum", lengths=lens, unsafe=True)
+    return torch.segment_reduce(tokens.sum(dim=-1), "sum", lengths=like.counts, unsafe=True)
 
 
 def mean_per_sample(tokens: Tensor, like: Packed) -> Tensor:
     """(T, d) -> (B,), the mean over each sample's tokens and channels."""
-    counts = to_device(torch.tensor(like.lens, dtype=tokens.dtype), tokens.device) * tokens.shape[1]
-    return sum_per_sample(tokens, like) / counts
+    return sum_per_sample(tokens, like) / (like.counts.to(tokens.dtype) * tokens.shape[1])
 
 
 def norm_per_sample(tokens: Tensor, like: Packed) -> Tensor:
@@ -106,7 +104,7 @@ def sampling_times(num_steps: int, s_ratio: float, noise: Packed) -> tuple[Tenso
 
 def dropped(rng: SampleRNG, p_drop: float) -> list[bool]:
     """Which of the B prompts are dropped; drawn on the host."""
-    return (rng.uniform("drop", like=torch.empty(0, dtype=torch.float64)) < p_drop).tolist()
+    return [number < p_drop for number in rng.uniforms("drop")]
 
 
 def drop_prompts(prompts: Sequence[str], rng: SampleRNG, p_drop: float) -> list[str]:

@@ -35,6 +35,10 @@ class Backbone(Denoiser, Protocol):
         """The initial value of a parameter, float32 on the host: a function of (seed, name, shape) only."""
         ...
 
+    def flops(self, image_lens: Sequence[int], text_lens: Sequence[int]) -> int:
+        """FLOPs of a forward pass over samples with these numbers of image and caption tokens."""
+        ...
+
 
 TensorReader = Callable[[str, slice], Tensor]  # (name, rows) -> those rows of a stored tensor, on the host
 
@@ -126,8 +130,10 @@ class Objective(Protocol):
         """The names of the loss terms at a step; a change may shift the level of the loss and the gradient norm."""
         ...
 
-    # the captions to encode, under the names by which `conds` holds them; prompt dropout is applied here
-    def captions(self, prompts: Sequence[str], rng: SampleRNG, step: int) -> dict[str, list[str]]: ...
+    # the captions to encode, under the names by which `conds` holds them; prompt dropout is applied here if `drop`
+    def captions(
+        self, prompts: Sequence[str], rng: SampleRNG, step: int, drop: bool = True
+    ) -> dict[str, list[str]]: ...
 
     # x0: clean latents (T, d); `ema` only runs without gradient
 

@@ -8,8 +8,11 @@ split of the work over processes draws the same numbers.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -55,9 +58,13 @@ class SampleRNG:
         """The random numbers of these samples."""
         return SampleRNG(tuple(self.keys[r] for r in rows))
 
+    def uniforms(self, name: str) -> list[float]:
+        """A number in [0, 1) for each sample, on the host."""
+        return [philox(*key, name).random() for key in self.keys]
+
     def uniform(self, name: str, like: Tensor) -> Tensor:
         """(B,) in [0, 1), on the device and in the dtype of `like`."""
-        return self.one_each(like, [philox(*key, name).random() for key in self.keys])
+        return self.one_each(like, self.uniforms(name))
 
     def normal(self, name: str, like: Tensor) -> Tensor:
         """(B,) standard normal, on the device and in the dtype of `like`."""
@@ -68,10 +75,27 @@ class SampleRNG:
         return to_device(torch.tensor(numbers, dtype=torch.float64).to(like.dtype), like.device)
 
     def normal_like(self, name: str, x: Packed) -> Tensor:
-        """(T, d) standard normal, drawn per sample so that its noise does not depend on the rest of the batch."""
-        dtype = np.float64 if x.tokens.dtype == torch.float64 else np.float32
-        width = x.tokens.shape[1]
-        parts = [
-            philox(*key, name).standard_normal((n, width), dtype) for key, n in zip(self.keys, x.lens, strict=True)
-        ]
-        return to_device(torch.from_numpy(np.concatenate(parts)).to(x.tokens.dtype), x.tokens.device)
+        """(T, d) standard normal, drawn per sample so that its noise does not depend on the rest of the batch.
+
+        Samples are drawn by several threads at once: NumPy releases Python's lock while it fills an array.
+        """
+        if x.tokens.is_meta:
+            return torch.empty_like(x.tokens)
+        dtype = torch.float64 if x.tokens.dtype == torch.float64 else torch.float32
+        noise = torch.empty(x.tokens.shape, dtype=dtype)
+
+        def fill(sample: tuple[tuple[Hashable, ...], Tensor]) -> None:
+            key, rows = sample
+            philox(*key, name).standard_normal(out=rows.numpy(), dtype=rows.numpy().dtype)
+
+        list(threads().map(fill, zip(self.keys, noise.split(x.lens), strict=True)))
+        return to_device(noise.to(x.tokens.dtype), x.tokens.device)
+
+
+@cache
+def threads() -> ThreadPoolExecutor:
+    """As many threads as torch may use in this process."""
+    return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="noise")
+
+
+os.register_at_fork(after_in_child=threads.cache_clear)  # a forked process has none of its parent's threads

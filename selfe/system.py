@@ -6,6 +6,7 @@ Both take the denoiser as an argument, because the trainer has two (live and EMA
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 
@@ -16,7 +17,15 @@ from selfe import flow
 from selfe.protocols import Autoencoder, Backbone, Data, Denoiser, Objective, Sampler, ShardLoader, TextEncoder
 from selfe.rng import SampleRNG
 from selfe.samplers.guidance import guided
-from selfe.types import Batch, Loss, StoredCaptions, TextCond, UserError
+from selfe.types import (
+    Batch,
+    FiniteCheck,
+    Loss,
+    StoredCaptions,
+    TextCond,
+    UserError,
+    raise_if_not_finite,
+)
 
 
 class System:
@@ -53,12 +62,15 @@ class System:
     def loss(self, net: Denoiser, ema: Denoiser, batch: Batch, rng: SampleRNG, step: int) -> Loss:
         """The objective on one micro-batch of images and captions: one loss per sample.
 
-        Raises UserError if an encoder returns non-finite values.
+        Does not wait for the device; the caller reads `Loss.checks` with `raise_if_not_finite`.
         """
-        conds = self.encode(self.objective.captions(batch.prompts, rng, step), batch.text)
+        captions = self.objective.captions(batch.prompts, rng, step)
+        conds, text_check = self.encode_unchecked(captions, batch.text)
         x0 = self.autoencoder.encode(batch.images, rng)
-        expect_finite(flow.sum_per_sample(x0.tokens, x0), batch.names, "system.autoencoder", HALF)
-        return self.objective(net, ema, x0, conds, rng, step)
+        x0_check = FiniteCheck(flow.sum_per_sample(x0.tokens, x0), batch.names, "system.autoencoder", HALF)
+
+        loss = self.objective(net, ema, x0, conds, rng, step)
+        return replace(loss, num_tokens=len(x0.tokens), checks=(text_check, x0_check))
 
     @torch.no_grad()
     def generate(
@@ -81,14 +93,16 @@ class System:
         """
         conds = self.encode({"cond": list(prompts), "null": list(negative_prompts or [""] * len(prompts))})
 
-        # sample latents
+        # Sample latents.
         noise = self.autoencoder.noise(sizes, rng)
         t, s = flow.sampling_times(num_steps, s_ratio, noise)
         x0 = sampler(guided(net, conds["cond"], conds["null"], cfg_scale), noise, t, s, rng)
-        expect_finite(flow.sum_per_sample(x0, noise), prompts, "the denoiser", "use an earlier checkpoint")
+        sums = flow.sum_per_sample(x0, noise)
+        raise_if_not_finite([FiniteCheck(sums, tuple(prompts), "the denoiser", "use an earlier checkpoint")])
 
         images = self.autoencoder.decode(noise.with_tokens(x0))
-        expect_finite(torch.stack([image.sum() for image in images]), prompts, "system.autoencoder", HALF)
+        sums = torch.stack([image.sum() for image in images])
+        raise_if_not_finite([FiniteCheck(sums, tuple(prompts), "system.autoencoder", HALF)])
         return images
 
     def caption_reader(self, seed: int) -> Callable[[Sequence[str], Sequence[int], int], StoredCaptions] | None:
@@ -99,17 +113,28 @@ class System:
         read = getattr(self.text_encoder, "read", None)
         return read and partial(read_captions, self.objective, read, seed)
 
-    def encode(self, captions: dict[str, list[str]], stored: StoredCaptions | None = None) -> dict[str, TextCond]:
-        """Conditioning for lists of captions, by name. Each distinct caption is encoded once, or is in `stored`."""
-        number = {caption: i for i, caption in enumerate(distinct(captions))}
-        if stored is not None and stored.captions == tuple(number):
+    def encode(self, captions: dict[str, list[str]]) -> dict[str, TextCond]:
+        """Conditioning for lists of captions, by name. Each distinct caption is encoded once.
+
+        Raises UserError if the text encoder returns non-finite values.
+        """
+        conds, check = self.encode_unchecked(captions)
+        raise_if_not_finite([check])
+        return conds
+
+    def encode_unchecked(
+        self, captions: dict[str, list[str]], stored: StoredCaptions | None = None
+    ) -> tuple[dict[str, TextCond], FiniteCheck]:
+        """`encode` without waiting for the device; captions that a loader worker has read are in `stored`."""
+        index = {caption: i for i, caption in enumerate(distinct(captions))}
+        if stored is not None and stored.captions == tuple(index):
             cond = stored.to(self.text_encoder.device)
         else:
-            cond = self.text_encoder(list(number))
+            cond = self.text_encoder(list(index))
         sums = flow.sum_per_sample(cond.text.tokens, cond.text) + cond.pooled.sum(dim=1)
-        expect_finite(sums, list(number), "system.text_encoder", HALF)
 
-        return {name: cond.select([number[caption] for caption in wanted]) for name, wanted in captions.items()}
+        conds = {name: cond.select([index[caption] for caption in wanted]) for name, wanted in captions.items()}
+        return conds, FiniteCheck(sums, tuple(index), "system.text_encoder", HALF)
 
 
 def distinct(captions: dict[str, list[str]]) -> list[str]:
@@ -131,13 +156,3 @@ def read_captions(
 
 # how to fix an encoder that overflows in half precision
 HALF = "set its params.dtype=fp32, and if that does not help, download its weights again"
-
-
-def expect_finite(sums: Tensor, names: Sequence[str], part: str, remedy: str) -> None:
-    """Raise UserError naming the first sample with non-finite output, which would otherwise become a black image.
-
-    `sums` (B,): the output of a part, summed per sample.
-    """
-    if not sums.is_meta and not sums.isfinite().all():
-        name = names[sums.isfinite().tolist().index(False)]
-        raise UserError(f"{name}: {part} returns infinite or NaN values; {remedy}")

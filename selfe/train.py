@@ -34,10 +34,20 @@ from selfe.training import ema, grad_guard, run_info
 from selfe.training.grad_guard import GradGuard, GradGuardConfig
 from selfe.training.loggers import Loggers, WandbConfig
 from selfe.training.metrics import MetricAccumulator, TimeGrid, ema_distance, write_cells
-from selfe.training.throughput import StepTimer
+from selfe.training.profiling import ProfileConfig, Profiler
+from selfe.training.throughput import ManualGC, StepTimer
 from selfe.training.visuals import SampleGridConfig
 from selfe.training.watchdog import Watchdog
-from selfe.types import MOST_SAMPLES, MOST_STEPS, Batch, PrecisionOrAuto, Split, UserError, check_range
+from selfe.types import (
+    MOST_SAMPLES,
+    MOST_STEPS,
+    Batch,
+    PrecisionOrAuto,
+    Split,
+    UserError,
+    check_range,
+    raise_if_not_finite,
+)
 
 MOST_LR = 10.0
 
@@ -63,7 +73,7 @@ class TrainerConfig:
     output_dir: Path
     max_steps: int
     total_batch_size: int
-    micro_batch_size: int
+    micro_batch_size: int  # at most; the largest size that divides the samples of a process is taken
     phases: tuple[BatchPhase, ...] = ()  # sorted by step
     stop_step: int | None = None  # stop early; the schedule still ends at max_steps
     init_from: Path | state.InitFromConfig | None = None  # used only if output_dir has no checkpoint yet
@@ -94,6 +104,7 @@ class TrainerConfig:
     cells_every: int = 1000  # a multiple of log_every
     val_every: int = 5000
     val_batches: int = 1  # each of total_batch_size images
+    profile: ProfileConfig = ProfileConfig()  # noqa: RUF009 - frozen
     samples: SampleGridConfig = SampleGridConfig()  # noqa: RUF009 - frozen
     wandb: WandbConfig = WandbConfig()  # noqa: RUF009 - frozen
     tensorboard: bool = False
@@ -151,22 +162,28 @@ class TrainerConfig:
         return range(first, first + sizes[-1][1])
 
     def micro_batches(self, world_size: int, batch_multiple: int, step: int = 0) -> int:
-        """Micro-batches per rank in a step. Raises UserError if the batch sizes do not divide evenly."""
-        together, total = self.micro_batch_size * world_size, len(self.samples_at(step))
-        if total % together:
+        """Micro-batches per rank in a step. Raises UserError if the batch cannot be divided evenly."""
+        total, most = len(self.samples_at(step)), self.micro_batch_size
+        if total % world_size:
             raise UserError(
-                f"trainer.total_batch_size: {total} is not a multiple of micro_batch_size "
-                f"{self.micro_batch_size} x {world_size} processes; change one of the three"
+                f"trainer.total_batch_size: {total} is not a multiple of the {world_size} processes; change one of them"
             )
 
         # every micro-batch evaluates the same number of samples, so that all ranks make the same network calls
-        if self.micro_batch_size % batch_multiple:
+        if most < batch_multiple:
             raise UserError(
                 f"trainer.micro_batch_size: the objective needs a multiple of {batch_multiple}, got "
-                f"{self.micro_batch_size}; every micro-batch must have the same share of samples with s < t"
+                f"{most}; every micro-batch must have the same share of samples with s < t"
+            )
+        per_rank = total // world_size
+        if per_rank % batch_multiple:
+            raise UserError(
+                f"trainer.total_batch_size: {total} leaves {per_rank} for each of {world_size} processes, but the "
+                f"objective needs a multiple of {batch_multiple}; set a multiple of {batch_multiple * world_size}, or "
+                "start fewer processes"
             )
 
-        return total // together
+        return per_rank // loader.micro_batch_size(per_rank, most, batch_multiple)
 
 
 class Trainer:
@@ -207,7 +224,7 @@ class Trainer:
         # statistics since the last logged step
         self.measured, self.cells = MetricAccumulator(), TimeGrid()
         self.clock = StepTimer(world.device, cfg.peak_tflops)
-        self.steps_logged, self.replaced = self.start, 0
+        self.replaced = self.num_samples = self.num_tokens = 0  # of this rank; samples and tokens learned from
         self.has_learned, self.last_skip = False, ""  # since this start
 
         if found and world.is_main:
@@ -216,6 +233,15 @@ class Trainer:
     def num_micro(self, step: int) -> int:
         """Micro-batches per rank in a step."""
         return self.cfg.micro_batches(self.world.size, self.system.objective.batch_multiple, step)
+
+    def batches(self, step: int) -> str:
+        """How the batch of a step is divided, as a line of text."""
+        total, num_micro = len(self.cfg.samples_at(step)), self.num_micro(step)
+        micro = total // self.world.size // num_micro
+        return (
+            f"{total} images per step: {self.world.size} x {num_micro} micro-batches of {micro} "
+            f"(trainer.micro_batch_size: at most {self.cfg.micro_batch_size})"
+        )
 
     def initialise(self) -> int:
         """Start a run that has no checkpoint yet, loading what `init_from` names. Returns the first step."""
@@ -248,6 +274,10 @@ class Trainer:
         progress = log.Progress("training", end, self.start, quiet=not main)
         watch = Watchdog(self.world, cfg.timeout_minutes, partial(launch.end, 1))
         stop_signal = StopSignal(0.9 * launch.grace_seconds(), self.end_late)
+        profiler, garbage = Profiler(cfg.profile, self.folder, self.world), ManualGC()
+
+        if main:
+            log.print_line(self.batches(self.start))
 
         # one data loader for the run; workers prefetch micro-batches in this order
         order = ((step, place) for step in range(self.start, end) for place in range(self.num_micro(step)))
@@ -261,8 +291,11 @@ class Trainer:
                 fsdp.compare_replicas(self.net, self.world, cfg.shard_size, f"step {step}")
 
             # train; the stop signal is the same on all ranks, so all leave the loop after the same step
+            profiler.before(step)
             grad_norm, stop = self.step(step, micro_batches, lambda: stop_signal.received)
             done, last = step + 1, step + 1 == end or stop > 0
+            profiler.after(step, last)
+            garbage.after(step)
 
             # metrics and validation
             values = self.summary(step, grad_norm) if done % cfg.log_every == 0 or last else {}
@@ -291,8 +324,8 @@ class Trainer:
         # wait for the last checkpoint, then close everything that runs in the background
         watch.heartbeat(step, "saving", limited=False)
         path = self.saver.finish()
-        for part in (progress, watch, stop_signal, loggers):
-            part.close()
+        for background in (progress, watch, stop_signal, loggers, garbage):
+            background.close()
         if not self.has_learned and not stop:
             raise UserError(
                 f"{self.folder}: nothing was learned, every step from {self.start} to {step} was skipped and no "
@@ -336,7 +369,7 @@ class Trainer:
         Returns the gradient norm before clipping, and the stop signal that any rank has received (0: none).
         """
         cfg, clock, measured = self.cfg, self.clock, MetricAccumulator()
-        num_micro, losses = self.num_micro(step), []
+        num_micro, losses, checks, num_tokens = self.num_micro(step), [], [], 0
         for group in self.optimizer.param_groups:
             group["lr"] = cfg.lr_at(step)
 
@@ -357,6 +390,8 @@ class Trainer:
             mean_loss = loss.per_sample.mean() / num_micro
             mean_loss.backward()
             losses.append(mean_loss.detach())
+            checks += loss.checks
+            num_tokens += loss.num_tokens
             measured.add(loss, batch)
 
         # agree with all ranks on norm, loss and stop signal
@@ -366,6 +401,10 @@ class Trainer:
         norm = fsdp.grad_norm(self.net)
         grad_norm, mean_loss, stop = collectives.sync_step_outcome(norm, sum(losses), received())
 
+        # infinite or NaN output of an encoder makes the loss so too; the step has waited for the device above anyway
+        if not math.isfinite(mean_loss):
+            raise_if_not_finite(checks)
+
         # update live and EMA weights, or skip the step
         if self.guard.accepts(grad_norm, mean_loss):
             self.has_learned = True
@@ -374,6 +413,8 @@ class Trainer:
             self.optimizer.step()
             ema.update(self.ema, self.net, ema.decay_at(step, cfg.ema_decay, cfg.ema_warmup))
             self.measured.extend(measured)
+            self.num_samples += len(cfg.samples_at(step)) // self.world.size
+            self.num_tokens += num_tokens
         else:
             self.skip(step, grad_norm, limit, measured)
         self.optimizer.zero_grad(set_to_none=True)
@@ -412,12 +453,10 @@ class Trainer:
         self.cells.add(measured.cells(device))
 
         values |= {"ema_distance": ema_distance(self.ema, self.net, device), "skipped": self.guard.skipped}
-        values["replaced"] = int(collectives.sum_over_ranks(torch.tensor([float(self.replaced)], device=device)))
-        self.replaced = 0
-
-        num_samples = self.cfg.samples_at(step).stop - self.cfg.samples_at(self.steps_logged).start
-        self.steps_logged = step + 1
-        return values | self.clock.rates(num_samples, self.world.size)
+        counts = torch.tensor([self.replaced, self.num_samples, self.num_tokens], dtype=torch.float64, device=device)
+        replaced, num_samples, num_tokens = collectives.sum_over_ranks(counts).tolist()
+        self.replaced = self.num_samples = self.num_tokens = 0
+        return values | {"replaced": int(replaced)} | self.clock.rates(num_samples, num_tokens)
 
     def part(self, split: Split) -> MicroBatches:
         """This rank's micro-batches of a split, indexed by (step, micro-batch)."""
@@ -440,7 +479,9 @@ class Trainer:
             for number, place in product(range(self.cfg.val_batches), range(self.num_micro(0))):
                 batch = raise_if_error(part[number, place]).to(self.world.device)
                 rng = SampleRNG(tuple((self.seed, "val", number, p) for p in batch.positions))
-                measured.add(self.system.loss(net, self.ema, batch, rng, at), batch)
+                loss = self.system.loss(net, self.ema, batch, rng, at)
+                raise_if_not_finite(loss.checks)
+                measured.add(loss, batch)
             values |= measured.means(self.world.device, prefix)
         self.clock.mark("other")
         return values

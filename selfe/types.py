@@ -58,6 +58,7 @@ class Packed:
 
     tokens: Tensor  # (T, d) with T = sum(lens)
     owner: Tensor  # (T,) int64, the sample index of each token
+    counts: Tensor  # (B,) int64, the tokens of each sequence; on the device, as `lens` is on the host
     grids: tuple[tuple[int, int], ...]  # B x (rows, columns)
 
     @property
@@ -84,10 +85,12 @@ class Packed:
 
 def packed(tokens: Tensor, grids: Sequence[tuple[int, int]]) -> Packed:
     """`Packed` from tokens (T, d) that are already concatenated."""
-    lens = torch.tensor([rows * columns for rows, columns in grids])
-    owner = to_device(torch.repeat_interleave(lens), tokens.device)
-    assert owner.shape[0] == tokens.shape[0], f"grids hold {owner.shape[0]} tokens, got {tokens.shape[0]}"
-    return Packed(tokens, owner, tuple(grids))
+    lens = [rows * columns for rows, columns in grids]
+    assert sum(lens) == tokens.shape[0], f"grids hold {sum(lens)} tokens, got {tokens.shape[0]}"
+    counts = torch.tensor(lens)
+    owner = torch.repeat_interleave(counts, output_size=sum(lens))
+    owner, counts = to_device(torch.cat([owner, counts]), tokens.device).split([sum(lens), len(lens)])  # one copy
+    return Packed(tokens, owner, counts, tuple(grids))
 
 
 @dataclass(frozen=True)
@@ -198,6 +201,25 @@ def signed(image: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class FiniteCheck:
+    """The output of a part, summed per sample and still on the device: are all values finite?"""
+
+    sums: Tensor  # (B,)
+    names: tuple[str, ...]  # of the samples
+    part: str
+    remedy: str
+
+
+def raise_if_not_finite(checks: Sequence[FiniteCheck]) -> None:
+    """Raise UserError naming the first sample with infinite or NaN values. Waits for the device."""
+    for check in checks:
+        if check.sums.is_meta or check.sums.isfinite().all():
+            continue
+        name = check.names[check.sums.isfinite().tolist().index(False)]
+        raise UserError(f"{name}: {check.part} returns infinite or NaN values; {check.remedy}")
+
+
+@dataclass(frozen=True)
 class Loss:
     """One loss per sample, and metrics to log: each has a value per sample, or per row of `eval_rows`."""
 
@@ -206,3 +228,5 @@ class Loss:
     t: Tensor  # (B,), times drawn for this loss
     s: Tensor  # (B,), secondary times
     eval_rows: tuple[int, ...] = ()  # J rows that were self-evaluated
+    num_tokens: int = 0  # image tokens of the samples
+    checks: tuple[FiniteCheck, ...] = ()  # of the encoders; not read yet, because reading waits for the device

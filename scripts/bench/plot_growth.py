@@ -17,6 +17,7 @@ from pathlib import Path
 import matplotlib
 
 from selfe import launch
+from selfe.distributed.fsdp import GatherConfig
 from selfe.log import Progress
 from selfe.tools.plan.job import count_words, load, run
 from selfe.tools.plan.ranks import share, traffic
@@ -45,7 +46,7 @@ def planned(path: str) -> list[dict]:
     cases = [(ranks, ranks) for ranks in RANKS] + [(ranks, NODE) for ranks in RANKS if ranks > NODE]
     progress, found = Progress("ranks", len(cases)), []
     for ranks, shared_by in cases:
-        ours = share(job.system, replace(job.trainer, shard_size=shared_by), ranks)
+        ours = share(job.system, replace(job.trainer, shard_size=shared_by, gathering=GatherConfig()), ranks)
         states = ours.parameters + ours.gradients + ours.optimizer + ours.ema
         sizes = {"states": states, "whole": ours.whole, **traffic(ours, step.calls)}
         found.append({"ranks": ranks, "shared by": shared_by} | {name: size / GIB for name, size in sizes.items()})

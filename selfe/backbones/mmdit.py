@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -75,6 +76,7 @@ class MMDiT(nn.Module):
         self.single_blocks = nn.ModuleList(SingleBlock(width, num_heads, mlp_ratio) for _ in range(num_single_blocks))
         self.out_modulation = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, patch_dim)
+        self.weights_of = self.count_weights()
 
     def output_settings(self) -> dict[str, Any]:
         return {
@@ -123,6 +125,36 @@ class MMDiT(nn.Module):
         shift, scale = self.out_modulation(emb).chunk(2, dim=-1)
         return self.out(modulate(image, shift, scale, layout.image)).to(x_t.tokens.dtype)
 
+    def flops(self, image_lens: Sequence[int], text_lens: Sequence[int]) -> int:
+        """FLOPs of a forward pass over samples with these numbers of image and caption tokens, by formula.
+
+        Matrix products only; a multiply-add counts as two operations. Attention takes two products of n x n x width
+        per sample and block, for n text and image tokens.
+        """
+        rows = {"image": sum(image_lens), "text": sum(text_lens), "sample": len(image_lens)}
+        rows["joint"] = rows["image"] + rows["text"]
+        weights = sum(rows[kind] * count for kind, count in self.weights_of.items())
+
+        pairs = sum((image + text) ** 2 for image, text in zip(image_lens, text_lens, strict=True))
+        num_blocks = len(self.double_blocks) + len(self.single_blocks)
+        return 2 * (weights + 2 * pairs * self.image_in.out_features * num_blocks)
+
+    def count_weights(self) -> dict[str, int]:
+        """Number of weights that are multiplied with each image token, text token, token of both, and sample."""
+        counts = {"image": 0, "text": 0, "joint": 0, "sample": 0}
+        for name, weight in self.named_parameters():
+            if weight.ndim < 2 or name.startswith("position"):
+                continue
+
+            if "modulation" in name or name.startswith(("t_in", "s_in", "pooled_in")):
+                kind = "sample"
+            elif name.startswith("single_blocks"):
+                kind = "joint"
+            else:
+                kind = "text" if ".text." in name or name.startswith("text_in") else "image"
+            counts[kind] += weight.numel()
+        return counts
+
     def initial(self, name: str, shape: torch.Size, seed: int) -> Tensor:
         """Initial value of a parameter, float32 on the CPU; depends on (seed, name) only.
 
@@ -163,6 +195,7 @@ class DoubleBlock(nn.Module):
         text_qkv = self.text.qkv(text, *text_mod[:2], layout.text)
         image_qkv = self.image.qkv(image, *image_mod[:2], layout.image)
         q, k, v = (layout.sort(torch.cat(pair)) for pair in zip(text_qkv, image_qkv, strict=True))
+        del text_qkv, image_qkv  # not needed during attention, where memory peaks
         attended = layout.unsort(attention(q, k, v, layout))
 
         # Output projection and MLP of each stream.
@@ -284,10 +317,11 @@ def places(grids: tuple[tuple[int, int], ...], largest: tuple[int, int]) -> Tens
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """RoPE on adjacent pairs of x (T, heads, head_dim), computed in the dtype of `rotation`."""
-    even, odd = x.to(rotation.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rotation.unbind(-1)
-    return torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=-1).flatten(-2).to(x.dtype)
+    """RoPE on adjacent pairs of x (T, heads, head_dim), computed in the dtype of `rotation` (2, T, 1, head_dim)."""
+    cos, sin = rotation
+    wide = x.to(rotation.dtype)
+    swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(wide * cos, swapped, sin).to(x.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:

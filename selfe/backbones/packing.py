@@ -33,7 +33,7 @@ class PackedLayout:
     order: Tensor  # (T,) stream index of each token in attention order: [text | image] per sample
     inverse: Tensor  # (T,) the inverse permutation
     sequences: Sequences  # one per sample, text and image together, in attention order
-    rotation: Tensor  # RoPE (T, 1, head_dim / 2, 2): cosines and sines, in attention order
+    rotation: Tensor  # RoPE (2, T, 1, head_dim), see `grid_rotation`, in attention order
 
     @classmethod
     @lru_cache(maxsize=1)  # consecutive calls of a sampling run have the same layout
@@ -61,10 +61,10 @@ class PackedLayout:
 
         # RoPE angles: 0 for text tokens, patch positions for image tokens.
         working = torch.promote_types(dtype, torch.float32)
-        still = torch.tensor([1.0, 0.0], dtype=working).expand(max(text_lens), 1, sum(axes) // 2, 2)
-        rotation = [
-            part for i in samples for part in (still[: text_lens[i]], grid_rotation(image[i], axes, theta, working))
-        ]
+        still = torch.tensor([1.0, 0.0], dtype=working).view(2, 1, 1, 1).expand(2, max(text_lens), 1, sum(axes))
+        rotation = []
+        for i in samples:
+            rotation += [still[:, : text_lens[i]], grid_rotation(image[i], axes, theta, working)]
 
         return cls(
             num_text=num_text,
@@ -75,7 +75,7 @@ class PackedLayout:
             order=order,
             inverse=inverse,
             sequences=Sequences.of([lens[i] for i in samples], device),
-            rotation=to_device(torch.cat(rotation), device),
+            rotation=to_device(torch.cat(rotation, dim=1), device),
         )
 
     def sort(self, x: Tensor) -> Tensor:
@@ -94,19 +94,27 @@ def to_device_at_once(parts: Sequence[Tensor], device: torch.device) -> tuple[Te
 
 @lru_cache(maxsize=256)
 def grid_rotation(grid: tuple[int, int], axes: tuple[int, ...], theta: float, dtype: torch.dtype) -> Tensor:
-    """RoPE cosines and sines of an image's patches, (rows * columns, 1, head_dim / 2, 2).
+    """RoPE of an image's patches, (2, rows * columns, 1, head_dim): cosines, and sines with the sign of a rotation.
 
-    Patch positions are (frame 0, row, column); angles are computed in float64, as in FLUX.
+    A pair (a, b) of features becomes (a cos - b sin, b cos + a sin). Patch positions are (frame 0, row, column); angles
+    are computed in float64, as in FLUX.
     """
     rows, columns = grid
     position = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).double()  # (n, 2)
     position = torch.cat([torch.zeros(rows * columns, 1, dtype=torch.float64), position], dim=1)
 
-    parts = [
-        position[:, [i]] * theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim) for i, dim in enumerate(axes)
-    ]
-    angles = torch.cat(parts, dim=1)[:, None]
-    return torch.stack([angles.cos(), angles.sin()], dim=-1).to(dtype)
+    # one angle per pair of features, (n, 1, head_dim / 2)
+    angles = torch.cat(
+        [
+            position[:, [i]] * theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+            for i, dim in enumerate(axes)
+        ],
+        dim=1,
+    )[:, None]
+
+    cos, sin = angles.cos(), angles.sin()
+    pairs = [torch.stack([cos, cos], dim=-1), torch.stack([-sin, sin], dim=-1)]
+    return torch.stack([pair.flatten(-2) for pair in pairs]).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,7 @@ class Segments:
     def of(cls, lens: Sequence[int], dtype: torch.dtype, device: torch.device) -> Segments:
         """Segments of these lengths; `dtype` is that of the values."""
         starts = torch.tensor([0, *accumulate(lens)][:-1])
-        owner = torch.repeat_interleave(torch.tensor(lens))
+        owner = torch.repeat_interleave(torch.tensor(lens), output_size=sum(lens))
         owner, starts = to_device_at_once([owner, starts], device)
         if device.type in ("cpu", "meta"):
             return cls(owner, starts)

@@ -139,7 +139,7 @@ class MicroBatches(Dataset):
     data: Data
     seed: int
     samples_at: Callable[[int], range]  # training step -> sample numbers of its global batch, counted over the run
-    micro: int
+    micro: int  # samples of a micro-batch, at most
     multiple: int  # neighbouring positions that stay on one rank
     world: World
     split: Split
@@ -150,10 +150,11 @@ class MicroBatches(Dataset):
         """Micro-batch `place` of a step on this rank."""
         step, place = index
         samples = self.samples(step)
+        micro = micro_batch_size(len(samples) // self.world.size, self.micro, self.multiple)
 
         try:
             costs = self.data.costs(self.seed, step, samples, self.split)
-            positions = balance(costs, self.world.size, self.micro, self.multiple)[self.world.rank][place]
+            positions = balance(costs, self.world.size, micro, self.multiple)[self.world.rank][place]
             batch = self.data.batch(self.seed, step, samples, positions, self.split)
             if self.read_captions is None:
                 return batch
@@ -169,6 +170,15 @@ class MicroBatches(Dataset):
         # validation keeps the batch size of step 0, so that its loss is comparable over a run
         total = len(self.samples_at(0))
         return range(step * total, (step + 1) * total)
+
+
+def micro_batch_size(per_rank: int, most: int, multiple: int) -> int:
+    """The largest divisor of the `per_rank` samples of a step that is a multiple of `multiple` and at most `most`.
+
+    Returns 0 if there is none.
+    """
+    sizes = range(multiple, min(per_rank, most) + 1, multiple)
+    return max((size for size in sizes if per_rank % size == 0), default=0)
 
 
 def raise_if_error(batch: Batch | UserError) -> Batch:

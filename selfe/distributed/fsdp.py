@@ -142,10 +142,15 @@ def build_model_and_ema(
 
     `options` are passed to `shard_model_and_ema`.
     """
-    nets = shard_model_and_ema(module, mesh, precision, **options)
-    for part in nets:
-        materialise(part, torch.device(mesh.device_type), seed)
-    return nets
+    net, average = shard_model_and_ema(module, mesh, precision, **options)
+    device = torch.device(mesh.device_type)
+    materialise(net, device, seed)
+
+    average.to_empty(device=device)
+    with torch.no_grad():
+        for mean, parameter in zip(average.parameters(), net.parameters(), strict=True):
+            local(mean).copy_(local(parameter))
+    return net, average
 
 
 def shard_model_and_ema(

@@ -23,8 +23,8 @@ class FlowMatching:
     def phase(self, step: int) -> str:
         return "flow matching"
 
-    def captions(self, prompts: Sequence[str], rng: SampleRNG, step: int) -> dict[str, list[str]]:
-        return {"cond": flow.drop_prompts(prompts, rng, self.p_drop)}
+    def captions(self, prompts: Sequence[str], rng: SampleRNG, step: int, drop: bool = True) -> dict[str, list[str]]:
+        return {"cond": flow.drop_prompts(prompts, rng, self.p_drop) if drop else list(prompts)}
 
     def __call__(
         self, net: Denoiser, ema: Denoiser, x0: Packed, conds: dict[str, TextCond], rng: SampleRNG, step: int

@@ -117,9 +117,12 @@ class SelfEvaluation:
             return "flow matching"
         return "self-evaluation and auxiliary term" if self.auxiliary(step) else "self-evaluation"
 
-    def captions(self, prompts: Sequence[str], rng: SampleRNG, step: int) -> dict[str, list[str]]:
-        """Captions to encode: "cond" for all B rows; "null" and, in the auxiliary phase, "fake" for rows with s < t."""
-        captions = {"cond": flow.drop_prompts(prompts, rng, self.p_drop)}
+    def captions(self, prompts: Sequence[str], rng: SampleRNG, step: int, drop: bool = True) -> dict[str, list[str]]:
+        """Captions to encode: "cond" for all B rows; "null" and, in the auxiliary phase, "fake" for rows with s < t.
+
+        `drop=False` gives them without prompt dropout.
+        """
+        captions = {"cond": flow.drop_prompts(prompts, rng, self.p_drop) if drop else list(prompts)}
         rows = self.eval_rows(len(prompts), step)
         if rows:
             captions["null"] = [""] * len(rows)

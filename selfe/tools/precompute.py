@@ -159,20 +159,13 @@ def key_of(caption: str) -> np.ndarray:
     return np.frombuffer(bytes.fromhex(feature_cache.digest(caption)), np.uint64)
 
 
-class Undropped(SampleRNG):
-    """A SampleRNG with which no prompt is dropped."""
-
-    def uniform(self, name: str, like: Tensor) -> Tensor:
-        return torch.ones(len(self.keys)).to(like)
-
-
 def wanted(objective: Objective, prompts: Sequence[str], num_steps: int) -> list[str]:
     """The distinct captions that an objective may request in a run over these prompts."""
     rows = [prompt for prompt in prompts for _ in range(objective.batch_multiple)]
-    rng = Undropped.of_step(0, 0, range(len(rows)))
+    rng = SampleRNG.of_step(0, 0, range(len(rows)))
     captions = []
     for step in (0, num_steps - 1):
-        captions += chain(*objective.captions(rows, rng, step).values())
+        captions += chain(*objective.captions(rows, rng, step, drop=False).values())
     return list(dict.fromkeys(captions))
 
 

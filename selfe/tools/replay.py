@@ -20,7 +20,7 @@ from selfe.device import choose_precision
 from selfe.distributed import collectives, fsdp
 from selfe.rng import SampleRNG
 from selfe.training.metrics import MetricAccumulator
-from selfe.types import UserError
+from selfe.types import UserError, raise_if_not_finite
 
 
 def main(options: argparse.Namespace) -> None:
@@ -62,6 +62,7 @@ def replay(settings: dict, record: dict, found: Path | None, world: collectives.
         positions = [sample["position"] for sample in samples]
         batch = data.batch(seed, step, trainer.samples_at(step), positions, "train").to(world.device)
         loss = system.loss(net, ema, batch, SampleRNG.of_step(seed, step, batch.positions), step)
+        raise_if_not_finite(loss.checks)
         (loss.per_sample.mean() / len(micro_batches)).backward()
         measured.add(loss, batch)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ class MetricAccumulator:
 
     values: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     times: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))  # (2, rows)
-    samples: list[tuple[Batch, Tensor]] = field(default_factory=list)  # with (3, B): loss, t, s
+    samples: list[tuple[Batch, Tensor]] = field(default_factory=list)  # without images; with (3, B): loss, t, s
 
     def add(self, loss: Loss, batch: Batch) -> None:
         """Add the loss and metrics of a micro-batch."""
@@ -39,7 +39,8 @@ class MetricAccumulator:
         for name, rows in ({"loss": per_sample} | loss.metrics).items():
             self.values[name].append(rows)
             self.times[name].append(times if len(rows) == len(loss.t) else eval_rows)
-        self.samples.append((batch, torch.cat([per_sample[None], times])))
+        # images would stay on the device until the end of the step
+        self.samples.append((replace(batch, images=(), text=None, flat=None), torch.cat([per_sample[None], times])))
 
     def extend(self, other: MetricAccumulator) -> None:
         """Add the values of a step, without its samples."""

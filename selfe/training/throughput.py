@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import defaultdict
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from selfe import device
-from selfe.protocols import Denoiser
+from selfe.protocols import Backbone, Denoiser
 from selfe.types import Packed, TextCond
+
+GC_EVERY = 50  # steps
+
+
+class ManualGC:
+    """Disables Python's garbage collector until `close`, and collects after every `GC_EVERY` steps instead.
+
+    Automatic collections start at another moment on every rank, and each of them would delay all ranks.
+    """
+
+    def __init__(self):
+        gc.collect()
+        gc.disable()
+
+    def after(self, step: int) -> None:
+        """Call it after each step, on every rank."""
+        if (step + 1) % GC_EVERY == 0:
+            gc.collect(1)
+
+    def close(self) -> None:
+        gc.enable()
 
 
 class StepTimer:
@@ -20,9 +41,8 @@ class StepTimer:
     def __init__(self, where: torch.device, peak_tflops: float | None = None):
         self.device = None if where.type == "cpu" else where
         self.peak = peak_tflops or device.peak_tflops()
-        self.flops_per_token: float | None = None
         self.marks: list[tuple[str, float | torch.Event]] = []
-        self.flops = self.tokens = 0.0
+        self.flops = 0
         self.mark("other")
 
     def mark(self, name: str) -> None:
@@ -37,49 +57,41 @@ class StepTimer:
         event.record()
         return event
 
-    def around(self, net: Denoiser) -> Denoiser:
+    def around(self, net: Backbone) -> Denoiser:
         """`net` with its calls timed and counted as `forward`, or as `self_evaluation` when gradients are disabled."""
 
         def call(x_t: Packed, t: Tensor, s: Tensor, cond: TextCond) -> Tensor:
             learns = torch.is_grad_enabled()
-            if self.flops_per_token is None:
-                self.count(net, x_t, t, s, cond)
-
             self.mark("forward" if learns else "self_evaluation")
             v = net(x_t, t, s, cond)
             self.mark("objective")
 
             # a backward pass costs two forward passes; recomputation by activation checkpointing is not counted
-            self.tokens += len(x_t.tokens) * learns
-            self.flops += (3 if learns else 1) * self.flops_per_token * (len(x_t.tokens) + len(cond.text.tokens))
+            self.flops += (3 if learns else 1) * net.flops(x_t.lens, cond.text.lens)
             return v
 
         return call
 
-    @torch.no_grad()
-    def count(self, net: Denoiser, x_t: Packed, t: Tensor, s: Tensor, cond: TextCond) -> None:
-        """Measure the FLOPs per token (image and caption tokens) of one forward pass; once per run."""
-        self.mark("other")
-        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-            net(x_t, t, s, cond)
-        self.flops_per_token = counter.get_total_flops() / (len(x_t.tokens) + len(cond.text.tokens))
+    def rates(self, num_samples: float, num_tokens: float) -> dict[str, float]:
+        """Rates since the last call; waits for the device.
 
-    def rates(self, num_samples: int, world_size: int) -> dict[str, float]:
-        """Rates since the last call; waits for the device. `num_samples` is the number over all processes.
+        `tflops` and `mfu` are those of this process and count the denoiser only. `time_*` are fractions of the total
+        time.
 
-        `tokens_per_second` counts image tokens of passes with gradients. `tflops` and `mfu` are those of this process,
-        estimated from the denoiser's calls only. `time_*` are fractions of the total time.
+        Args:
+            num_samples: images that all processes have learned from; those of skipped steps do not count.
+            num_tokens: their image tokens, each image counted once.
         """
         phases = self.seconds()
         total = sum(phases.values())
 
-        values = {"samples_per_second": num_samples / total, "tokens_per_second": self.tokens * world_size / total}
+        values = {"samples_per_second": num_samples / total, "tokens_per_second": num_tokens / total}
         values["tflops"] = self.flops / total / 1e12
         if self.peak:
             values["mfu"] = values["tflops"] / self.peak
         values["peak_memory_gib"] = device.peak_memory() / 2**30
 
-        self.flops = self.tokens = 0.0
+        self.flops = 0
         return values | {f"time_{name}": seconds / total for name, seconds in phases.items()}
 
     def seconds(self) -> dict[str, float]:

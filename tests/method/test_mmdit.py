@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from selfe.backbones.mmdit import MMDiT, rotate
 from selfe.backbones.packing import PackedLayout, Segments, grid_rotation, one_hot
@@ -73,6 +74,14 @@ def test_every_input_and_parameter_matters():
     net(x, t, s, cond).square().sum().backward()
     for tensor in (t, s, cond.pooled, cond.text.tokens, *net.parameters()):
         assert tensor.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"s_branch": False}, {"mlp_ratio": 2.0, "learned_grid": (4, 4)}], ids=str)
+def test_flops_by_formula_are_those_that_run(changes):
+    net, (x, t, s, cond) = small(dtype=torch.float32, **changes), inputs(torch.float32)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(x, t, s, cond)
+    assert net.flops(x.lens, cond.text.lens) == counter.get_total_flops()
 
 
 def test_second_clock_starts_from_its_difference():

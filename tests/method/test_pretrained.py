@@ -21,7 +21,7 @@ from selfe.encoders.flux_vae import FluxVAE
 from selfe.encoders.t5_clip import ClipSize, T5Clip, T5Size
 from selfe.rng import SampleRNG
 from selfe.samplers.euler import Euler
-from selfe.types import Batch, TextCond, UserError, packed
+from selfe.types import Batch, TextCond, UserError, packed, raise_if_not_finite
 from tests.helpers.encoder_files import CAPTIONS, ROOT, write_cache
 from tests.helpers.ranks import on_ranks
 
@@ -407,8 +407,10 @@ def test_infinite_numbers_name_the_caption_image_or_prompt():
     def constant(x, t, s, cond):
         return torch.full_like(x.tokens, value)
 
+    value = 0.0
+    loss = system.loss(constant, constant, batch, SampleRNG.of_step(0, 0, (0, 1)), 0)
     with pytest.raises(UserError, match=r"dog.jpg: system.autoencoder returns infinite"):
-        system.loss(constant, constant, batch, SampleRNG.of_step(0, 0, (0, 1)), 0)
+        raise_if_not_finite(loss.checks)
     arguments = {"sampler": Euler(), "num_steps": 1, "cfg_scale": 1.0, "s_ratio": 0.0}
     rng = SampleRNG.of_images([(0, "a cat", 0)])
     value = torch.nan

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from selfe import cli, config
+from selfe.backbones.packing import PackedLayout
 from selfe.distributed import activation_checkpoint, fsdp
 from selfe.distributed.collectives import World
 from selfe.rng import SampleRNG
@@ -171,6 +172,7 @@ def kept_and_peak(overrides: list[str], step: int) -> tuple[int, int]:
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = system.objective(net, net, x0, conds, rng, step).per_sample.mean()
     loss.backward()
+    PackedLayout.of.cache_clear()  # the layout of a batch is made anew, as in training
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         system.objective(net, net, x0, conds, rng, step).per_sample.mean().backward()
     now = peak = 0
@@ -243,11 +245,21 @@ def test_text_says_what_the_numbers_say(paper):
         "2,247.717 M",
         "64 KiB",
         "8 KiB",
-        "every block *",
+        "selective *",
         f"{paper['gpu_hours']:,.0f} GPU-hours",
-        "warning: ",
+        "Warnings\n- ",
     ):
         assert piece in text, piece
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_summary_of_four_lines_comes_first(paper):
+    run, start, time, memory = plan_page.summary(paper)
+    assert plan_page.text(paper).splitlines()[:5] == [run, start, time, memory, ""]
+    assert run == "configs/train/selfe.yaml on 8 x H100 of 80 GiB"
+    assert start == "starts: yes; micro-batches of 32"
+    assert time.startswith(f"time: {paper['days']:.3g} days, ")
+    assert ", fits; " in memory
 
 
 def test_checkpointing_trades_operations_for_memory(paper):
@@ -265,12 +277,21 @@ def mini(*overrides: str, **options) -> dict:
 def test_warnings_appear_where_they_should(monkeypatch):
     assert mini()["warnings"] == []
     many = mini(gpus=1024)["warnings"]
-    for words in ("is not a multiple of micro_batch_size", "1023 of 1024 GPUs are idle", "ranks hold no parameter"):
+    for words in ("96 is not a multiple of the 1024 processes", "can start is 48", "ranks hold no parameter"):
         assert any(words in line for line in many), (words, many)
     monkeypatch.setitem(plan.GPUS, "a100", ("A100", 1e-6))
     small = mini("trainer.micro_batch_size=1", gpu="a100")["warnings"]
-    for words in ("multiple of 2, got 1", "does not fit"):
+    for words in ("the run cannot start: from step 0: trainer.micro_batch_size", "does not fit"):
         assert any(words in line for line in small), (words, small)
+
+
+def test_the_number_of_gpus_on_which_a_run_can_start():
+    plan_on_48 = mini(gpus=48)
+    assert plan_on_48["can_start"] == {"on": 48, "micro": [2], "change": ""}
+    plan_on_64 = mini(gpus=64)
+    assert plan_on_64["can_start"] == {"on": 48, "micro": [2], "change": "48 GPUs"}
+    assert plan_page.summary(plan_on_64)[1] == "starts: NO, but with 48 GPUs; micro-batches of 2"
+    assert mini("trainer.micro_batch_size=1", gpus=2)["can_start"]["on"] == 0
 
 
 def test_phases_follow_objective_batch_and_data(tmp_path):
@@ -348,4 +369,4 @@ def test_the_command(capsys):
     cli.run(["plan", "configs/mini/selfe.yaml", "--gpus", "4", "trainer.micro_batch_size=24", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found["phases"][0]["micro_batches"] == 1
-    assert plan_page.text(found).startswith("configs/mini/selfe.yaml on 4 x H100")
+    assert plan_page.text(found).startswith("configs/mini/selfe.yaml on 4 x H100 of 80 GiB\nstarts: yes")

@@ -1,7 +1,10 @@
 """The trainer's arithmetic: schedule, accumulation, who gets which sample. The loop itself runs in `test_smoke.py`."""
 
+import gzip
+import json
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +19,10 @@ from selfe.inference import job
 from selfe.io.folder_lock import FolderLock
 from selfe.train import BatchPhase, TrainerConfig
 from selfe.training import ema, grad_guard, run_info
+from selfe.training.profiling import ProfileConfig, Profiler
+from selfe.training.throughput import StepTimer
 from selfe.training.visuals import SampleGridConfig
-from selfe.types import Batch, UserError
+from selfe.types import Batch, TextCond, UserError, packed
 from tests.helpers import train_processes
 from tests.helpers.train_processes import TINY
 from tests.training.test_compare import RANDOM
@@ -53,16 +58,44 @@ def test_phases():
     assert phased.lr_at(9999) == pytest.approx(1e-5)
     with pytest.raises(ValueError, match=r"sorted by step, each step once, got \[5, 3\]"):
         trainer(phases=(BatchPhase(5), BatchPhase(3)))
-    with pytest.raises(UserError, match="24 is not a multiple"):
+    with pytest.raises(UserError, match=r"trainer.total_batch_size: 24 leaves 3 for each of 8 processes"):
         trainer(phases=(BatchPhase(5, total_batch_size=24),)).micro_batches(8, 2, 5)
 
 
 def test_micro_batches_per_step():
     assert trainer().micro_batches(world_size=4, batch_multiple=2) == 2
-    with pytest.raises(UserError, match=r"16 is not a multiple of micro_batch_size 2 x 3 processes"):
+    with pytest.raises(UserError, match=r"trainer.total_batch_size: 16 is not a multiple of the 3 processes"):
         trainer().micro_batches(3, 2)
     with pytest.raises(UserError, match=r"trainer.micro_batch_size: the objective needs a multiple of 4, got 2"):
         trainer().micro_batches(1, 4)
+
+
+@pytest.mark.parametrize(
+    ("most", "processes", "micro_batches"), [(32, 1, 24), (32, 8, 3), (32, 16, 2), (20, 8, 6), (1000, 2, 1), (7, 4, 32)]
+)
+def test_the_largest_micro_batch_that_divides_the_batch_is_taken(most, processes, micro_batches):
+    """Of 768 samples: at most `most`, and even, so that every micro-batch has the same share of samples with s < t."""
+    config = trainer(total_batch_size=768, micro_batch_size=most)
+    assert config.micro_batches(processes, 2) == micro_batches
+
+
+TRAINING = sorted(Path("configs").glob("train/*.yaml")) + sorted(Path("configs").glob("one_gpu/*.yaml"))
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=str)
+def test_shipped_configs_start_on_any_number_of_gpus_that_divides_their_batch(path):
+    settings = config.load(str(path))
+    shipped = config.build(settings, "trainer")
+    for phase in (0, *(phase.step for phase in shipped.phases)):
+        total = len(shipped.samples_at(phase))
+        for processes in range(1, 129):
+            if total % (2 * processes):
+                with pytest.raises(UserError, match=r"trainer.total_batch_size"):
+                    shipped.micro_batches(processes, 2, phase)
+            else:
+                micro = total // processes // shipped.micro_batches(processes, 2, phase)
+                assert 2 <= micro <= shipped.micro_batch_size
+                assert micro * processes * shipped.micro_batches(processes, 2, phase) == total
 
 
 @pytest.mark.parametrize("name", ["max_steps", "total_batch_size", "micro_batch_size", "log_every", "val_every"])
@@ -148,6 +181,51 @@ def test_every_position_of_a_step_once_on_any_number_of_ranks(size, micro):
                 assert batch.prompts == (str(step),) * micro
                 seen += batch.positions
         assert sorted(seen) == list(range(16))
+
+
+class CountedNet:
+    """A denoiser whose calls cost an operation per token."""
+
+    def __call__(self, x_t, t, s, cond):
+        return x_t.tokens
+
+    def flops(self, image_lens: Sequence[int], text_lens: Sequence[int]) -> int:
+        return sum(image_lens) + sum(text_lens)
+
+
+def test_rates_count_every_call_by_its_own_lengths_and_samples_that_were_learned_from():
+    timer = StepTimer(torch.device("cpu"), peak_tflops=1e-9)
+    net, times = timer.around(CountedNet()), torch.zeros(1)
+    for tokens, learns in ((100, True), (7, True), (50, False)):
+        x = packed(torch.zeros(tokens, 1), [(1, tokens)])
+        with torch.set_grad_enabled(learns):
+            net(x, times, times, TextCond(packed(torch.zeros(1, 1), [(1, 1)]), torch.zeros(1, 1)))
+
+    rates = timer.rates(num_samples=8, num_tokens=64)
+    assert rates["tokens_per_second"] == pytest.approx(8 * rates["samples_per_second"])
+    operations = 3 * (101 + 8) + 51  # a backward pass counts as two forward passes
+    seconds = 8 / rates["samples_per_second"]
+    assert rates["tflops"] * 1e12 * seconds == pytest.approx(operations)
+    assert rates["mfu"] == pytest.approx(rates["tflops"] / 1e-9)
+    assert timer.rates(0, 0)["tflops"] == 0
+
+
+def test_a_profile_of_chosen_steps(tmp_path):
+    profiler = Profiler(ProfileConfig((1, 3)), tmp_path, World(0, 1, torch.device("cpu")))
+    for step, side in enumerate((2, 3, 4, 5)):
+        profiler.before(step)
+        torch.ones(side, side) @ torch.ones(side, side)
+        profiler.after(step, last=step == 3)
+    (path,) = tmp_path.rglob("trace.json.gz")
+    assert path.parent == tmp_path / "profile" / "steps_00000001_00000003"
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    shapes = [event["args"]["Input Dims"][0] for event in events if event.get("name") == "aten::mm"]
+    assert shapes == [[3, 3], [4, 4]]
+
+
+def test_a_profile_of_no_steps_is_refused():
+    with pytest.raises(ValueError, match=r"steps must be \[first, end\] with 0 <= first < end, got \[3, 3\]"):
+        ProfileConfig((3, 3))
 
 
 def test_ema_decay():

@@ -33,6 +33,7 @@ GPUS = {  # key of `PEAKS`, GiB of memory
     "a100": ("A100", 80),
     "a100-40": ("A100", 40),
     "l40s": ("L40S", 48),
+    "rtx4090": ("RTX 4090", 24),
 }
 USABLE = 0.9  # fraction of GPU memory; the rest goes to the driver, communication buffers and fragmentation
 ENCODER_SHARE = 0.2  # of all FLOPs, above which a feature cache is recommended
@@ -42,7 +43,8 @@ EVERY = (False, 2, "selective", True)  # activation checkpointing settings to co
 def memory(job: Job, share: Share, heaviest: PhaseCost, num_words: int, gib: int, batches: set[int]) -> dict:
     """Bytes on a rank and the micro-batch sizes that fit, by activation checkpointing setting."""
     trainer, room = job.trainer, round(USABLE * gib * 2**30)
-    at, micro, own = (heaviest.shapes, num_words, heaviest.end - 1), trainer.micro_batch_size, heaviest.step
+    at, own = (heaviest.shapes, num_words, heaviest.end - 1), heaviest.step
+    micro = heaviest.micro_batch_size(share.size)
 
     # the part of the peak that does not grow with the batch (gradients in flight), by extrapolation to no images
     fixed = max(2 * own.peak - run(job, *at, trainer.activation_checkpointing, larger=2).peak, 0)
@@ -62,6 +64,7 @@ def memory(job: Job, share: Share, heaviest: PhaseCost, num_words: int, gib: int
             {
                 "activation_checkpointing": every,
                 "configured": configured,
+                "micro_batch_size": micro,
                 "activations": round(step.saved / step.pictures * micro),
                 "peak": round(max(base + each * micro, share.states + encoding * micro)),
                 **micro_batches_that_fit(int(fits), job.system.objective.batch_multiple, share.size, batches),
@@ -87,8 +90,12 @@ def plan(
     gpu: str = "h100",
     mfu: float = 0.35,
     caption_tokens: int = 77,
+    cached: bool = False,
 ) -> dict:
-    """The plan as JSON-compatible values: bytes, FLOPs (per step over all ranks), hours and days."""
+    """The plan as JSON-compatible values: bytes, FLOPs (per step over all ranks), hours and days.
+
+    `cached`: plan for the config that `selfe precompute` writes, which reads the outputs of the encoders.
+    """
     # command line values
     if gpus < 1:
         raise UserError(f"--gpus: {gpus} is too small; must be at least 1")
@@ -101,31 +108,57 @@ def plan(
 
     # measure every phase on the meta device
     name, gib = GPUS[gpu.lower()]
-    job = load(path, overrides)
+    job = load(path, overrides, cached)
     ours = share(job.system, job.trainer, gpus, job.loaded, job.later)
     num_words = count_words(job.system, caption_tokens)
-    found = phases(job, gpus, num_words)
+    costs = phases(job, gpus, num_words)
 
     # derive time from the FLOPs, and memory from the phase that needs most per image
-    heaviest = max(found, key=lambda phase: phase.step.peak / phase.step.pictures)
+    heaviest = max(costs, key=lambda phase: phase.step.peak / phase.step.pictures)
     rate = PEAKS[name] * 1e12 * mfu * 3600  # useful FLOPs per GPU-hour
-    told = [describe(phase, job, ours, rate, gpus) for phase in found]
-    room = memory(job, ours, heaviest, num_words, gib, {phase.batch for phase in found})
+    described = [describe(phase, job, ours, rate, gpus) for phase in costs]
+    room = memory(job, ours, heaviest, num_words, gib, {phase.batch for phase in costs})
+    start = can_start(job, gpus, costs)
 
     return {
         "config": path,
         "gpus": gpus,
         "gpu": {"name": name, "gib": gib, "peak_tflops": PEAKS[name]},
         "mfu": mfu,
-        "assumptions": assumptions(found, job),
+        "can_start": start,
+        "assumptions": assumptions(costs, job),
         "parameters": parameters(job.system),
-        "phases": told,
-        "gpu_hours": sum(phase["gpu_hours"] for phase in told),
-        "days": sum(phase["days"] for phase in told),
+        "phases": described,
+        "gpu_hours": sum(phase["gpu_hours"] for phase in described),
+        "days": sum(phase["days"] for phase in described),
         "memory": room,
-        "storage": storage(job, found),
-        "warnings": warnings(job, ours, found, told, room),
+        "storage": storage(job, costs),
+        "warnings": warnings(job, ours, costs, described, room, start),
     }
+
+
+def can_start(job: Job, gpus: int, costs: list[PhaseCost]) -> dict:
+    """Whether the batch of every phase can be divided over the GPUs.
+
+    Returns:
+        on: the largest number of GPUs, at most `gpus`, on which the run can start; 0 if there is none.
+        micro: the sizes of the micro-batches on that number of GPUs.
+        change: what to change so that the run can start; empty if it can.
+    """
+    trainer, multiple = job.trainer, job.system.objective.batch_multiple
+
+    def sizes(number: int) -> list[int]:
+        per_rank = {phase.batch: phase.batch // number for phase in costs}
+        num_micro = {phase.batch: trainer.micro_batches(number, multiple, phase.start) for phase in costs}
+        return list(dict.fromkeys(per_rank[batch] // num_micro[batch] for batch in per_rank))
+
+    for number in range(gpus, 0, -1):
+        try:
+            micro = sizes(number)
+        except UserError:
+            continue
+        return {"on": number, "micro": micro, "change": "" if number == gpus else f"{number} GPUs"}
+    return {"on": 0, "micro": [], "change": "other batch sizes"}
 
 
 def parameters(system: System) -> dict[str, int]:
@@ -166,14 +199,14 @@ def describe(phase: PhaseCost, job: Job, share: Share, rate: float, gpus: int) -
     }
 
 
-def storage(job: Job, found: list[PhaseCost]) -> dict:
+def storage(job: Job, costs: list[PhaseCost]) -> dict:
     """Bytes on disk: per checkpoint, per image (cached latents, by shape), per caption token and per caption."""
     net, system = job.system.backbone, job.system
     weights = sum(p.nbytes for p in net.parameters())
 
     # shapes of cached latents, from the autoencoder on the meta device
     latents = {}
-    for shape in dict.fromkeys(shape for phase in found for shape, _ in phase.shapes):
+    for shape in dict.fromkeys(shape for phase in costs for shape, _ in phase.shapes):
         mean, deviation = system.autoencoder.moments([torch.empty(3, *shape, device=META)])
         numbers = mean.tokens.numel() * (1 if deviation is None else 2)
         latents[f"{shape[0]}x{shape[1]}"] = {"cached": BYTES * numbers, "one_sample": BYTES * mean.tokens.numel()}
@@ -186,11 +219,11 @@ def storage(job: Job, found: list[PhaseCost]) -> dict:
     }
 
 
-def assumptions(found: list[PhaseCost], job: Job) -> list[str]:
+def assumptions(costs: list[PhaseCost], job: Job) -> list[str]:
     """What the estimate assumes, a sentence each."""
-    call = found[-1].step.calls[0]
+    call = costs[-1].step.calls[0]
     return [
-        f"every caption has {call.text_tokens // found[-1].step.pictures} tokens; no prompt dropout",
+        f"every caption has {call.text_tokens // costs[-1].step.pictures} tokens; no prompt dropout",
         "images are square, at the pixel budgets of the data config",
         "MFU does not count recomputation (activation checkpointing)",
         "data loading, checkpoints, validation and sample grids take no time",
@@ -198,26 +231,32 @@ def assumptions(found: list[PhaseCost], job: Job) -> list[str]:
     ] + (["latents and text embeddings are read from a cache"] if job.cached else [])
 
 
-def warnings(job: Job, share: Share, found: list[PhaseCost], told: list[dict], room: dict) -> list[str]:
+def warnings(
+    job: Job, share: Share, costs: list[PhaseCost], described: list[dict], room: dict, start: dict
+) -> list[str]:
     """Problems that would stop the run or waste GPUs, a line each."""
-    trainer, gpus, lines = job.trainer, share.size, []
+    trainer, gpus, multiple, lines = job.trainer, share.size, job.system.objective.batch_multiple, []
 
-    # batches that do not divide over the ranks
-    for phase in found:
+    # batches that cannot be divided over the ranks, or only into small micro-batches
+    for phase in costs:
         try:
-            trainer.micro_batches(gpus, job.system.objective.batch_multiple, phase.start)
+            trainer.micro_batches(gpus, multiple, phase.start)
         except UserError as error:
-            lines.append(f"from step {phase.start}: {error}")
-        if (busy := phase.batch // trainer.micro_batch_size) < gpus:
+            lines.append(f"the run cannot start: from step {phase.start}: {error}")
+            continue
+        micro = phase.micro_batch_size(gpus)
+        if 2 * micro < min(trainer.micro_batch_size, phase.batch // gpus):
             lines.append(
-                f"from step {phase.start}: {gpus - busy} of {gpus} GPUs are idle: a batch of {phase.batch} is only "
-                f"{busy} micro-batches of {trainer.micro_batch_size}"
+                f"from step {phase.start}: micro-batches have {micro} images, because {phase.batch // gpus} per GPU "
+                f"have no larger divisor up to {trainer.micro_batch_size} that is a multiple of {multiple}"
             )
+    if start["change"] and start["on"]:
+        lines.append(f"the largest number of GPUs on which the run can start is {start['on']}")
 
     # sharding and encoders
     if share.empty_ranks:
         lines.append(f"{share.empty_ranks} of {gpus} ranks hold no parameters; set trainer.shard_size to fewer ranks")
-    shares = [phase["encoder_share"] for phase in told]
+    shares = [phase["encoder_share"] for phase in described]
     if max(shares) > ENCODER_SHARE and not job.cached:
         lines.append(f"the encoders take {max(shares):.0%} of all FLOPs; cache their outputs with selfe precompute")
 
@@ -225,12 +264,12 @@ def warnings(job: Job, share: Share, found: list[PhaseCost], told: list[dict], r
     (own,) = (variant for variant in room["variants"] if variant["configured"])
     if own["peak"] > room["usable"]:
         most = own["largest_micro_batch"]
-        lines.append(f"a micro-batch of {trainer.micro_batch_size} does not fit in memory; the largest is {most}")
+        lines.append(f"a micro-batch of {own['micro_batch_size']} does not fit in memory; the largest is {most}")
     return list(dict.fromkeys(lines))
 
 
 def main(options: argparse.Namespace) -> None:
     """Entry point of `selfe plan`."""
-    hardware = {"gpus": options.gpus, "gpu": options.gpu, "mfu": options.mfu}
-    found = plan(options.config, options.overrides, **hardware, caption_tokens=options.caption_tokens)
-    print(json.dumps(found, indent=1) if options.json else plan_page.text(found))
+    names = ("gpus", "gpu", "mfu", "caption_tokens", "cached")
+    result = plan(options.config, options.overrides, **{name: getattr(options, name) for name in names})
+    print(json.dumps(result, indent=1) if options.json else plan_page.text(result))

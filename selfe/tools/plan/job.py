@@ -46,13 +46,20 @@ class PhaseCost:
     shapes: Shapes
     step: Step  # cost of one micro-batch with these shapes
 
+    def micro_batch_size(self, gpus: int) -> int:
+        """Images of a micro-batch."""
+        return ceil(self.batch / gpus / self.micro_batches)
+
     def per_step(self, number: float) -> int:
         """Scale a value of the measured micro-batch to a step over all ranks."""
         return round(number * self.batch / self.step.pictures)
 
 
-def load(path: str, overrides: Sequence[str] = ()) -> Job:
-    """Build a config for planning; encoders behind a cache are unwrapped, so that their cost is known too."""
+def load(path: str, overrides: Sequence[str] = (), cached: bool = False) -> Job:
+    """Build a config for planning; encoders behind a cache are unwrapped, so that their cost is known too.
+
+    `cached`: treat encoders that are not behind a cache as if they were.
+    """
     settings = config.load(path, overrides)
     trainer = config.build(settings, "trainer")
     if trainer.precision == "auto":
@@ -61,22 +68,27 @@ def load(path: str, overrides: Sequence[str] = ()) -> Job:
         raise UserError(f"{path}: sections system, data and trainer are required")
 
     # unwrap cached encoders; training loads such an encoder only to decode
-    parts, cached, loads = dict(settings["system"]), [], {}
+    parts, behind_cache, loads = dict(settings["system"]), [], {}
     for name, inner in (("text_encoder", "encoder"), ("autoencoder", "autoencoder")):
         loads[name] = inner not in parts[name]["params"] or parts[name]["params"].get("decode", False)
         while inner in parts[name]["params"]:
             parts[name] = parts[name]["params"][inner]
-            cached.append(name)
+            behind_cache.append(name)
+        if cached and name not in behind_cache:
+            loads[name] = False
+            behind_cache.append(name)
 
     # meta device: networks without weights
     with META:
         system = config.build({"system": parts}, "system")
+    if hasattr(system.objective, "p_drop"):
+        system.objective.p_drop = 0.0  # every caption at its full length
     later = Later()
     system.load_encoders(META, later if trainer.shard_text_encoder else None)
 
     encoders = {"text_encoder": system.text_encoder, "autoencoder": system.autoencoder}
     loaded = [net for name, encoder in encoders.items() if loads[name] for net in networks(encoder).values()]
-    return Job(system, trainer, tuple(cached), tuple(loaded), later, *shapes_of(settings))
+    return Job(system, trainer, tuple(behind_cache), tuple(loaded), later, *shapes_of(settings))
 
 
 def shapes_of(settings: dict) -> tuple[Callable[[int], Shapes], tuple[int, ...]]:
@@ -134,19 +146,19 @@ def phases(job: Job, gpus: int, num_words: int) -> list[PhaseCost]:
     begins.add(getattr(objective, "aux_start_step", None) or 0)
     begins = sorted(begin for begin in begins if begin < end)
 
-    found = []
+    costs = []
     for first, last in zip(begins, [*begins[1:], end], strict=True):
         batch = len(trainer.samples_at(first))
         try:
             micro_batches = trainer.micro_batches(gpus, objective.batch_multiple, first)
         except UserError:  # reported by `warnings`
-            micro_batches = ceil(batch / gpus / trainer.micro_batch_size)
+            micro_batches = max(ceil(batch / gpus / trainer.micro_batch_size), 1)
 
         # the last step of the phase: its schedules are the furthest along
         shapes = job.shapes_at(first)
         step = run(job, shapes, num_words, last - 1, trainer.activation_checkpointing)
-        found.append(PhaseCost(first, last, batch, micro_batches, shapes, step))
-    return found
+        costs.append(PhaseCost(first, last, batch, micro_batches, shapes, step))
+    return costs
 
 
 def run(job: Job, shapes: Shapes, num_words: int, step: int, every: ActivationCheckpointing, larger: int = 1) -> Step:

@@ -1,38 +1,72 @@
-"""The plan as text."""
+"""The plan as text, at most 80 columns wide: a summary of four lines, then a table per topic."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from textwrap import wrap
+
+NAME, COLUMN, WIDTH = 29, 16, 80  # columns of text: row names, a phase, the page
+PHASES_PER_TABLE = (WIDTH - NAME) // COLUMN
+
 
 def text(plan: dict) -> str:
-    """The text that `selfe plan` prints: one section per topic, one column per phase."""
-    gpu, phases = plan["gpu"], plan["phases"]
+    """The text that `selfe plan` prints: one table per topic, with a column per phase."""
+    lines = [*summary(plan), "", "Assumptions", *paragraphs(plan["assumptions"])]
+    lines += ["", "Parameters"]
+    lines += [f"  {name:<{NAME - 2}}{count / 1e6:>14,.3f} M" for name, count in plan["parameters"].items()]
+
+    # a run may have more phases than columns fit on the page
+    phases = plan["phases"]
+    for first in range(0, len(phases), PHASES_PER_TABLE):
+        lines += tables(phases[first : first + PHASES_PER_TABLE])
+
+    lines += ["", *memory(plan["memory"]), "", *storage(plan["storage"])]
+    if plan["warnings"]:
+        lines += ["", "Warnings", *paragraphs(plan["warnings"])]
+    return "\n".join(lines)
+
+
+def summary(plan: dict) -> list[str]:
+    """Four lines: the run, whether it can start, how long it takes, what it needs."""
+    gpu, room, starts = plan["gpu"], plan["memory"], plan["can_start"]
+    (own,) = (variant for variant in room["variants"] if variant["configured"])
+    fits = "fits" if own["peak"] <= room["usable"] else "DOES NOT FIT"
+
+    line = "starts: yes" if starts["on"] == plan["gpus"] else f"starts: NO, but with {starts['change']}"
+    return [
+        f"{plan['config']} on {plan['gpus']:,} x {gpu['name']} of {gpu['gib']} GiB"[:WIDTH],
+        f"{line}; micro-batches of {' and '.join(map(str, starts['micro']))}"[:WIDTH],
+        f"time: {number(plan['days'])} days, {number(plan['gpu_hours'])} GPU-hours at {plan['mfu']:.0%} MFU",
+        f"memory: {size(own['peak'])} of {size(room['usable'])} usable, {fits}; "
+        f"checkpoint: {size(plan['storage']['checkpoint'])}",
+    ]
+
+
+def tables(phases: list[dict]) -> list[str]:
+    """Step, operations, communication and time of these phases."""
     lines = [
-        f"{plan['config']} on {plan['gpus']} x {gpu['name']} ({gpu['gib']} GiB, {gpu['peak_tflops']} TFLOP/s peak, "
-        f"MFU {plan['mfu']:.0%})",
-        *(f"assumed: {line}" for line in plan["assumptions"]),
-        "",
-        "Parameters",
-        *(f"  {name:<34}{count / 1e6:>14,.3f} M" for name, count in plan["parameters"].items()),
         "",
         "Step, by phase",
         row("from step", phases, lambda phase: f"{phase['start']:,}"),
         row("images", phases, lambda phase: f"{phase['batch']:,}"),
-        row("height x width", phases, lambda phase: " ".join(phase["pictures"])),
+        *(row("height x width" if i == 0 else "", phases, shape_number(i)) for i in range(most_shapes(phases))),
         row("image tokens", phases, lambda phase: f"{phase['picture_tokens']:,}"),
         row("caption tokens", phases, lambda phase: f"{phase['text_tokens']:,}"),
         row("micro-batches per rank", phases, lambda phase: str(phase["micro_batches"])),
+        "",
+        "Network calls per rank and step",
     ]
 
     # rows that depend on the objective
     for part in names(phases, "calls"):
-        lines.append(row(f"network calls: {part}", phases, lambda phase, part=part: str(phase["calls"].get(part, "-"))))
+        lines.append(row(part, phases, lambda phase, part=part: str(phase["calls"].get(part, "-"))))
 
     lines += ["", "PFLOP per step, all ranks"]
     for part in names(phases, "flops"):
         lines.append(row(part, phases, lambda phase, part=part: peta(phase["flops"].get(part))))
     lines += [
         row("total without recomputation", phases, lambda phase: peta(phase["useful_flops"])),
-        row("with cached encoder outputs", phases, lambda phase: peta(phase["useful_flops_cached"])),
+        row("with cached encoders", phases, lambda phase: peta(phase["useful_flops_cached"])),
         row("share of encoders", phases, lambda phase: f"{phase['encoder_share']:.1%}"),
         "",
         "Communication per rank and step",
@@ -40,40 +74,47 @@ def text(plan: dict) -> str:
     for kind in names(phases, "traffic"):
         lines.append(row(kind, phases, lambda phase, kind=kind: size(phase["traffic"][kind])))
 
-    lines += [
+    return [
+        *lines,
         "",
         "Time",
         row("steps", phases, lambda phase: f"{phase['end'] - phase['start']:,}"),
         row("GPU-hours", phases, lambda phase: number(phase["gpu_hours"])),
-        row("GPU-hours with cached outputs", phases, lambda phase: number(phase["gpu_hours_cached"])),
+        row("  with cached encoders", phases, lambda phase: number(phase["gpu_hours_cached"])),
         row("days", phases, lambda phase: number(phase["days"])),
-        f"  total: {number(plan['days'])} days, {number(plan['gpu_hours'])} GPU-hours",
-        "",
-        *memory(plan["memory"]),
-        "",
-        *storage(plan["storage"]),
     ]
-    lines += ["", *(f"warning: {line}" for line in plan["warnings"])] if plan["warnings"] else []
-    return "\n".join(lines)
+
+
+def most_shapes(phases: list[dict]) -> int:
+    return max(len(phase["pictures"]) for phase in phases)
+
+
+def shape_number(i: int) -> Callable[[dict], str]:
+    """The i-th shape of a phase, or nothing."""
+    return lambda phase: next(iter(list(phase["pictures"])[i:]), "")
 
 
 def memory(room: dict) -> list[str]:
     parts = ("parameters", "gradients", "optimizer", "ema", "encoders", "whole")
-    names = {"whole": "unsharded parameters, gradients"}
+    titles = {"whole": "unsharded, in flight"}
 
     lines = ["Memory of the rank with the largest share"]
-    lines += [f"  {names.get(part, part):<34}{size(room[part]):>16}" for part in parts]
+    lines += [f"  {titles.get(part, part):<{NAME - 2}}{size(room[part]):>{COLUMN}}" for part in parts]
 
     # a row per activation checkpointing setting
-    head = ("activations", "peak, total", "largest micro-batch", "largest that divides")
-    lines += [f"  {'activation checkpointing':<26}" + "".join(f"{name:>24}" for name in head)]
+    lines += [
+        "",
+        f"  {'trainer.':<26}{'activations':>13}{'peak':>12}{'largest':>13}{'that':>12}",
+        f"  {'activation_checkpointing':<26}{'':>13}{'':>12}{'micro-batch':>13}{'divides':>12}",
+    ]
     for variant in room["variants"]:
         every = variant["activation_checkpointing"]
-        name = {False: "off", True: "every block", "selective": "selective"}.get(every, f"one block of {every}")
+        settings = {False: "false", True: "true: every block", "selective": "selective"}
+        name = settings.get(every, f"{every}: one block of {every}")
         name += " *" * variant["configured"]
-        values = [size(variant[key]) for key in ("activations", "peak")]
-        values += [str(variant[key]) for key in ("largest_micro_batch", "largest_that_divides")]
-        lines.append(f"  {name:<26}" + "".join(f"{value:>24}" for value in values))
+        sizes = f"{size(variant['activations']):>13}{size(variant['peak']):>12}"
+        counts = f"{variant['largest_micro_batch']:>13}{variant['largest_that_divides']:>12}"
+        lines.append(f"  {name:<26}{sizes}{counts}")
     return [*lines, f"  * as configured; {size(room['usable'])} usable"]
 
 
@@ -90,13 +131,20 @@ def storage(disk: dict) -> list[str]:
     ]
 
 
+def paragraphs(sentences: list[str]) -> list[str]:
+    """A list item per sentence, wrapped to the page."""
+    return [
+        line for sentence in sentences for line in wrap(sentence, WIDTH, initial_indent="- ", subsequent_indent="  ")
+    ]
+
+
 def names(phases: list[dict], key: str) -> list[str]:
     """Keys of `phase[key]` over all phases, by first occurrence."""
     return list(dict.fromkeys(name for phase in phases for name in phase[key]))
 
 
-def row(name: str, phases: list[dict], value) -> str:
-    return f"  {name:<34}" + "".join(f"{value(phase):>20}" for phase in phases)
+def row(name: str, phases: list[dict], value: Callable[[dict], str]) -> str:
+    return f"  {name:<{NAME - 2}}" + "".join(f"{value(phase):>{COLUMN}}" for phase in phases)
 
 
 def peta(flops: int | None) -> str:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from selfe.distributed import fsdp
@@ -19,7 +18,7 @@ from selfe.protocols import TensorReader
 from selfe.system import System
 from selfe.tools.plan.step import Call
 from selfe.train import TrainerConfig
-from selfe.types import UserError
+from selfe.types import DTYPES, UserError
 
 GRADIENT_BYTES = 4  # per value: gradients are reduced in fp32
 
@@ -32,14 +31,14 @@ class Unit:
     ranks: int  # ranks in a shard group
     replicas: int
     holders: int  # ranks of the group with a shard that is not empty
-    number_bytes: int  # bytes per gathered value
+    value_bytes: int  # bytes per gathered value
     kept: float  # fraction kept gathered after forward: 0, 1 (unsharded), or 1/k (sharded over k ranks)
     is_root: bool
 
     @property
     def gathered(self) -> int:
         """Bytes of the unsharded parameters in compute precision."""
-        return self.held * self.ranks * self.number_bytes
+        return self.held * self.ranks * self.value_bytes
 
     @property
     def summed(self) -> int:
@@ -122,9 +121,10 @@ def share(
         if len(whole) < len(encoders):
             module, blocks = copy.deepcopy((later.module, later.blocks))
             fsdp.shard_frozen(module, blocks, mesh)
-            whole, text_units = [*whole, module], units(module)
+            text_bytes = next(module.parameters()).element_size()
+            whole, text_units = [*whole, module], units(module, text_bytes, kept=0.0)
 
-        parameters = held(net)
+        parameters, value_bytes = held(net), DTYPES[trainer.precision].itemsize
         return Share(
             size=size,
             parameters=parameters,
@@ -132,8 +132,8 @@ def share(
             optimizer=optimizer_bytes(net),
             ema=held(ema),
             encoders=sum(map(held, whole)),
-            live_units=units(net),
-            ema_units=units(ema),
+            live_units=units(net, value_bytes, kept_after_forward(trainer.gathering.reshard_after_forward)),
+            ema_units=units(ema, value_bytes, kept=0.0),
             text_units=text_units,
         )
 
@@ -153,31 +153,46 @@ def optimizer_bytes(net: nn.Module) -> int:
     return sum(value.nbytes for state in optimizer.state.values() for value in state.values())
 
 
-def units(module: nn.Module) -> tuple[Unit, ...]:
-    """FSDP's parameter groups of a module, the root first."""
-    found = []
-    for part in module.modules():
-        for group in part._get_fsdp_state()._fsdp_param_groups if isinstance(part, FSDPModule) else ():
-            parameters, mesh = group.fsdp_params, group.mesh_info
-            found.append(
-                Unit(
-                    held=sum(p.padded_sharded_param_size.numel() for p in parameters),
-                    ranks=mesh.shard_mesh_size,
-                    replicas=mesh.mesh.size() // mesh.shard_mesh_size,
-                    holders=max(-(-p._orig_size[0] // p.padded_sharded_param_size[0]) for p in parameters),
-                    number_bytes=(group.mp_policy.param_dtype or parameters[0].sharded_param.dtype).itemsize,
-                    kept=share_kept(group),
-                    is_root=part is module,
-                )
+def units(module: nn.Module, value_bytes: int, kept: float) -> tuple[Unit, ...]:
+    """The parameter groups of a sharded module, the root first: what each FSDP module shards itself.
+
+    Args:
+        value_bytes: bytes per gathered value.
+        kept: fraction of a block that a rank keeps after forward: 0, 1, or 1/k if it stays sharded over k ranks.
+    """
+    sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    groups = []
+    for part in sharded:
+        inner = {
+            id(p) for other in part.modules() if other in sharded and other is not part for p in other.parameters()
+        }
+        parameters = [p for p in part.parameters() if id(p) not in inner]
+        if not parameters:
+            continue
+
+        # the mesh is (shard,) or (replicate, shard); FSDP cuts the first dimension of each parameter
+        mesh = parameters[0].device_mesh
+        ranks = mesh.size(mesh.ndim - 1)
+        rows = [-(-p.shape[0] // ranks) for p in parameters]  # of the largest shard, to which all are padded
+        groups.append(
+            Unit(
+                held=sum(n * p.shape[1:].numel() for n, p in zip(rows, parameters, strict=True)),
+                ranks=ranks,
+                replicas=mesh.size() // ranks,
+                holders=max(-(-p.shape[0] // n) for n, p in zip(rows, parameters, strict=True)),
+                value_bytes=value_bytes,
+                kept=0.0 if kept == (1 if part is module else 1 / ranks) else kept,  # FSDP always reshards the root
+                is_root=part is module,
             )
-    return tuple(found)
+        )
+    return tuple(groups)
 
 
-def share_kept(group: FSDPParamGroup) -> float:
-    """`Unit.kept` of a parameter group."""
-    if (after := group.post_forward_mesh_info) is None:
-        return 1.0
-    return 0.0 if after == group.mesh_info else 1 / after.shard_mesh_size
+def kept_after_forward(after: bool | int) -> float:
+    """`Unit.kept` for a value of `GatherConfig.reshard_after_forward`."""
+    if isinstance(after, bool):
+        return 0.0 if after else 1.0
+    return 1 / after
 
 
 def traffic(share: Share, calls: Sequence[Call], num_micro: int = 1) -> dict[str, int]:

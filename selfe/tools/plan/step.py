@@ -61,28 +61,12 @@ class Step:
         return sum(n for part, n in self.flops.items() if part.startswith(("text_encoder", "autoencoder")))
 
 
-class Blank(SampleRNG):
-    """A SampleRNG that draws no random numbers; no prompt is dropped."""
-
-    def select(self, rows: Sequence[int]) -> Blank:
-        return Blank(tuple(self.keys[r] for r in rows))
-
-    def uniform(self, name: str, like: Tensor) -> Tensor:
-        return torch.ones(len(self.keys)).to(like)
-
-    def normal(self, name: str, like: Tensor) -> Tensor:
-        return torch.zeros(len(self.keys)).to(like)
-
-    def normal_like(self, name: str, x: Packed) -> Tensor:
-        return torch.empty_like(x.tokens)
-
-
-def blank_batch(shapes: Sequence[tuple[int, int]], num_words: int) -> tuple[Batch, Blank]:
+def blank_batch(shapes: Sequence[tuple[int, int]], num_words: int) -> tuple[Batch, SampleRNG]:
     """A batch of images B x (height, width) on the meta device, each with its own caption, and the rng for it."""
     rows = tuple(range(len(shapes)))
     images = tuple(torch.empty(3, height, width, device=META) for height, width in shapes)
     captions = tuple(" ".join([str(row)] * num_words) for row in rows)
-    return Batch(images, captions, rows, ("",) * len(rows)), Blank(tuple((row,) for row in rows))
+    return Batch(images, captions, rows, ("",) * len(rows)), SampleRNG(tuple((row,) for row in rows))
 
 
 def measure(
