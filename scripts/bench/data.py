@@ -37,14 +37,14 @@ def data(rounds: int) -> dict:
     Two sets of images, with sides of about 256 and 1024 pixels, all cropped and resized to 256 x 256 (Lanczos) and
     scaled to [-1, 1].
     """
-    figures, verdicts = {}, []
+    figures, checks = {}, []
     for side in (256, 1024):
         with tempfile.TemporaryDirectory() as folder:
             count = photographs(Path(folder), side)
             seconds = take_turns({"selfe": ours(folder, count), "imagefolder": peer(folder)}, rounds)
-        figures |= {f"{name}, {side} px, pictures per CPU second": round(count / s, 1) for name, s in seconds.items()}
-        verdicts.append(at_least(f"data, {side} px: selfe / imagefolder", seconds["imagefolder"] / seconds["selfe"], 1))
-    return {"figures": figures, "verdicts": verdicts}
+        figures |= {f"{name}, {side} px, images per CPU second": round(count / s, 1) for name, s in seconds.items()}
+        checks.append(at_least(f"data, {side} px: selfe / imagefolder", seconds["imagefolder"] / seconds["selfe"], 1))
+    return {"figures": figures, "checks": checks}
 
 
 def photographs(folder: Path, side: int, count: int = 128) -> int:
@@ -66,8 +66,8 @@ def photographs(folder: Path, side: int, count: int = 128) -> int:
 
 def ours(folder: str, count: int) -> Callable[[], None]:
     """An epoch of selfe's loader, in batches of 16."""
-    feed = ManifestData(f"{folder}/manifest.tsv", folder, pixels=65536, max_aspect=1.0)
-    part = MicroBatches(feed, 0, lambda step: range(count), 16, 1, World(0, 1, torch.device("cpu")), "train")
+    dataset = ManifestData(f"{folder}/manifest.tsv", folder, pixels=65536, max_aspect=1.0)
+    part = MicroBatches(dataset, 0, lambda step: range(count), 16, 1, World(0, 1, torch.device("cpu")), "train")
 
     def work() -> None:
         for batch in make_loader(part, [(0, place) for place in range(count // 16)], num_workers=1):
@@ -83,16 +83,16 @@ def peer(folder: str) -> Callable[[], None]:
     except ImportError as error:
         raise UserError("bench data: datasets is not installed; run scripts/setup.sh --group bench") from error
     datasets.disable_progress_bars()
-    pictures = datasets.load_dataset("imagefolder", data_dir=folder, split="train", cache_dir=f"{folder}/cache")
+    peer = datasets.load_dataset("imagefolder", data_dir=folder, split="train", cache_dir=f"{folder}/cache")
 
     def tensor(image: Image.Image) -> torch.Tensor:
         image = ImageOps.fit(image.convert("RGB"), (256, 256), method=Image.Resampling.LANCZOS)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
-    pictures.set_transform(lambda rows: {"image": [tensor(image) for image in rows["image"]]})
+    peer.set_transform(lambda rows: {"image": [tensor(image) for image in rows["image"]]})
 
     def work() -> None:
-        for batch in DataLoader(pictures, batch_size=16, shuffle=True, num_workers=1):
+        for batch in DataLoader(peer, batch_size=16, shuffle=True, num_workers=1):
             assert batch["image"].shape[1:] == (3, 256, 256)
 
     return work
@@ -112,7 +112,7 @@ def manifest(rounds: int) -> dict:
         size = large.stat().st_size
     return {
         "figures": {"CPU seconds to index": round(indexed, 2), "megabytes of the file": round(size / 1e6)},
-        "verdicts": [
+        "checks": [
             at_most("manifest: seconds to open when indexed", opened, 5),
             at_most("manifest: MB in three processes, more than for a thousand lines", (after - before) / 1e6, 200),
         ],
@@ -132,20 +132,20 @@ def lines(folder: Path, count: int) -> Path:
 class Planned(Dataset):
     """A Dataset whose item is (process id, bytes in use) after planning a global batch."""
 
-    def __init__(self, feed: ManifestData):
-        self.feed = feed
+    def __init__(self, dataset: ManifestData):
+        self.dataset = dataset
 
     def __getitem__(self, step: int) -> tuple[int, int]:
-        self.feed.costs(0, step, range(1024 * step, 1024 * step + 1024), "train")
-        self.feed.sources["train"][0].prompt(step)
+        self.dataset.costs(0, step, range(1024 * step, 1024 * step + 1024), "train")
+        self.dataset.sources["train"][0].prompt(step)
         return os.getpid(), resident()
 
 
-def memory(feed: ManifestData) -> int:
+def memory(dataset: ManifestData) -> int:
     """Bytes in this process and two workers together, after all of them have planned batches."""
-    last = dict(DataLoader(Planned(feed), sampler=range(200), batch_size=None, num_workers=2))
+    last = dict(DataLoader(Planned(dataset), sampler=range(200), batch_size=None, num_workers=2))
     for step in range(200, 300):
-        feed.costs(0, step, range(1024 * step, 1024 * step + 1024), "train")
+        dataset.costs(0, step, range(1024 * step, 1024 * step + 1024), "train")
     return sum(last.values()) + resident()
 
 
@@ -170,20 +170,20 @@ def cache(rounds: int) -> dict:
         live, cached = (loaded(s) for s in (settings, config.load(f"{folder}/config.yaml")))
 
         works = {
-            "step from pictures": lambda: steps(*live),
+            "step from images": lambda: steps(*live),
             "step from the cache": lambda: steps(*cached),
-            "pictures and encoders alone": lambda: steps(*live, encoders_only=True),
+            "images and encoders alone": lambda: steps(*live, encoders_only=True),
             "reading the cache alone": lambda: steps(*cached, encoders_only=True),
         }
         seconds = {name: value / NUM_STEPS for name, value in take_turns(works, rounds).items()}
 
-    pictures, cache, encoders, reading = seconds.values()
-    saved = (pictures - cache) / (encoders - reading)
-    verdicts = [
-        at_least("cache: step from pictures / step from the cache", pictures / cache, 1),
+    images, cache, encoders, reading = seconds.values()
+    saved = (images - cache) / (encoders - reading)
+    checks = [
+        at_least("cache: step from images / step from the cache", images / cache, 1),
         at_least("cache: time saved / what encoding costs more than reading", saved, 0.9),
     ]
-    return {"figures": {f"{name}, CPU seconds": round(s, 4) for name, s in seconds.items()}, "verdicts": verdicts}
+    return {"figures": {f"{name}, CPU seconds": round(s, 4) for name, s in seconds.items()}, "checks": checks}
 
 
 def loaded(settings: dict) -> tuple[System, Data]:

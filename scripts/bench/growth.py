@@ -15,7 +15,7 @@ AXES = {  # axis: {value on the axis: (image side in patches, batch, width)}
 
 def grow(rounds: int) -> dict:
     """CPU milliseconds, GFLOP, and peak MB of activations and gradients, without activation checkpointing."""
-    figures, verdicts = {}, []
+    figures, checks = {}, []
     for axis, places in AXES.items():
         works, least = {}, {}
         for number, (side, batch, width) in places.items():
@@ -39,5 +39,5 @@ def grow(rounds: int) -> dict:
 
         # packed sequences must not cost more than their true lengths
         worst = max(counted[number] / least[number] for number in works)
-        verdicts.append(at_most(f"{axis}: executed / ideal FLOPs", worst, 1.005))
-    return {"figures": figures, "verdicts": verdicts}
+        checks.append(at_most(f"{axis}: executed / ideal FLOPs", worst, 1.005))
+    return {"figures": figures, "checks": checks}

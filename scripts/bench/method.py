@@ -62,14 +62,14 @@ def selfe(rounds: int) -> dict:
     figures |= {f"{name}: peak MB": round(value / 1e6, 1) for name, value in memory.items()}
 
     # bounds on FLOPs, time, memory and denoiser calls
-    verdicts = []
+    checks = []
     for name, *bounds in ((names[1], 1.32, 1.35, 1.02, 3), (names[2], 1.83, 1.93, 1.30, 4)):
         for what, values, bound in zip(
             ("FLOPs", "time", "peak memory"), (counted, seconds, memory), bounds[:3], strict=True
         ):
-            verdicts.append(at_most(f"{name} / flow matching: {what}", values[name] / values[names[0]], bound))
-        verdicts.append(at_most(f"{name}: denoiser calls", calls[name], bounds[3]))
-    return {"figures": figures, "verdicts": verdicts}
+            checks.append(at_most(f"{name} / flow matching: {what}", values[name] / values[names[0]], bound))
+        checks.append(at_most(f"{name}: denoiser calls", calls[name], bounds[3]))
+    return {"figures": figures, "checks": checks}
 
 
 def learn(objective: Objective, net: Counted, average: Counted, step: int) -> Callable[[], None]:
@@ -130,7 +130,7 @@ def sample(rounds: int) -> dict:
     true = ideal(grids * 2, [*captions, *[1] * BATCH], **TWO_B, learns=False)
     full = ideal(grids * 2, [PADDED_TO] * 2 * BATCH, **TWO_B, learns=False)
     figures |= {"padded / guided: FLOPs of the 2B model, by formula": round(full / true, 2)}
-    verdicts = [
+    checks = [
         at_most("guidance 1 / guided: FLOPs", counted["guidance 1"] / counted["guided"], 0.53),
         at_most("guidance 1 / guided: time", seconds["guidance 1"] / seconds["guided"], 0.53),
         at_most("guided: denoiser calls", calls["guided"], NUM_STEPS),
@@ -138,7 +138,7 @@ def sample(rounds: int) -> dict:
         at_least("padded / guided: FLOPs", counted["padded"] / counted["guided"], 2.9),
         at_least("padded / guided: time", seconds["padded"] / seconds["guided"], 2.9),
     ]
-    return {"figures": figures, "verdicts": verdicts}
+    return {"figures": figures, "checks": checks}
 
 
 def optim(rounds: int) -> dict:
@@ -155,13 +155,13 @@ def optim(rounds: int) -> dict:
     }
 
     seconds = take_turns(works, rounds)
-    verdicts = [
+    checks = [
         at_least("AdamW: loop / fused", seconds["AdamW, loop"] / seconds["AdamW, fused"], 2),
         at_least("AdamW: foreach / fused", seconds["AdamW, foreach"] / seconds["AdamW, fused"], 2),
         at_least("EMA: loop / selfe", seconds["EMA, loop"] / seconds["EMA, selfe"], 0.95),
     ]
     figures = {f"{name}: CPU milliseconds": round(1000 * value, 2) for name, value in seconds.items()}
-    return {"figures": figures, "verdicts": verdicts}
+    return {"figures": figures, "checks": checks}
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ def step(rounds: int) -> dict:
     activation_checkpoint.compile(ours["compiled"])
     theirs["compiled"].compile_repeated_blocks(fullgraph=True, dynamic=True)  # diffusers' counterpart
 
-    figures, verdicts = {}, []
+    figures, checks = {}, []
     for name, lengths, bounds in (("wide", wide, (1.40, 1.75, 2.9)), ("aspect", aspect, (1.05,))):
         shapes = [lengths(seed) for seed in range(BATCHES)]
         batches = [inputs(*shape) for shape in shapes]
@@ -52,14 +52,14 @@ def step(rounds: int) -> dict:
         figures |= {f"{name}, {who}: GFLOP": round(value / 1e9, 2) for who, value in counted.items()}
         figures |= {f"{name}, {who}: CPU milliseconds": round(1000 * value, 1) for who, value in seconds.items()}
 
-        verdicts.append(at_most(f"{name}: executed / ideal FLOPs", counted["selfe"] / least, 1.005))
+        checks.append(at_most(f"{name}: executed / ideal FLOPs", counted["selfe"] / least, 1.005))
         for who, bound in zip(("eager", "compiled", "compiled, bf16 autocast"), bounds, strict=False):
             speed = seconds["flux eager"] / seconds[f"selfe {who}"]
             figures[f"{name}: flux eager / selfe {who}"] = round(speed, 2)
             if "bf16" in who and not has_fast_bf16(torch.device("cpu")):
                 continue  # emulated, so there is no bound to hold
-            verdicts.append(at_least(f"{name}: flux eager / selfe {who}", speed, bound))
-    return {"figures": figures, "verdicts": verdicts}
+            checks.append(at_least(f"{name}: flux eager / selfe {who}", speed, bound))
+    return {"figures": figures, "checks": checks}
 
 
 def turn(net: nn.Module, calls: Sequence[tuple], autocast: bool) -> Callable[[], None]:

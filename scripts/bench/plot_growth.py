@@ -44,15 +44,15 @@ def planned(path: str) -> list[dict]:
 
     # sharded over all ranks, and (beyond one machine) sharded within a machine and replicated across machines
     cases = [(ranks, ranks) for ranks in RANKS] + [(ranks, NODE) for ranks in RANKS if ranks > NODE]
-    progress, found = Progress("ranks", len(cases)), []
+    progress, rows = Progress("ranks", len(cases)), []
     for ranks, shared_by in cases:
         ours = share(job.system, replace(job.trainer, shard_size=shared_by, gathering=GatherConfig()), ranks)
         states = ours.parameters + ours.gradients + ours.optimizer + ours.ema
-        sizes = {"states": states, "whole": ours.whole, **traffic(ours, step.calls)}
-        found.append({"ranks": ranks, "shared by": shared_by} | {name: size / GIB for name, size in sizes.items()})
+        sizes = {"states": states, "unsharded": ours.unsharded, **traffic(ours, step.calls)}
+        rows.append({"ranks": ranks, "shared by": shared_by} | {name: size / GIB for name, size in sizes.items()})
         progress.advance()
     progress.close()
-    return found
+    return rows
 
 
 def draw(measured: dict, rows: list[dict], path: Path) -> None:
@@ -75,7 +75,7 @@ def draw(measured: dict, rows: list[dict], path: Path) -> None:
     groups = [row for row in rows if row["shared by"] == NODE]
     for chosen, style, label in ((all_share, "o-", "sharded over all"), (groups, "s--", f"sharded over {NODE}")):
         ranks = [row["ranks"] for row in chosen]
-        axes[0, 3].plot(ranks, [row["states"] + row["whole"] for row in chosen], style, label=label)
+        axes[0, 3].plot(ranks, [row["states"] + row["unsharded"] for row in chosen], style, label=label)
         sent = [row["all_gather"] + row["reduce_scatter"] + row["all_reduce"] for row in chosen]
         axes[1, 3].plot(ranks, sent, style, label=label)
 

@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
     machine = {"machine": f"{platform.machine()}, {platform.system()}", "torch": torch.__version__}
     machine |= {"cpu": device_name(cpu), "precision auto": choose_precision("auto", cpu)}
     print(json.dumps({"verb": options.verb} | machine | result, indent=1))
-    if not all(verdict["pass"] for verdict in result["verdicts"]):
+    if not all(check["pass"] for check in result["checks"]):
         sys.exit(1)
 
 

@@ -102,10 +102,10 @@ def save(rounds: int) -> dict:
             system = config.build(settings, "system")
         trainer, data = config.build(settings, "trainer"), config.build(settings, "data")
         calls, alone, beside = measure(Trainer(trainer, system, data, 0, world), rounds)
-    return judged(calls, alone, beside)
+    return compare(calls, alone, beside)
 
 
-def judged(calls: list[Spent], alone: list[Spent], beside: list[list[Spent]]) -> dict:
+def compare(calls: list[Spent], alone: list[Spent], beside: list[list[Spent]]) -> dict:
     """Medians over steps and saves; the first save call, which also sets up buffers, is listed separately."""
     first, *later = calls
     figures, step, call, longer = {}, {}, {}, {}
@@ -125,7 +125,7 @@ def judged(calls: list[Spent], alone: list[Spent], beside: list[list[Spent]]) ->
     figures |= {"the writing thread, cpu": writer, "steps beside the writing": statistics.mean(map(len, beside))}
     return {
         "figures": {name: round(value, 4) for name, value in figures.items()},
-        "verdicts": [
+        "checks": [
             at_most("save: CPU of call and writing thread / of a step", (call["cpu"] + writer) / step["cpu"], 1),
             at_most(
                 "save: steps beside the writing wait for the lock / CPU of a step", longer["lock"] / step["cpu"], 0.2

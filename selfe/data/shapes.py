@@ -139,5 +139,5 @@ class ShapesData:
         # blend foreground over background
         colours = np.array([(COLOURS[c.foreground], COLOURS[c.background]) for c in combinations]) + look.jitter
         front, back = (colours[:, i, :, None, None] for i in range(2))
-        pictures = back + mask[:, None] * (front - back)
-        return torch.from_numpy((pictures * look.contrast[:, None, None, None]).astype(np.float32))
+        images = back + mask[:, None] * (front - back)
+        return torch.from_numpy((images * look.contrast[:, None, None, None]).astype(np.float32))

@@ -30,9 +30,9 @@ COLOURS = torch.tensor(
 )
 
 
-def to_image(picture: Tensor) -> Image.Image:
+def to_image(values: Tensor) -> Image.Image:
     """(3, H, W) in [-1, 1] -> RGB image."""
-    pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte()
+    pixels = ((values.clamp(-1, 1) + 1) * 127.5).round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 

@@ -55,17 +55,17 @@ def main(options: argparse.Namespace) -> None:
     command = [sys.executable, "-m", "selfe", "train", path, str(processes), *overrides, *short, *quiet]
 
     say(f"{steps} steps on {processes} processes, uninterrupted")
-    seconds = train(command, work / "whole")
+    seconds = train(command, work / "uninterrupted")
 
     # the same run again, killed and resumed
     share = random.Random(seed).uniform(0, 0.8)
     say(f"second run, killed {share:.0%} of the way from the first checkpoint to the end (VERIFY_SEED={seed})")
-    kill(command, work / "cut", share * seconds)
-    done = verify.latest(work / "cut" / "checkpoints")
+    kill(command, work / "killed", share * seconds)
+    done = verify.latest(work / "killed" / "checkpoints")
     say(f"resuming from {done.name}")
-    train(command, work / "cut")
+    train(command, work / "killed")
 
-    problems = compare(work / "whole", work / "cut", steps)
+    problems = compare(work / "uninterrupted", work / "killed", steps)
     if problems:
         raise UserError(f"the resumed run differs from the uninterrupted one: {problems[0]}; see {work}")
     shutil.rmtree(work)
@@ -124,16 +124,16 @@ def below(parent: int) -> list[int]:
     return children + [pid for child in children for pid in below(child)]
 
 
-def compare(whole: Path, cut: Path, steps: int) -> list[str]:
+def compare(uninterrupted: Path, killed: Path, steps: int) -> list[str]:
     """Differences between two finished runs: files of the last checkpoint, and logged metrics."""
-    markers = [verify.read_marker(run / "checkpoints" / f"step_{steps:08d}") for run in (whole, cut)]
+    markers = [verify.read_marker(run / "checkpoints" / f"step_{steps:08d}") for run in (uninterrupted, killed)]
     first, second = ({k: v for k, v in marker["files"].items() if k != ".metadata"} for marker in markers)
     # checkpoint files by checksum; .metadata is not compared
     problems = [
         f"{name} of the last checkpoint differs" for name in first | second if first.get(name) != second.get(name)
     ]
 
-    for before, after in zip(numbers(whole), numbers(cut), strict=True):
+    for before, after in zip(numbers(uninterrupted), numbers(killed), strict=True):
         wrong = [name for name in before | after if before.get(name) != after.get(name)]
         problems += [f"step {before['step']}: {name} {before.get(name)} and {after.get(name)}" for name in wrong]
     return problems

@@ -138,7 +138,9 @@ class GradGuard:
 
 
 def first_non_finite(net: nn.Module, ema: nn.Module, samples: Sequence[tuple[Batch, Tensor]]) -> tuple[int, str] | None:
-    """The first tensor of this rank with a NaN or infinity: weights, then data, losses and gradients of a step.
+    """The first tensor of this rank with a NaN or infinity: weights, then losses and gradients of a step.
+
+    Encoded images and captions are not among them: `Loss.checks` reports those.
 
     Args:
         samples: micro-batches, each with a tensor (3, B) of loss, t and s.
@@ -148,11 +150,9 @@ def first_non_finite(net: nn.Module, ema: nn.Module, samples: Sequence[tuple[Bat
     """
     tensors = [(0, f"weight {name}", p) for name, p in net.named_parameters()]
     tensors += [(0, f"EMA weight {name}", p) for name, p in ema.named_parameters()]
-    for batch, _ in samples:
-        tensors += [(1, f"data {name}", image) for name, image in zip(batch.names, batch.images, strict=True)]
     for batch, values in samples:
-        tensors += [(2, f"loss of {name}", loss) for name, loss in zip(batch.names, values[0], strict=True)]
-    tensors += [(3, f"gradient of {name}", p.grad) for name, p in net.named_parameters() if p.grad is not None]
+        tensors += [(1, f"loss of {name}", loss) for name, loss in zip(batch.names, values[0], strict=True)]
+    tensors += [(2, f"gradient of {name}", p.grad) for name, p in net.named_parameters() if p.grad is not None]
 
     for place, name, tensor in tensors:
         if not fsdp.local(tensor.detach()).isfinite().all():

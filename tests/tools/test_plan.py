@@ -1,4 +1,4 @@
-"""What selfe plan says of a run, against the run itself."""
+"""The plan of a run, compared with the run itself."""
 
 import json
 from collections import Counter
@@ -70,10 +70,10 @@ def test_operations_are_those_of_a_training_step(path, overrides, step, parts, t
     with FlopCounterMode(display=False) as counter:
         fit.step(step, iter([fit.part("train")[at] for at in order[1:]]), lambda: 0)
     batch = fit.part("train")[order[0]]
-    found = measured(path, overrides, batch, SampleRNG.of_step(seed, step, batch.positions), step)
-    assert sum(found.flops.values()) == counter.get_total_flops()
-    assert parts <= found.flops.keys()
-    assert ("recomputed" in found.flops) == bool(trainer.activation_checkpointing)
+    step_cost = measured(path, overrides, batch, SampleRNG.of_step(seed, step, batch.positions), step)
+    assert sum(step_cost.flops.values()) == counter.get_total_flops()
+    assert parts <= step_cost.flops.keys()
+    assert ("recomputed" in step_cost.flops) == bool(trainer.activation_checkpointing)
 
 
 # ---- memory and traffic ----
@@ -90,8 +90,8 @@ class Collectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         if kind := self.KINDS.get(function._schema.name.removeprefix("c10d::")):
-            whole = {"all_gather": 0, "reduce_scatter": 1, "all_reduce": 0}[kind]
-            tensors = arguments[whole] if isinstance(arguments[whole], (list, tuple)) else [arguments[whole]]
+            position = {"all_gather": 0, "reduce_scatter": 1, "all_reduce": 0}[kind]
+            tensors = arguments[position] if isinstance(arguments[position], (list, tuple)) else [arguments[position]]
             self.bytes[kind] += sum(tensor.nbytes for tensor in tensors)
         return function(*arguments, **(keywords or {}))
 
@@ -130,19 +130,19 @@ def bytes_of_a_rank(world: World, overrides: list[str], step: int) -> dict[str, 
         (4, ["trainer.gathering={reshard_after_forward: 2}"], 5),
         (4, ["trainer.shard_size=2"], 5),
     ],
-    ids=["2", "2, T5 cut too", "2, blocks stay whole", "4, blocks stay cut over 2", "4 in groups of 2"],
+    ids=["2", "2, T5 sharded too", "2, blocks kept unsharded", "4, blocks resharded to 2", "4 in groups of 2"],
 )
 def test_a_rank_holds_and_sends_what_the_plan_says(size, overrides, step, tmp_path):
     overrides = [*RANDOM, f"trainer.output_dir={tmp_path}", f"trainer.total_batch_size={2 * size}", *overrides]
-    found = on_ranks(size, bytes_of_a_rank, overrides, step)
+    measured = on_ranks(size, bytes_of_a_rank, overrides, step)
     job = plan_job.load(TINY, overrides)
     share = plan_ranks.share(job.system, job.trainer, size, job.loaded, job.later)
     for name in ("parameters", "gradients", "optimizer", "ema", "encoders"):
-        assert getattr(share, name) == pytest.approx(found[name], rel=0.01), name
-        assert found[name] > 0
+        assert getattr(share, name) == pytest.approx(measured[name], rel=0.01), name
+        assert measured[name] > 0
     calls = plan_job.run(job, [((32, 32), 1)], 2, step, False).calls
     payload = plan_ranks.payloads(share, calls)
-    assert payload == {kind: found.get(f"sent {kind}", 0) for kind in payload}
+    assert payload == {kind: measured.get(f"sent {kind}", 0) for kind in payload}
     assert payload["all_gather"] > payload["reduce_scatter"] > 0
 
 
@@ -173,10 +173,10 @@ def kept_and_peak(overrides: list[str], step: int) -> tuple[int, int]:
         loss = system.objective(net, net, x0, conds, rng, step).per_sample.mean()
     loss.backward()
     PackedLayout.of.cache_clear()  # the layout of a batch is made anew, as in training
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         system.objective(net, net, x0, conds, rng, step).per_sample.mean().backward()
     now = peak = 0
-    for event in sorted(found.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+    for event in sorted(trace.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
             now += event.nbytes()
             peak = max(peak, now)
@@ -207,7 +207,7 @@ def test_the_peak_of_selective_checkpointing_is_the_allocators():
     assert planned.peak == pytest.approx(peak, rel=0.02)
 
 
-# ---- the whole plan ----
+# ---- the complete plan ----
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,7 @@ def paper() -> dict:
 
 
 def test_the_plan_of_the_paper_names_a_micro_batch(paper):
-    """Neither pictures nor weights are here."""
+    """No images and no weights are present."""
     assert paper["parameters"]["denoiser"] == 2_247_716_928
     assert paper["parameters"]["text_encoder.t5"] == pytest.approx(4.762e9, rel=1e-3)
     (own,) = (variant for variant in paper["memory"]["variants"] if variant["configured"])
@@ -227,10 +227,10 @@ def test_the_plan_of_the_paper_names_a_micro_batch(paper):
     assert 1024 % (8 * divides) == 0
     assert own["peak"] < paper["memory"]["usable"]
     assert paper["memory"]["parameters"] == pytest.approx(2_247_716_928 * 4 / 8, rel=0.01)
-    assert paper["storage"]["latents_per_picture"]["256x256"] == {"cached": 65536, "one_sample": 32768}
+    assert paper["storage"]["latents_per_image"]["256x256"] == {"cached": 65536, "one_sample": 32768}
     assert paper["storage"]["text_per_token"] == 8192
     (phase,) = paper["phases"]
-    assert phase["picture_tokens"] == 1024 * 256
+    assert phase["image_tokens"] == 1024 * 256
     assert phase["text_tokens"] == 1024 * 77
     assert phase["calls"] == {"flow matching": 4, "self-evaluation": 8}
     hours = phase["useful_flops"] * 300_000 / (989e12 * 0.35 * 3600)
@@ -302,18 +302,18 @@ def test_phases_follow_objective_batch_and_data(tmp_path):
         "phases: [{step: 6, pixels: [1024, 4096], shares: [3, 1]}]}}\n"
         "trainer: {phases: [{step: 8, total_batch_size: 16}]}\n"
     )
-    found = plan.plan(str(path), RANDOM, gpus=2, caption_tokens=5)["phases"]
-    assert [(phase["start"], phase["end"], phase["batch"]) for phase in found] == [
+    phases = plan.plan(str(path), RANDOM, gpus=2, caption_tokens=5)["phases"]
+    assert [(phase["start"], phase["end"], phase["batch"]) for phase in phases] == [
         (0, 4, 8),
         (4, 6, 8),
         (6, 8, 8),
         (8, 12, 16),
     ]
-    assert found[2]["pictures"] == {"32x32": 3, "64x64": 1}
-    assert found[2]["picture_tokens"] == 6 * 4 + 2 * 16
-    assert "auxiliary" not in found[0]["calls"]
-    assert found[3]["calls"]["auxiliary"] == 4
-    assert found[3]["flops"]["flow matching"] == 2 * found[2]["flops"]["flow matching"]
+    assert phases[2]["shapes"] == {"32x32": 3, "64x64": 1}
+    assert phases[2]["image_tokens"] == 6 * 4 + 2 * 16
+    assert "auxiliary" not in phases[0]["calls"]
+    assert phases[3]["calls"]["auxiliary"] == 4
+    assert phases[3]["flops"]["flow matching"] == 2 * phases[2]["flops"]["flow matching"]
 
 
 def test_a_cached_run_loads_no_encoder(tmp_path):
@@ -338,9 +338,9 @@ def test_a_cached_run_loads_no_encoder(tmp_path):
 def test_a_thousand_ranks_take_no_longer():
     job = plan_job.load(TINY, [*RANDOM, "trainer.shard_size=8"])
     calls = plan_job.run(job, [((32, 32), 1)], 2, 5, False).calls
-    found = {size: plan_ranks.share(job.system, job.trainer, size, job.loaded) for size in (8, 64, 1024)}
-    assert found[8].parameters == found[64].parameters == found[1024].parameters
-    sent = {size: plan_ranks.traffic(share, calls) for size, share in found.items()}
+    shares = {size: plan_ranks.share(job.system, job.trainer, size, job.loaded) for size in (8, 64, 1024)}
+    assert shares[8].parameters == shares[64].parameters == shares[1024].parameters
+    sent = {size: plan_ranks.traffic(share, calls) for size, share in shares.items()}
     assert sent[8]["all_reduce"] == 0 < sent[64]["all_reduce"] < sent[1024]["all_reduce"]
     assert sent[8]["all_gather"] == sent[1024]["all_gather"]
 
@@ -367,6 +367,6 @@ def test_groups_that_cannot_be_formed_are_told():
 
 def test_the_command(capsys):
     cli.run(["plan", "configs/mini/selfe.yaml", "--gpus", "4", "trainer.micro_batch_size=24", "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert found["phases"][0]["micro_batches"] == 1
-    assert plan_page.text(found).startswith("configs/mini/selfe.yaml on 4 x H100 of 80 GiB\nstarts: yes")
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["phases"][0]["micro_batches"] == 1
+    assert plan_page.text(printed).startswith("configs/mini/selfe.yaml on 4 x H100 of 80 GiB\nstarts: yes")

@@ -50,28 +50,28 @@ def memory(job: Job, share: Share, heaviest: PhaseCost, num_words: int, gib: int
     fixed = max(2 * own.peak - run(job, *at, trainer.activation_checkpointing, larger=2).peak, 0)
 
     # the encoders run before the denoiser, so their peak is a bound of its own
-    encoding = 0 if job.cached else own.encode_peak / own.pictures
+    encoding = 0 if job.cached else own.encode_peak / own.num_images
     variants = []
     for every in dict.fromkeys([*EVERY, trainer.activation_checkpointing]):
         configured = every == trainer.activation_checkpointing
         step = own if configured else run(job, *at, every)
-        each = max(step.peak - fixed, step.saved) / step.pictures
+        each = max(step.peak - fixed, step.saved) / step.num_images
 
         # largest micro-batch under both bounds: the denoiser's and the encoders'
-        base = share.states + share.whole + fixed
+        base = share.states + share.unsharded + fixed
         fits = min((room - base) / each, (room - share.states) / encoding if encoding else inf)
         variants.append(
             {
                 "activation_checkpointing": every,
                 "configured": configured,
                 "micro_batch_size": micro,
-                "activations": round(step.saved / step.pictures * micro),
+                "activations": round(step.saved / step.num_images * micro),
                 "peak": round(max(base + each * micro, share.states + encoding * micro)),
                 **micro_batches_that_fit(int(fits), job.system.objective.batch_multiple, share.size, batches),
             }
         )
 
-    names = ("parameters", "gradients", "optimizer", "ema", "encoders", "whole")
+    names = ("parameters", "gradients", "optimizer", "ema", "encoders", "unsharded")
     return {name: getattr(share, name) for name in names} | {"usable": room, "variants": variants}
 
 
@@ -114,7 +114,7 @@ def plan(
     costs = phases(job, gpus, num_words)
 
     # derive time from the FLOPs, and memory from the phase that needs most per image
-    heaviest = max(costs, key=lambda phase: phase.step.peak / phase.step.pictures)
+    heaviest = max(costs, key=lambda phase: phase.step.peak / phase.step.num_images)
     rate = PEAKS[name] * 1e12 * mfu * 3600  # useful FLOPs per GPU-hour
     described = [describe(phase, job, ours, rate, gpus) for phase in costs]
     room = memory(job, ours, heaviest, num_words, gib, {phase.batch for phase in costs})
@@ -184,9 +184,9 @@ def describe(phase: PhaseCost, job: Job, share: Share, rate: float, gpus: int) -
         "end": phase.end,
         "batch": phase.batch,
         "micro_batches": phase.micro_batches,
-        "pictures": {f"{height}x{width}": count for (height, width), count in phase.shapes},
+        "shapes": {f"{height}x{width}": count for (height, width), count in phase.shapes},
         "calls": {part: phase.micro_batches * parts.count(part) for part in dict.fromkeys(parts)},
-        "picture_tokens": phase.per_step(sum(call.picture_tokens for call in learning)),
+        "image_tokens": phase.per_step(sum(call.image_tokens for call in learning)),
         "text_tokens": phase.per_step(sum(call.text_tokens for call in learning)),
         "flops": {part: phase.per_step(number) for part, number in step.flops.items()},
         "useful_flops": live,
@@ -213,7 +213,7 @@ def storage(job: Job, costs: list[PhaseCost]) -> dict:
 
     return {
         "checkpoint": 2 * weights + optimizer_bytes(net),  # live and EMA weights, optimizer state
-        "latents_per_picture": latents,
+        "latents_per_image": latents,
         "text_per_token": BYTES * system.text_encoder.text_dim,
         "pooled_per_caption": BYTES * system.text_encoder.pooled_dim,
     }
@@ -223,7 +223,7 @@ def assumptions(costs: list[PhaseCost], job: Job) -> list[str]:
     """What the estimate assumes, a sentence each."""
     call = costs[-1].step.calls[0]
     return [
-        f"every caption has {call.text_tokens // costs[-1].step.pictures} tokens; no prompt dropout",
+        f"every caption has {call.text_tokens // costs[-1].step.num_images} tokens; no prompt dropout",
         "images are square, at the pixel budgets of the data config",
         "MFU does not count recomputation (activation checkpointing)",
         "data loading, checkpoints, validation and sample grids take no time",

@@ -52,7 +52,7 @@ class PhaseCost:
 
     def per_step(self, number: float) -> int:
         """Scale a value of the measured micro-batch to a step over all ranks."""
-        return round(number * self.batch / self.step.pictures)
+        return round(number * self.batch / self.step.num_images)
 
 
 def load(path: str, overrides: Sequence[str] = (), cached: bool = False) -> Job:
@@ -106,14 +106,14 @@ def shapes_of(settings: dict) -> tuple[Callable[[int], Shapes], tuple[int, ...]]
 
     # bucketed data: buckets and phases, without opening a manifest
     unopened = type(kind.__name__, (kind,), {"open": lambda self, path, base_dir: None})
-    feed = config.call(unopened, part["params"], "data.params", build=True)
+    dataset = config.call(unopened, part["params"], "data.params", build=True)
 
     def at(step: int) -> Shapes:
-        phase = feed.phase(step, "train")
-        squares = [tuple(feed.buckets[pixels].nearest(np.array([[1, 1]]))[0].tolist()) for pixels in phase.pixels]
+        phase = dataset.phase(step, "train")
+        squares = [tuple(dataset.buckets[pixels].nearest(np.array([[1, 1]]))[0].tolist()) for pixels in phase.pixels]
         return list(zip(squares, phase.shares or [1] * len(squares), strict=True))
 
-    return at, tuple(phase.step for phase in feed.phases)
+    return at, tuple(phase.step for phase in dataset.phases)
 
 
 class OneTokenPerWord:

@@ -50,7 +50,7 @@ def tables(phases: list[dict]) -> list[str]:
         row("from step", phases, lambda phase: f"{phase['start']:,}"),
         row("images", phases, lambda phase: f"{phase['batch']:,}"),
         *(row("height x width" if i == 0 else "", phases, shape_number(i)) for i in range(most_shapes(phases))),
-        row("image tokens", phases, lambda phase: f"{phase['picture_tokens']:,}"),
+        row("image tokens", phases, lambda phase: f"{phase['image_tokens']:,}"),
         row("caption tokens", phases, lambda phase: f"{phase['text_tokens']:,}"),
         row("micro-batches per rank", phases, lambda phase: str(phase["micro_batches"])),
         "",
@@ -86,17 +86,17 @@ def tables(phases: list[dict]) -> list[str]:
 
 
 def most_shapes(phases: list[dict]) -> int:
-    return max(len(phase["pictures"]) for phase in phases)
+    return max(len(phase["shapes"]) for phase in phases)
 
 
 def shape_number(i: int) -> Callable[[dict], str]:
     """The i-th shape of a phase, or nothing."""
-    return lambda phase: next(iter(list(phase["pictures"])[i:]), "")
+    return lambda phase: next(iter(list(phase["shapes"])[i:]), "")
 
 
 def memory(room: dict) -> list[str]:
-    parts = ("parameters", "gradients", "optimizer", "ema", "encoders", "whole")
-    titles = {"whole": "unsharded, in flight"}
+    parts = ("parameters", "gradients", "optimizer", "ema", "encoders", "unsharded")
+    titles = {"unsharded": "unsharded, in flight"}
 
     lines = ["Memory of the rank with the largest share"]
     lines += [f"  {titles.get(part, part):<{NAME - 2}}{size(room[part]):>{COLUMN}}" for part in parts]
@@ -120,7 +120,7 @@ def memory(room: dict) -> list[str]:
 
 def storage(disk: dict) -> list[str]:
     lines = ["Disk", f"  {'checkpoint':<34}{size(disk['checkpoint']):>16}"]
-    for shape, each in disk["latents_per_picture"].items():
+    for shape, each in disk["latents_per_image"].items():
         lines.append(f"  {f'latents of an image, {shape}':<34}{size(each['cached']):>16}")
         if each["one_sample"] < each["cached"]:
             lines.append(f"  {'  with --one-sample':<34}{size(each['one_sample']):>16}")

@@ -66,7 +66,7 @@ class Share:
         return self.parameters + self.gradients + self.optimizer + self.ema + self.encoders
 
     @property
-    def whole(self) -> int:
+    def unsharded(self) -> int:
         """Peak bytes of unsharded tensors: the root and what is kept after forward; of the largest block the parameters
         twice (current and prefetched), a gradient in compute precision and two in reduction precision (in flight)."""
         stay = sum(unit.gathered * (1 if unit.is_root else unit.kept) for unit in self.live_units)
@@ -117,12 +117,12 @@ def share(
         net, ema = fsdp.shard_model_and_ema(net, mesh, trainer.precision, gathering=trainer.gathering)
 
         # encoders are replicated, except for a sharded text encoder
-        whole, text_units = [network for network in encoders if not later or network is not later.module], ()
-        if len(whole) < len(encoders):
+        replicated, text_units = [network for network in encoders if not later or network is not later.module], ()
+        if len(replicated) < len(encoders):
             module, blocks = copy.deepcopy((later.module, later.blocks))
             fsdp.shard_frozen(module, blocks, mesh)
             text_bytes = next(module.parameters()).element_size()
-            whole, text_units = [*whole, module], units(module, text_bytes, kept=0.0)
+            replicated, text_units = [*replicated, module], units(module, text_bytes, kept=0.0)
 
         parameters, value_bytes = held(net), DTYPES[trainer.precision].itemsize
         return Share(
@@ -131,7 +131,7 @@ def share(
             gradients=parameters,  # fp32, like the parameters
             optimizer=optimizer_bytes(net),
             ema=held(ema),
-            encoders=sum(map(held, whole)),
+            encoders=sum(map(held, replicated)),
             live_units=units(net, value_bytes, kept_after_forward(trainer.gathering.reshard_after_forward)),
             ema_units=units(ema, value_bytes, kept=0.0),
             text_units=text_units,
@@ -215,15 +215,15 @@ def traffic(share: Share, calls: Sequence[Call], num_micro: int = 1) -> dict[str
 
 def payloads(share: Share, calls: Sequence[Call]) -> dict[str, int]:
     """Payload bytes of a micro-batch by kind of collective: tensors gathered, scattered, and reduced in place."""
-    found = {"all_gather": 0, "reduce_scatter": 0, "all_reduce": 0}
+    payload = {"all_gather": 0, "reduce_scatter": 0, "all_reduce": 0}
     for weights, its_units in {"live": share.live_units, "ema": share.ema_units}.items():
         passes = [call.learns for call in calls if call.weights == weights]
         for unit in its_units:
             back = min(sum(passes), 1) if unit.is_root else sum(passes)  # the root stays unsharded in between
             if unit.ranks > 1:
-                found["all_gather"] += unit.gathered * (len(passes) + back if unit.kept < 1 else max(back, 1))
-                found["reduce_scatter"] += unit.summed * any(passes)
+                payload["all_gather"] += unit.gathered * (len(passes) + back if unit.kept < 1 else max(back, 1))
+                payload["reduce_scatter"] += unit.summed * any(passes)
             if unit.replicas > 1:
-                found["all_reduce"] += unit.summed // unit.ranks * any(passes)
-    found["all_gather"] += sum(unit.gathered for unit in share.text_units if unit.ranks > 1)
-    return found
+                payload["all_reduce"] += unit.summed // unit.ranks * any(passes)
+    payload["all_gather"] += sum(unit.gathered for unit in share.text_units if unit.ranks > 1)
+    return payload

@@ -35,7 +35,7 @@ class Call:
     weights: str  # "live" or "ema"
     part: str
     learns: bool  # followed by a backward pass
-    picture_tokens: int
+    image_tokens: int
     text_tokens: int
 
 
@@ -43,7 +43,7 @@ class Call:
 class Step:
     """Cost of a micro-batch, forward and backward."""
 
-    pictures: int
+    num_images: int
     calls: tuple[Call, ...]
     flops: dict[str, int]  # by part, see `Meter`
     saved: int  # bytes kept from forward to backward, without weights
