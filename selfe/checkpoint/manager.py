@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from selfe import log
 from selfe.checkpoint import verify
+from selfe.device import is_accelerator
 from selfe.distributed import collectives
 from selfe.distributed.collectives import World
 from selfe.types import MOST_STEPS, UserError, check_range
@@ -49,16 +50,8 @@ class CheckpointManager:
         self.folder, self.keep, self.world = folder, keep, world
         # Long timeout: a slow disk must not fail a save, only lost processes should.
         self.group = collectives.host_group(timeout_minutes=120)
-        # The copy in host memory is kept for the next save; pinned, so that copying from an accelerator is fast.
-        pinned = world.device.type != "cpu"
-        self.stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=pinned,
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=pinned,
-            )
-        )
+        # With an accelerator, the copy in host memory is pinned, which makes copying fast, and kept for the next save.
+        self.stager = BlockingAsyncStager(cache_staged_state_dict=is_accelerator(world.device))
         self.thread = ThreadPoolExecutor(1, "save")
         self.pending: Future | None = None
         self.saved: Path | None = None  # last successful save

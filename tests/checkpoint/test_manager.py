@@ -140,12 +140,12 @@ def with_a_limit_on_rank_1(world: World, folder: str) -> list[str]:
     return failed
 
 
-def test_what_fails_in_drawing_costs_no_step(tmp_path):
+def test_a_failure_while_sampling_costs_no_step(tmp_path):
     broken = "{module: tests.helpers.faulty_parts.FailingSampler}"
     samples = f"trainer.samples={{every: 2, prompts: [a cat], size: [32, 32], sampler: {broken}}}"
     run = train_processes.Run(tmp_path, 1, samples)
     assert run.wait() == [1]
-    assert "no room for pictures" in run.failures[0]["message"]
+    assert "no room for images" in run.failures[0]["message"]
     assert verify.latest(tmp_path / "checkpoints").name == "step_00000002"
 
 
