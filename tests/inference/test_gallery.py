@@ -22,7 +22,7 @@ HOSTILE = [
     "<img src=x onerror=alert(1)>",
     "</script><script>alert(2)</script><!-- <script>",
     "a `cat`, $HOME ${oc.env:HOME} \\${x} \\\\${y} 'quoted' \"twice\"; touch /tmp/no & {a: b} [c] # d = e \\",
-    "Vögel 鳥 🐦 \u202e\ufeff &amp; {{data}} {{code}}",
+    "Vögel 鳥 🐦 \u202e &amp; {{data}} {{code}}",
 ]
 
 
@@ -129,7 +129,7 @@ def test_a_click_shows_the_image_and_the_command_that_draws_it(driver, folders):
     plan = {(p.prompt, p.weights): p for p in made_plan(folders[0]) if p.num_steps == 4}
     for prompt in HOSTILE:
         all_of(driver, "#search")[0].clear()
-        words = re.sub(r"[\u202e\ufeff]", "", prompt)
+        words = prompt.replace("\u202e", "")
         driver.execute_script(
             "const s = document.getElementById('search'); s.value = arguments[0]; s.dispatchEvent(new Event('input'))",
             words[:12],

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from selfe import cli, config
 from selfe.backbones.packing import PackedLayout
+from selfe.device import choose_precision
 from selfe.distributed import activation_checkpoint, fsdp
 from selfe.distributed.collectives import World
 from selfe.rng import SampleRNG
@@ -48,7 +49,8 @@ def measured(path: str, overrides: list[str], batch: Batch, rng: SampleRNG, step
     """What the plan measures, of a batch that exists."""
     system, _, trainer, _ = build(path, overrides)
     system.load_encoders(META)
-    setting = {"precision": trainer.precision, "activation_checkpointing": trainer.activation_checkpointing}
+    precision = choose_precision(trainer.precision, torch.device("cpu"))
+    setting = {"precision": precision, "activation_checkpointing": trainer.activation_checkpointing}
     return plan_step.measure(system, batch.to(META), rng, step, **setting)
 
 

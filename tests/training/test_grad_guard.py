@@ -189,4 +189,4 @@ def test_replay(poisoned):
 def test_too_many_in_a_row_stop_the_run(tmp_path):
     run = Run(tmp_path, 1, *POISONED, "trainer.health={warmup: 3, max_skips: 1}")
     assert run.wait() == [2]
-    assert "step 6: 1 steps in a row were skipped, gradient norm nan" in run.failures[0]["message"]
+    assert "step 6: 1 steps in a row were skipped, first non-finite: loss of " in run.failures[0]["message"]
