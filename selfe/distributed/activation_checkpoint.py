@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.fx.experimental._config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -60,5 +61,6 @@ def compile(module: nn.Module) -> None:
     kernel (half precision on accelerators), otherwise two, with attention between them.
     """
     torch._dynamo.config.recompile_limit = MOST_VARIANTS
+    torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal by chance are no reason to recompile
     for _, block in blocks(module):
         block.forward = torch.compile(block.forward, dynamic=True)

@@ -188,7 +188,8 @@ def test_a_killed_process_is_started_again_as_often_as_asked_then_ends_the_other
         assert line
     again = children(run.pid)
     assert not set(again) & set(below[-2:])
-    assert "training" in run.stdout.readline()
+    while "training" not in (line := run.stdout.readline()):
+        assert line
     os.kill(again[-1], signal.SIGKILL)
     _, err = run.communicate(timeout=60)
     assert run.returncode == 137

@@ -46,5 +46,5 @@ def test_weights_of_the_encoders_are_opened(tmp_path):
 
     findings = {finding.subject: finding for finding in doctor.encoder_weights(str(tmp_path))}
     assert findings["clip"].text.startswith("2 tensors in")
-    assert "not found in SELFE_CACHE_DIR" in findings["t5"].text
+    assert "not found; set SELFE_CACHE_DIR" in findings["t5"].text
     assert "cannot be read" in findings["autoencoder"].text
