@@ -92,8 +92,8 @@ def install(options: argparse.Namespace) -> None:
 
 def find_uv() -> Path:
     """uv from the PATH, or our own copy in .uv."""
-    if found := shutil.which("uv"):
-        return Path(found)
+    if uv := shutil.which("uv"):
+        return Path(uv)
     uv = UV / "bin/uv"
     if not uv.exists():
         say("installing uv into .uv")
@@ -104,8 +104,8 @@ def find_uv() -> Path:
 
 def installed_torch() -> str | None:
     """Version of the torch in .venv, with its build: 2.13.0+cu126."""
-    found = sorted(VENV.glob("lib/python*/site-packages/torch-*.dist-info"))
-    return found[0].name[len("torch-") : -len(".dist-info")] if found else None
+    installed = sorted(VENV.glob("lib/python*/site-packages/torch-*.dist-info"))
+    return installed[0].name[len("torch-") : -len(".dist-info")] if installed else None
 
 
 def recorded_torch() -> str | None:
@@ -119,8 +119,8 @@ def needs_other_build() -> bool:
     if not shutil.which("nvidia-smi"):
         return False
     done = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False)
-    found = re.search(r"CUDA Version: (\d+)\.", done.stdout)
-    return bool(found) and int(found[1]) < 13
+    version = re.search(r"CUDA Version: (\d+)\.", done.stdout)
+    return bool(version) and int(version[1]) < 13
 
 
 def usable() -> bool:

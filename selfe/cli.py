@@ -103,7 +103,7 @@ def overview() -> str:
 # ---- arguments of each verb ----
 
 
-def whole(least: int) -> Callable[[str], int]:
+def at_least(least: int) -> Callable[[str], int]:
     """An argument type: integers of at least `least`."""
 
     def integer(text: str) -> int:
@@ -149,14 +149,14 @@ def plan(parser: argparse.ArgumentParser) -> None:
 def check_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("manifest", type=path, help="a TSV file, or a pattern of tar files in quotes")
     parser.add_argument("--base-dir", type=path, default=Path(), help="folder that relative image paths start from")
-    parser.add_argument("--workers", type=whole(0), default=4, help="reader processes; 0: read in this process")
+    parser.add_argument("--workers", type=at_least(0), default=4, help="reader processes; 0: read in this process")
     parser.add_argument("--write-clean", type=path, metavar="OUT", help="write the valid lines, with image sizes")
-    parser.add_argument("--min-side", type=whole(1), default=64, help="smallest allowed side in pixels")
-    parser.add_argument("--max-pixels", type=whole(1), default=178_956_970, help="larger images are rejected")
+    parser.add_argument("--min-side", type=at_least(1), default=64, help="smallest allowed side in pixels")
+    parser.add_argument("--max-pixels", type=at_least(1), default=178_956_970, help="larger images are rejected")
     parser.add_argument(
-        "--pixels", type=whole(1), nargs="+", default=[65536], help="pixel budgets whose buckets are shown"
+        "--pixels", type=at_least(1), nargs="+", default=[65536], help="pixel budgets whose buckets are shown"
     )
-    parser.add_argument("--multiple", type=whole(1), default=16, help="bucket sides are multiples of this")
+    parser.add_argument("--multiple", type=at_least(1), default=16, help="bucket sides are multiples of this")
     parser.add_argument("--max-aspect", type=float, default=2.0, help="aspect ratio of the longest bucket")
     parser.add_argument("--tokenizer", help="a folder such as SELFE_CACHE_DIR/t5-v1_1-xxl, to count tokens exactly")
 
@@ -166,8 +166,8 @@ def precompute(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--out", type=path, required=True, help="cache folder")
     workers_help = "reader processes per encoder (default: one per core, up to 4)"
-    parser.add_argument("--workers", type=whole(0), help=workers_help)
-    parser.add_argument("--batch-size", type=whole(1), default=32, help="images or captions encoded together")
+    parser.add_argument("--workers", type=at_least(0), help=workers_help)
+    parser.add_argument("--batch-size", type=at_least(1), default=32, help="images or captions encoded together")
     parser.add_argument(
         "--one-sample", action="store_true", help="store one fixed latent sample instead of mean and std: half the size"
     )
@@ -178,7 +178,7 @@ def make_shards(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base-dir", type=path, default=Path(), help="folder that relative image paths start from")
     parser.add_argument("--out", type=path, required=True, help="folder for the tar files")
     parser.add_argument("--prefix", default="train", help="tar files are named PREFIX-000000.tar and so on")
-    parser.add_argument("--samples", type=whole(1), default=10_000, help="samples per tar file")
+    parser.add_argument("--samples", type=at_least(1), default=10_000, help="samples per tar file")
 
 
 def make_manifest(parser: argparse.ArgumentParser) -> None:

@@ -38,7 +38,7 @@ class Progress:
 
     def __init__(self, name: str, total: int, start: int = 0, seconds: float = 10, quiet: bool = False):
         self.name, self.total, self.done, self.quiet = name, total, start, quiet
-        self.seconds, self.said, self.terminal = seconds, -float("inf"), sys.stderr.isatty()
+        self.seconds, self.last_printed, self.terminal = seconds, -float("inf"), sys.stderr.isatty()
         bar = self.terminal and not quiet
         self.bar = tqdm(total=total, initial=start, desc=name, dynamic_ncols=True, disable=not bar)
 
@@ -48,8 +48,8 @@ class Progress:
         if self.terminal:
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(n)
-        elif not self.quiet and (self.done >= self.total or time.monotonic() - self.said > self.seconds):
-            self.said = time.monotonic()
+        elif not self.quiet and (self.done >= self.total or time.monotonic() - self.last_printed > self.seconds):
+            self.last_printed = time.monotonic()
             print(f"{self.name} {self.done}/{self.total} {note}".rstrip(), flush=True)
 
     def close(self) -> None:

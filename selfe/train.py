@@ -217,9 +217,9 @@ class Trainer:
 
         # resume from the newest valid checkpoint, or initialise a new run
         self.saver = CheckpointManager(self.folder / "checkpoints", cfg.checkpoints, world)
-        found = verify.newest_valid(self.saver.folder, world)
-        self.start = state.load(found, self.net, self.ema, self.optimizer) if found else self.initialise()
-        self.guard = GradGuard(cfg.health, verify.read_marker(found)["guard"] if found else None)
+        newest = verify.newest_valid(self.saver.folder, world)
+        self.start = state.load(newest, self.net, self.ema, self.optimizer) if newest else self.initialise()
+        self.guard = GradGuard(cfg.health, verify.read_marker(newest)["guard"] if newest else None)
 
         # statistics since the last logged step
         self.measured, self.cells = MetricAccumulator(), TimeGrid()
@@ -227,8 +227,8 @@ class Trainer:
         self.replaced = self.num_samples = self.num_tokens = 0  # of this rank; samples and tokens learned from
         self.has_learned, self.last_skip = False, ""  # since this start
 
-        if found and world.is_main:
-            log.print_line(f"resuming from {found}")
+        if newest and world.is_main:
+            log.print_line(f"resuming from {newest}")
 
     def num_micro(self, step: int) -> int:
         """Micro-batches per rank in a step."""
@@ -251,9 +251,9 @@ class Trainer:
 
         # safetensors weights in FLUX names: parameters only, starting at step 0
         if isinstance(origin, Path) and flux.holds_weights(origin):
-            found = flux.warm_start(origin, self.net, self.ema)
+            loaded = flux.warm_start(origin, self.net, self.ema)
             if main:
-                log.print_line(found.summary(self.folder / "init_from.txt"))
+                log.print_line(loaded.summary(self.folder / "init_from.txt"))
             return 0
 
         # a checkpoint of another run: the parts that were asked for

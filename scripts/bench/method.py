@@ -83,7 +83,7 @@ def learn(objective: Objective, net: Counted, average: Counted, step: int) -> Ca
         x0 = packed(torch.randn(sum(rows * columns for rows, columns in grids), net.net.patch_dim), grids)
         rng = SampleRNG.of_step(seed, step, range(BATCH))
         wanted = objective.captions(["word " * n for n in captions], rng, step)
-        conds = {name: texts([max(len(text.split()), 1) for text in said]) for name, said in wanted.items()}
+        conds = {name: texts([max(len(text.split()), 1) for text in texts_of]) for name, texts_of in wanted.items()}
         batches.append((x0, conds, rng, step))
 
     def work() -> None:

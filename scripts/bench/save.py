@@ -72,18 +72,18 @@ def measure(fit: Trainer, rounds: int) -> tuple[list[Spent], list[Spent], list[l
     order = ((step, place) for step in steps for place in range(fit.num_micro(step)))
     micro_batches = loader.make_loader(fit.part("train"), order, num_workers=0)
 
-    calls, alone, beside = [], [], []
+    calls, alone, overlapping = [], [], []
     for step in steps:
         writing = fit.saver.pending is not None and not fit.saver.pending.done()
         seconds = spent(lambda step=step: fit.step(step, micro_batches, lambda: 0))
         if step >= STEPS:
-            (beside[-1] if writing else alone).append(seconds)
+            (overlapping[-1] if writing else alone).append(seconds)
         if (step + 1) % STEPS == 0 and step + 1 < len(steps):
             calls.append(spent(lambda step=step: fit.save(step + 1, None)))
-            beside.append([])
+            overlapping.append([])
 
     fit.saver.finish()
-    return calls, alone, beside
+    return calls, alone, overlapping
 
 
 def save(rounds: int) -> dict:
@@ -101,11 +101,11 @@ def save(rounds: int) -> dict:
         with torch.device("meta"):
             system = config.build(settings, "system")
         trainer, data = config.build(settings, "trainer"), config.build(settings, "data")
-        calls, alone, beside = measure(Trainer(trainer, system, data, 0, world), rounds)
-    return compare(calls, alone, beside)
+        calls, alone, overlapping = measure(Trainer(trainer, system, data, 0, world), rounds)
+    return compare(calls, alone, overlapping)
 
 
-def compare(calls: list[Spent], alone: list[Spent], beside: list[list[Spent]]) -> dict:
+def compare(calls: list[Spent], alone: list[Spent], overlapping: list[list[Spent]]) -> dict:
     """Medians over steps and saves; the first save call, which also sets up buffers, is listed separately."""
     first, *later = calls
     figures, step, call, longer = {}, {}, {}, {}
@@ -113,22 +113,20 @@ def compare(calls: list[Spent], alone: list[Spent], beside: list[list[Spent]]) -
     for clock in ("wall", "cpu", "queue", "lock"):
         step[clock] = statistics.median(getattr(s, clock) for s in alone)
         call[clock] = statistics.median(getattr(s, clock) for s in later)
-        longer[clock] = statistics.median(sum(getattr(s, clock) - step[clock] for s in steps) for steps in beside)
+        longer[clock] = statistics.median(sum(getattr(s, clock) - step[clock] for s in steps) for steps in overlapping)
         figures |= {
             f"a step alone, {clock}": step[clock],
             f"the call that saves, {clock}": call[clock],
             f"the first such call, {clock}": getattr(first, clock),
-            f"steps beside the writing longer by, {clock}": longer[clock],
+            f"steps during writing longer by, {clock}": longer[clock],
         }
 
-    writer = statistics.median(sum(s.others for s in steps) for steps in beside)
-    figures |= {"the writing thread, cpu": writer, "steps beside the writing": statistics.mean(map(len, beside))}
+    writer = statistics.median(sum(s.others for s in steps) for steps in overlapping)
+    figures |= {"the writing thread, cpu": writer, "steps during writing": statistics.mean(map(len, overlapping))}
     return {
         "figures": {name: round(value, 4) for name, value in figures.items()},
         "checks": [
             at_most("save: CPU of call and writing thread / of a step", (call["cpu"] + writer) / step["cpu"], 1),
-            at_most(
-                "save: steps beside the writing wait for the lock / CPU of a step", longer["lock"] / step["cpu"], 0.2
-            ),
+            at_most("save: steps during writing wait for the lock / CPU of a step", longer["lock"] / step["cpu"], 0.2),
         ],
     }

@@ -242,8 +242,9 @@ def check_leftovers(folder: Path, todo: Sequence[ImageSpec], layout: Layout) -> 
             continue
 
         # report the difference to the most similar image of the job
-        alike = [differences(record, other) for other in planned.values() if other["prompt"] == record.get("prompt")]
-        change = min(alike, key=len, default=f"prompt {shorten(str(record.get('prompt')), 60)!r}, which this job lacks")
+        prompt = record.get("prompt")
+        changes = [differences(record, other) for other in planned.values() if other["prompt"] == prompt]
+        change = min(changes, key=len, default=f"prompt {shorten(str(prompt), 60)!r}, which this job lacks")
         raise UserError(
             f"{folder}: {file} exists with {change}; set another inferencer.output_dir, or revert the change "
             "(prompts and list entries can be added, not removed)"

@@ -82,9 +82,9 @@ def save(image: Image.Image, path: Path, kind: Format, record: dict) -> None:
 def write(path: Path, data: bytes) -> None:
     """Write a file atomically: under a temporary name, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + PARTIAL)
-    aside.write_bytes(data)
-    aside.replace(path)
+    partial = path.with_name(path.name + PARTIAL)
+    partial.write_bytes(data)
+    partial.replace(path)
 
 
 def read_record(path: Path) -> dict | None:
@@ -104,9 +104,9 @@ def save_npz(paths: Sequence[Path], output: Path) -> None:
         shape = (len(paths), first.height, first.width, 3)
 
     # an npz file is a zip archive of npy files
-    aside = output.with_name(output.name + PARTIAL)
+    partial = output.with_name(output.name + PARTIAL)
     with (
-        zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive,
+        zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive,
         archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member,
     ):
         header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
@@ -116,7 +116,7 @@ def save_npz(paths: Sequence[Path], output: Path) -> None:
             with Image.open(path) as image:
                 member.write(np.asarray(image.convert("RGB")).tobytes())
 
-    aside.replace(output)
+    partial.replace(output)
 
 
 def heat(table: Tensor, size: int = 160) -> Image.Image:

@@ -28,7 +28,7 @@ def main(options: argparse.Namespace) -> None:
     folder, step = options.run, options.step
     path = folder / "skipped" / f"step_{step:08d}.json"
     if not path.is_file():
-        known = ", ".join(str(int(found.stem[5:])) for found in sorted(path.parent.glob("step_*.json"))) or "none"
+        known = ", ".join(str(int(file.stem[5:])) for file in sorted(path.parent.glob("step_*.json"))) or "none"
         raise UserError(f"{path}: no such file; skipped steps of this run: {known}")
     record = json.loads(path.read_text(encoding="utf-8"))
 
@@ -39,11 +39,11 @@ def main(options: argparse.Namespace) -> None:
 
 def before(folder: Path, step: int) -> Path | None:
     """The newest complete checkpoint with at most `step` finished steps; None if there is none."""
-    whole = filter(verify.is_complete, verify.list_checkpoints(folder))
-    return next((path for path in whole if verify.read_step(path) <= step), None)
+    complete = filter(verify.is_complete, verify.list_checkpoints(folder))
+    return next((path for path in complete if verify.read_step(path) <= step), None)
 
 
-def replay(settings: dict, record: dict, found: Path | None, world: collectives.World) -> None:
+def replay(settings: dict, record: dict, checkpoint: Path | None, world: collectives.World) -> None:
     """Forward and backward on the step's micro-batches, without an optimizer step; prints both sets of values."""
     # build the system as the trainer does, then load the weights
     with torch.device("meta"):
@@ -53,8 +53,8 @@ def replay(settings: dict, record: dict, found: Path | None, world: collectives.
     precision = choose_precision(trainer.precision, world.device)
     net, ema = fsdp.build_model_and_ema(system.backbone, fsdp.make_mesh(world, None), precision, seed)
     system.load_encoders(world.device)
-    done = state.load(found, net, ema, None, ("model", "ema", "step")) if found else 0
-    print(f"step {step} with the weights after {done} steps ({found or 'initial weights'})")
+    done = state.load(checkpoint, net, ema, None, ("model", "ema", "step")) if checkpoint else 0
+    print(f"step {step} with the weights after {done} steps ({checkpoint or 'initial weights'})")
 
     # positions and the step select the same samples and the same random numbers as in training
     measured, micro_batches = MetricAccumulator(), record["micro_batches"]

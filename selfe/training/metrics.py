@@ -56,18 +56,18 @@ class MetricAccumulator:
     def cells(self, device: torch.device) -> dict[str, Tensor]:
         """metric -> (2, BINS x BINS) on the host: sums and counts over all ranks. Every rank needs the same metrics."""
         # sums and counts of this rank, by cell
-        found = {}
+        totals = {}
         for name in sorted(self.values):
             column, row = (torch.cat(self.times[name], 1) * BINS).long().clamp(0, BINS - 1)
             values = torch.cat(self.values[name]).double()
             sums = torch.zeros(2, BINS * BINS, dtype=torch.float64, device=device)
-            found[name] = sums.index_add_(1, column * BINS + row, torch.stack([values, torch.ones_like(values)]))
-        if not found:
+            totals[name] = sums.index_add_(1, column * BINS + row, torch.stack([values, torch.ones_like(values)]))
+        if not totals:
             return {}
 
         # one all-reduce for all metrics
-        everyone = collectives.sum_over_ranks(torch.stack(list(found.values())))
-        return dict(zip(found, everyone.cpu(), strict=True))
+        everyone = collectives.sum_over_ranks(torch.stack(list(totals.values())))
+        return dict(zip(totals, everyone.cpu(), strict=True))
 
     def describe(self) -> list[list[dict]]:
         """This rank's samples, a list per micro-batch: position in the global batch, file, prompt, loss, t and s."""

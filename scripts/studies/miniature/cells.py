@@ -37,14 +37,14 @@ def cells(config: str, full: bool) -> tuple[Cell, ...]:
     own = {n: own_ratio(config, n) for n in STEPS}
 
     # every model: steps by guidance
-    found = [Cell(n, w, 0.0, own[n]) for n in STEPS for w in (1.0, 2.0, 3.0)]
+    chosen = [Cell(n, w, 0.0, own[n]) for n in STEPS for w in (1.0, 2.0, 3.0)]
     if "flow_matching" not in config:
-        found += [Cell(n, w, 0.0, r) for n, ratios in MILD.items() for r in ratios for w in (1.0, 2.0, 3.0)]
+        chosen += [Cell(n, w, 0.0, r) for n, ratios in MILD.items() for r in ratios for w in (1.0, 2.0, 3.0)]
 
     if full:
-        found += [Cell(n, w, 0.0, own[n]) for n in (2, 4, 8) for w in SWEEP]
-        found += [Cell(n, w, 1.0, own[n]) for n in (2, 4, 8) for w in (1.0, 2.0)]
+        chosen += [Cell(n, w, 0.0, own[n]) for n in (2, 4, 8) for w in SWEEP]
+        chosen += [Cell(n, w, 1.0, own[n]) for n in (2, 4, 8) for w in (1.0, 2.0)]
     if full and "flow_matching" not in config:
-        found += [Cell(n, 1.0, 0.0, r) for n in (1, 2, 4) for r in RATIOS]
+        chosen += [Cell(n, 1.0, 0.0, r) for n in (1, 2, 4) for r in RATIOS]
 
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(chosen))

@@ -32,6 +32,16 @@ ABLATIONS = {
     "no_normalisation": "Self-E without target normalisation",
     "lambda_1": "Self-E, lambda at most 1",
 }
+ABLATION_MEASURES = (  # steps, guidance, measure, digits
+    (2, 1.0, "fd", 0),
+    (4, 1.0, "fd", 0),
+    (4, 1.0, "extent", 2),
+    (4, 2.0, "fd", 0),
+    (4, 2.0, "held_out", 2),
+    (1, 1.0, "place", 2),
+    (1, 1.0, "gamut", 3),
+    (4, 1.0, "log_norm", 2),
+)
 CONTRAST = {
     "contrast_flow_matching": "flow matching",
     "contrast_selfe": "Self-E (the paper's form)",
@@ -93,16 +103,18 @@ def ablation_table(study, labels: dict[str, str]) -> str:
     for config, label in labels.items():
         if not study.seeds(config):
             continue
+
         cells = [label]
         for guidance in (1.0, 2.0):
-            cells += [number((r := study.row(config, n, guidance)) and r["ok"]) for n in STEPS[:-1]]
-        for steps, guidance, name, digits in (
-            (2, 1.0, "fd", 0), (4, 1.0, "fd", 0), (4, 1.0, "extent", 2), (4, 2.0, "fd", 0), (4, 2.0, "held_out", 2),
-            (1, 1.0, "place", 2), (1, 1.0, "gamut", 3), (4, 1.0, "log_norm", 2),
-        ):  # fmt: skip
+            for steps in STEPS[:-1]:
+                row = study.row(config, steps, guidance)
+                cells.append(number(row and row["ok"]))
+
+        for steps, guidance, name, digits in ABLATION_MEASURES:
             row = study.row(config, steps, guidance)
             cells.append(number(row and row[name], digits))
         lines.append(cells)
+
     head = ["", *(f"N={n}, w={w}" for w in (1, 2) for n in STEPS[:-1]), "FD N=2, w=1", "FD N=4, w=1"]
     head += ["extent N=4, w=1", "FD N=4, w=2", "held-out ok N=4, w=2", "place N=1, w=1", "gamut N=1, w=1"]
     return table([*head, "log norm N=4, w=1"], lines)
@@ -129,8 +141,8 @@ def s_table(study) -> str:
     lines = []
     for config in FORMS:
         for steps in (1, 2, 4):
-            found = [study.row(config, steps, 1.0, 0, r) for r in RATIOS]
-            cells = [f"{r['ok_seeds'][0]:.2f} / {r['fd_seeds'][0]:.0f}" if r else "-" for r in found]
+            rows = [study.row(config, steps, 1.0, 0, r) for r in RATIOS]
+            cells = [f"{r['ok_seeds'][0]:.2f} / {r['fd_seeds'][0]:.0f}" if r else "-" for r in rows]
             lines.append([LABELS[config], str(steps), *cells])
     return table(["model", "N", *(f"r = {r:g}" for r in RATIOS)], lines)
 
@@ -140,8 +152,8 @@ def mild_table(study) -> str:
     lines = []
     for steps, ratios in MILD.items():
         for config, r in (("flow_matching", 1.0), *((config, r) for r in ratios for config in FORMS)):
-            found = [study.row(config, steps, w, 0, r) for w in (1.0, 2.0, 3.0)]
-            cells = [number(row and row[name], digits) for row in found for name, digits in (("ok", 2), ("fd", 0))]
+            rows = [study.row(config, steps, w, 0, r) for w in (1.0, 2.0, 3.0)]
+            cells = [number(row and row[name], digits) for row in rows for name, digits in (("ok", 2), ("fd", 0))]
             lines.append([str(steps), f"{r:g}", LABELS[config], *cells])
     return table(["N", "r", "model", *(f"{name}, w={w}" for w in (1, 2, 3) for name in ("ok", "FD"))], lines)
 
@@ -150,8 +162,8 @@ def eta_table(study) -> str:
     lines = []
     for config, label in LABELS.items():
         for eta in (0, 1):
-            found = [study.row(config, n, w, eta) for w in (1.0, 2.0) for n in STEPS[1:]]
-            lines.append([label, str(eta), *(number(r and r["ok_seeds"][0]) for r in found)])
+            rows = [study.row(config, n, w, eta) for w in (1.0, 2.0) for n in STEPS[1:]]
+            lines.append([label, str(eta), *(number(r and r["ok_seeds"][0]) for r in rows)])
     return table(["model", "eta", *(f"N={n}, w={w}" for w in (1, 2) for n in STEPS[1:])], lines)
 
 
@@ -166,6 +178,13 @@ def trade_table(study) -> str:
                 cells.append(f"{row['ok_seeds'][0]:.2f} / {row['fd_seeds'][0]:.0f}" if row else "-")
             lines.append(cells)
     return table(["model", "N", *(f"w = {w:g}" for w in SWEEP)], lines)
+
+
+def cost_table(everything: dict, labels: dict[str, str]) -> str:
+    """CPU-seconds by model; empty if none was trained."""
+    seconds = everything["cpu_seconds"]
+    lines = [[label, f"{seconds[config]:.0f}"] for config, label in labels.items() if seconds.get(config)]
+    return table(["model", "CPU-seconds of one training run, one thread"], lines) if lines else ""
 
 
 def claim_table(claims: list[dict]) -> str:
@@ -220,9 +239,9 @@ def heat(study, left, right, figure) -> None:
     path = study.out / "selfe_1" / "terms.npz"
     if not path.exists():
         return
-    found = np.load(path)
+    terms = np.load(path)
     for axis, name, title in ((left, "data", "data term"), (right, "self_evaluation", "self-evaluation term")):
-        image = axis.imshow(np.log10(found[name]).T, origin="lower", extent=(0, 1, 0, 1))
+        image = axis.imshow(np.log10(terms[name]).T, origin="lower", extent=(0, 1, 0, 1))
         axis.set(title=f"log10 of the {title}, velocity units", xlabel="t", ylabel="s")
         figure.colorbar(image, ax=axis)
 
@@ -231,35 +250,45 @@ def heat(study, left, right, figure) -> None:
 
 
 FIRST_LOOK = "\n\nThese results are preliminary: the main models were run with fewer than three seeds."
-COST = "| model | CPU-seconds of one training run, one thread |\n| --- | --- |"
+NOT_RUN = "(Not run for this page.)"
 PAGE = (Path(__file__).parent / "page.md").read_text()
 
 
 def page(study, everything: dict) -> str:
     """docs/miniature.md."""
-    seconds, real = everything["cpu_seconds"], everything["real"][""]
-    passed = sum(claim["pass"] for claim in everything["claims"])
-    cost, contrast_cost = (
-        "\n".join(f"| {label} | {seconds[config]:.0f} |" for config, label in labels.items() if seconds.get(config))
-        for labels in (LABELS, CONTRAST)
-    )
-    return PAGE.format(
+    claims, real = everything["claims"], everything["real"]
+
+    # how the results were made
+    facts = {
         **everything["setting"],
-        machine=everything["machine"], command=everything["command"],
-        ablation_note="" if study.seeds("short_selfe") else "(Not run for this page.)",
-        count=everything["images_per_cell"],
-        seeds="; ".join(f"{LABELS[c]}: {len(study.seeds(c))}" for c in LABELS),
-        cost=f"{COST}\n{cost}" if cost else "",
-        missing="" if all(len(study.seeds(c)) > 2 for c in LABELS) else FIRST_LOOK,
-        real_ok=real["ok"], real_fd=real["fd"], real_place=real["place"], real_spread=real["spread"],
-        passed=passed, total=len(everything["claims"]),
-        claims=claim_table(everything["claims"]),
-        main=main_table(study),
-        measures_1=measure_table(study, 1.0), measures_2=measure_table(study, 2.0),
-        ablations=ablation_table(study, ABLATIONS),
-        contrast=ablation_table(study, CONTRAST),
-        contrast_cost=f"{COST}\n{contrast_cost}" if contrast_cost else "(Not run for this page.)",
-        contrast_norm=number(everything["real"].get("contrast", {}).get("log_norm")),
-        compute=equal_compute_table(study, everything),
-        s=s_table(study), mild=mild_table(study), eta=eta_table(study), trade=trade_table(study),
-    )  # fmt: skip
+        "machine": everything["machine"],
+        "command": everything["command"],
+        "count": everything["images_per_cell"],
+        "seeds": "; ".join(f"{label}: {len(study.seeds(config))}" for config, label in LABELS.items()),
+        "missing": "" if all(len(study.seeds(config)) > 2 for config in LABELS) else FIRST_LOOK,
+        "ablation_note": "" if study.seeds("short_selfe") else NOT_RUN,
+    }
+
+    # real images, for comparison
+    facts |= {f"real_{name}": real[""][name] for name in ("ok", "fd", "place", "spread")}
+    facts["contrast_norm"] = number(real.get("contrast", {}).get("log_norm"))
+
+    # tables
+    facts |= {
+        "passed": sum(claim["pass"] for claim in claims),
+        "total": len(claims),
+        "claims": claim_table(claims),
+        "cost": cost_table(everything, LABELS),
+        "contrast_cost": cost_table(everything, CONTRAST) or NOT_RUN,
+        "main": main_table(study),
+        "measures_1": measure_table(study, 1.0),
+        "measures_2": measure_table(study, 2.0),
+        "ablations": ablation_table(study, ABLATIONS),
+        "contrast": ablation_table(study, CONTRAST),
+        "compute": equal_compute_table(study, everything),
+        "s": s_table(study),
+        "mild": mild_table(study),
+        "eta": eta_table(study),
+        "trade": trade_table(study),
+    }
+    return PAGE.format(**facts)

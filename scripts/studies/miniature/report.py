@@ -48,14 +48,14 @@ class Study:
     @cached_property
     def real(self) -> dict[str, dict[str, np.ndarray]]:
         """Scores of real images of the same captions, plain and of varied contrast."""
-        found = {}
+        scores = {}
         for name, contrast in {"": (1.0, 1.0), "contrast": (0.15, 1.0)}.items():
             path = self.out / ("scorer_contrast" if name else "scorer") / "scorer.safetensors"
             if path.exists():
                 data = ShapesData(contrast=contrast)
                 which = np.arange(4 * self.count) % len(COMBINATIONS)
-                found[name] = score(trained_scorer(data, path), real(data, which, "reference", name)[0], which)
-        return found
+                scores[name] = score(trained_scorer(data, path), real(data, which, "reference", name)[0], which)
+        return scores
 
     def reference(self, config: str) -> dict[str, np.ndarray]:
         return self.real["contrast" if config.startswith("contrast") else ""]
@@ -67,28 +67,28 @@ class Study:
     def row(self, config: str, steps: int, guidance: float, eta: float = 0, ratio: float | None = None) -> dict | None:
         """Everything measured in a cell, means over seeds, `+-` being half of a 95 % interval."""
         cell = self.cell(config, steps, guidance, eta, ratio)
-        found = self.scores(config, cell)
-        if not found:
+        scores = self.scores(config, cell)
+        if not scores:
             return None
-        right = np.stack([s["right"].all(axis=1) for s in found])
+        right = np.stack([s["right"].all(axis=1) for s in scores])
         low, high = interval(right)
         distances = self.distance(config, cell)
         features = self.reference(config)["features"]
         extent_of_real = np.cov(features, rowvar=False).trace()
         return {
-            "model": config, "steps": steps, "guidance": guidance, "eta": eta, "cell": cell, "seeds": len(found),
+            "model": config, "steps": steps, "guidance": guidance, "eta": eta, "cell": cell, "seeds": len(scores),
             "ok": right.mean(), "ok_low": low, "ok_high": high, "ok_seeds": right.mean(axis=1).tolist(),
-            "shape": np.mean([s["right"][:, 0].mean() for s in found]),
-            "foreground": np.mean([s["right"][:, 1].mean() for s in found]),
-            "background": np.mean([s["right"][:, 2].mean() for s in found]),
+            "shape": np.mean([s["right"][:, 0].mean() for s in scores]),
+            "foreground": np.mean([s["right"][:, 1].mean() for s in scores]),
+            "background": np.mean([s["right"][:, 2].mean() for s in scores]),
             "held_out": right[:, self.unseen].mean(), "trained": right[:, ~self.unseen].mean(),
             "fd": np.mean(distances), "fd_seeds": distances,
-            "fd_of_means": np.mean([np.square(s["features"].mean(0) - features.mean(0)).sum() for s in found]),
-            "extent": np.mean([np.cov(s["features"], rowvar=False).trace() for s in found]) / extent_of_real,
-            "place": np.mean([s["place"].std(axis=0).mean() for s in found]),
-            "spread": np.mean([s["background"].std(axis=0).mean() for s in found]),
-            "gamut": np.mean([s["gamut"].mean() for s in found]),
-            "log_norm": np.mean([np.log(s["norm"]).mean() for s in found]),
+            "fd_of_means": np.mean([np.square(s["features"].mean(0) - features.mean(0)).sum() for s in scores]),
+            "extent": np.mean([np.cov(s["features"], rowvar=False).trace() for s in scores]) / extent_of_real,
+            "place": np.mean([s["place"].std(axis=0).mean() for s in scores]),
+            "spread": np.mean([s["background"].std(axis=0).mean() for s in scores]),
+            "gamut": np.mean([s["gamut"].mean() for s in scores]),
+            "log_norm": np.mean([np.log(s["norm"]).mean() for s in scores]),
         }  # fmt: skip
 
     def best(self, config: str, steps: int) -> dict | None:
@@ -99,7 +99,7 @@ class Study:
 
     @property
     def setting(self) -> dict[str, int]:
-        """Width, patch, steps and batch of the main runs, from the config.yaml that lies beside the first."""
+        """Width, patch, steps and batch of the main runs, from the config.yaml of the first."""
         settings = load(self.out / self.runs[0].name / "config.yaml")
         return {
             "width": settings["system"]["backbone"]["params"]["width"],
@@ -115,7 +115,7 @@ class Study:
 
 
 def interval(right: np.ndarray) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of (seeds, prompts), both drawn again with replacement."""
+    """95 % bootstrap interval of the mean of (seeds, prompts), both resampled with replacement."""
     source = np.random.default_rng(0)
     seeds, prompts = right.shape
     means = np.empty(RESAMPLED)
@@ -130,7 +130,7 @@ def claims(study: Study) -> list[dict]:
     ok = lambda config, n, w, r=None: study.row(config, n, w, ratio=r)["ok"]  # noqa: E731
     best = lambda config, n: study.best(config, n)["ok"]  # noqa: E731
     fd = lambda config, n, r=None: study.row(config, n, 1.0, ratio=r)["fd"]  # noqa: E731
-    found = []
+    claims_made = []
 
     def claim(name: str, value: Callable[[], float], sign: str, bound: float) -> None:
         try:
@@ -138,7 +138,7 @@ def claims(study: Study) -> list[dict]:
         except (TypeError, ValueError):
             number = None
         passed = number is not None and (number >= bound if sign == ">=" else number <= bound)
-        found.append({"name": name, "value": number, "bound": f"{sign} {bound:g}", "pass": passed})
+        claims_made.append({"name": name, "value": number, "bound": f"{sign} {bound:g}", "pass": passed})
 
     fm = "flow_matching"
     claim("real images: ok", lambda: study.real[""]["right"].all(axis=1).mean(), ">=", 0.99)
@@ -179,8 +179,8 @@ def claims(study: Study) -> list[dict]:
     claim("N=1, guidance 1: late Self-E with the floor, s = t_{k+1}", lambda: ok("floor_late", 1, 1.0), ">=", 0.80)
     claim("N=1, guidance 1: flow matching", lambda: ok(fm, 1, 1.0), "<=", 0.05)
     # a quick study has no shorter runs of its own
-    whole, base = ("short_floor", "short_flow_matching") if study.seeds("short_floor") else ("selfe_floor", fm)
-    true_gain = lambda: ok(whole, 2, 1.0) - ok(base, 2, 1.0)  # noqa: E731
+    complete, base = ("short_floor", "short_flow_matching") if study.seeds("short_floor") else ("selfe_floor", fm)
+    true_gain = lambda: ok(complete, 2, 1.0) - ok(base, 2, 1.0)  # noqa: E731
     for config, label in {
         "wrong_sign": "sign of the classifier score reversed",
         "no_self_evaluation": "score difference set to 0",
@@ -189,7 +189,7 @@ def claims(study: Study) -> list[dict]:
             f"N=2, guidance 1: share of the gain that remains with the {label}",
             lambda config=config: (ok(config, 2, 1.0) - ok(base, 2, 1.0)) / true_gain(), "<=", 0.25,
         )  # fmt: skip
-    return found
+    return claims_made
 
 
 def largest_fall(values: list[float]) -> float:
@@ -204,9 +204,9 @@ def image_grid(study: Study, path: Path, guidance: float = 1.0, zoom: int = 4) -
     for config, name in LABELS.items():
         row = []
         for steps in STEPS:
-            found = study.scores(config, study.cell(config, steps, guidance))
-            if found:
-                images = [enlarged(found[0]["images"][i], zoom) for i in shown]
+            scores = study.scores(config, study.cell(config, steps, guidance))
+            if scores:
+                images = [enlarged(scores[0]["images"][i], zoom) for i in shown]
                 row.append(grid([images[:4], images[4:]], gap=2))
         if row:
             rows.append(row)
@@ -232,7 +232,7 @@ def enlarged(pixels: np.ndarray, zoom: int) -> Image.Image:
 
 
 def rows(study: Study) -> list[dict]:
-    """Every cell of every model that was drawn."""
+    """Every cell of every model."""
     cells = dict.fromkeys((run.config, c.steps, c.guidance, c.eta, c.s_ratio) for run in study.runs for c in run.cells)
     return [row for cell in cells if (row := study.row(*cell))]
 
@@ -242,8 +242,8 @@ def report(out: Path, runs: list, count: int, command: str, docs: Path | None) -
     study = Study(out, runs, count)
 
     # the claims, each with its value
-    found = claims(study)
-    for claim in found:
+    results = claims(study)
+    for claim in results:
         value = "missing" if claim["value"] is None else f"{claim['value']:.3f}"
         outcome = "holds" if claim["pass"] else "does not hold"
         print(f"{outcome:13}  {claim['name']}: {value} ({claim['bound']})")
@@ -252,7 +252,7 @@ def report(out: Path, runs: list, count: int, command: str, docs: Path | None) -
     target = docs or out
     target.mkdir(exist_ok=True)
     everything = {
-        "claims": found,
+        "claims": results,
         "command": command,
         "setting": study.setting,
         "images_per_cell": count,

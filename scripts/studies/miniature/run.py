@@ -172,10 +172,10 @@ def evaluate(run: Run, out: Path, count: int, size: int = 8) -> None:
     for cell in todo:
         images = draw(system, net, cell, which, 1000 + run.seed, size)
         # scores of all images, and the first image of each combination for display
-        found = score(scorer, images, which) | {"images": images[: len(COMBINATIONS)].numpy()}
-        aside = folder / f"{cell.name}.partial.npz"
-        np.savez_compressed(aside, **found)
-        aside.rename(folder / f"{cell.name}.npz")
+        scores = score(scorer, images, which) | {"images": images[: len(COMBINATIONS)].numpy()}
+        partial = folder / f"{cell.name}.partial.npz"
+        np.savez_compressed(partial, **scores)
+        partial.rename(folder / f"{cell.name}.npz")
 
     if not maps.exists():
         np.savez_compressed(maps, **terms(system, net, data))
@@ -192,7 +192,7 @@ def terms(system: System, net: torch.nn.Module, data: ShapesData, places: int = 
     noise = rng.normal_like("noise", x0)
 
     axis = np.linspace(0.05, 0.95, places)
-    found = {
+    means = {
         "axis": axis,
         "data": np.full((places, places), np.nan),
         "self_evaluation": np.full((places, places), np.nan),
@@ -206,9 +206,9 @@ def terms(system: System, net: torch.nn.Module, data: ShapesData, places: int = 
             v = net(x_t, t_all, s_all, conds["cond"])
             x0_hat = x0.with_tokens(predict_x0(x_t.tokens, v, t_all, x0))
             delta, _ = system.objective.self_evaluate(net, net, x0_hat, s_all, conds, rng, 0)
-            found["data"][i, j] = (v - (noise - x0.tokens)).square().mean()
-            found["self_evaluation"][i, j] = (delta / t).square().mean()
-    return found
+            means["data"][i, j] = (v - (noise - x0.tokens)).square().mean()
+            means["self_evaluation"][i, j] = (delta / t).square().mean()
+    return means
 
 
 def work(run: Run, out: Path, count: int, short: tuple[int, int] | None) -> tuple[str, float]:
