@@ -12,12 +12,14 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
+from PIL import Image
 from torch import nn
 
 from selfe import compare, config, errors, launch, log
@@ -157,19 +159,31 @@ class Inferencer:
         left = sum(spec.cost() for batch in mine for spec in batch)
         progress = log.Progress("images", sum(map(len, mine)), quiet=not world.is_main)
         worked, start = 0.0, time.perf_counter()
-        for batch in mine:
-            self.generate(system, nets[batch[0].weights], batch, facts)
 
-            # remaining time by estimated cost, not by count, because sizes and steps differ between batches
-            cost = sum(spec.cost() for spec in batch)
-            worked, left = worked + cost, left - cost
-            seconds = time.perf_counter() - start
-            rate = (progress.done + len(batch)) / seconds
-            progress.advance(len(batch), f"{rate:.2f} images/s, {log.duration(seconds * left / worked)} left")
+        saving: list[Future] = []
+        with ThreadPoolExecutor(1, "save images") as thread:
+            for batch in mine:
+                images = self.generate(system, nets[batch[0].weights], batch)
+
+                # files are compressed and written while the next batch is generated
+                for future in saving:
+                    future.result()
+                saving = [
+                    thread.submit(self.save, spec, image, facts) for spec, image in zip(batch, images, strict=True)
+                ]
+
+                # remaining time by estimated cost, not by count, because sizes and steps differ between batches
+                cost = sum(spec.cost() for spec in batch)
+                worked, left = worked + cost, left - cost
+                seconds = time.perf_counter() - start
+                rate = (progress.done + len(batch)) / seconds
+                progress.advance(len(batch), f"{rate:.2f} images/s, {log.duration(seconds * left / worked)} left")
+            for future in saving:
+                future.result()
         progress.close()
 
-    def generate(self, system: System, net: nn.Module, batch: Sequence[ImageSpec], facts: dict) -> None:
-        """Generate and save one batch. All its images have the same sampling settings."""
+    def generate(self, system: System, net: nn.Module, batch: Sequence[ImageSpec]) -> list[Image.Image]:
+        """Generate one batch. All its images have the same sampling settings."""
         first = batch[0]
         images = system.generate(
             net,
@@ -182,11 +196,11 @@ class Inferencer:
             s_ratio=first.s_ratio,
             negative_prompts=[spec.negative_prompt for spec in batch],
         )
-        for spec, image in zip(batch, images, strict=True):
-            if not image.isfinite().all():
-                raise UserError(f"{spec.file}: image has non-finite values; try inferencer.precision=fp32")
-            path = Path(self.output_dir) / spec.file
-            image_encode.save(image_encode.to_image(image), path, self.format, record(spec, facts))
+        return [image_encode.to_image(image) for image in images]
+
+    def save(self, spec: ImageSpec, image: Image.Image, facts: dict) -> None:
+        """Write the file of an image."""
+        image_encode.save(image, Path(self.output_dir) / spec.file, self.format, record(spec, facts))
 
     def describe(self, todo: Sequence[ImageSpec], requests: Sequence[Request], facts: dict, any_new: bool) -> None:
         """Write the files next to the images: metadata, files that evaluators need, the gallery."""
