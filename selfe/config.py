@@ -29,7 +29,7 @@ from selfe.types import UserError
 
 SECTIONS = {
     "system": "selfe.system.System",
-    "trainer": "selfe.train.TrainerConfig",
+    "trainer": "selfe.training.settings.TrainerConfig",
     "inferencer": "selfe.infer.Inferencer",
 }
 ROOT = {"seed": int, "data": Data} | SECTIONS

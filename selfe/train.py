@@ -6,24 +6,22 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from itertools import chain, pairwise, product
+from itertools import chain, product
 from pathlib import Path
 
 import torch
 
 from selfe import config, errors, launch, log
 from selfe.checkpoint import flux, state, verify
-from selfe.checkpoint.manager import CheckpointManager, RetentionPolicy
+from selfe.checkpoint.manager import CheckpointManager
 from selfe.data import loader
 from selfe.data.cached import CachedData
 from selfe.data.loader import MicroBatches, raise_if_error
 from selfe.device import choose_precision, device_name, set_deterministic
 from selfe.distributed import collectives, fsdp
-from selfe.distributed.activation_checkpoint import ActivationCheckpointing
 from selfe.distributed.collectives import World
-from selfe.distributed.fsdp import GatherConfig
 from selfe.io.folder_lock import FolderLock
 from selfe.io.image_encode import save_sheet
 from selfe.protocols import Data
@@ -31,159 +29,14 @@ from selfe.rng import SampleRNG
 from selfe.signals import Stopped, StopSignal
 from selfe.system import System
 from selfe.training import ema, grad_guard, run_info
-from selfe.training.grad_guard import GradGuard, GradGuardConfig
-from selfe.training.loggers import Loggers, WandbConfig
+from selfe.training.grad_guard import GradGuard
+from selfe.training.loggers import Loggers
 from selfe.training.metrics import MetricAccumulator, TimeGrid, ema_distance, write_cells
-from selfe.training.profiling import ProfileConfig, Profiler
+from selfe.training.profiling import Profiler
+from selfe.training.settings import TrainerConfig
 from selfe.training.throughput import ManualGC, StepTimer
-from selfe.training.visuals import SampleGridConfig
 from selfe.training.watchdog import Watchdog
-from selfe.types import (
-    MOST_SAMPLES,
-    MOST_STEPS,
-    Batch,
-    PrecisionOrAuto,
-    Split,
-    UserError,
-    check_range,
-    raise_if_not_finite,
-)
-
-MOST_LR = 10.0
-
-
-@dataclass(frozen=True)
-class BatchPhase:
-    """From `step` on: the batch size, and the learning rate that decays linearly to `min_lr` at the last step."""
-
-    step: int
-    lr: float | None = None
-    total_batch_size: int | None = None
-
-    def __post_init__(self):
-        check_range("step", self.step, 0, MOST_STEPS)
-        check_range("lr", self.lr, 0, MOST_LR)
-        check_range("total_batch_size", self.total_batch_size, 1, MOST_SAMPLES)
-
-
-@dataclass(frozen=True)
-class TrainerConfig:
-    """Training settings, except for the system and the data. Defaults follow the paper (arXiv 2512.22374, S.2)."""
-
-    output_dir: Path
-    max_steps: int
-    total_batch_size: int
-    micro_batch_size: int  # at most; the largest size that divides the samples of a process is taken
-    phases: tuple[BatchPhase, ...] = ()  # sorted by step
-    stop_step: int | None = None  # stop early; the schedule still ends at max_steps
-    init_from: Path | state.InitFromConfig | None = None  # used only if output_dir has no checkpoint yet
-    lr: float = 3e-4
-    min_lr: float = 1e-5
-    warmup_steps: int = 1000
-    decay_start: int = 0  # the learning rate stays at lr until this step; ignored if the warm-up ends later
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.01
-    clip_norm: float | None = 1.0  # null: no clipping
-    ema_decay: float = 0.9999
-    ema_warmup: bool = False
-    precision: PrecisionOrAuto = "auto"  # of matrix products; auto: bf16 where the hardware has it, otherwise fp32
-    shard_size: int | None = None  # ranks per FSDP shard group, replicated across groups (HSDP); null: all ranks
-    shard_text_encoder: bool = False  # shard T5 over the same ranks: less memory, more communication
-    gathering: GatherConfig = GatherConfig()  # noqa: RUF009 - frozen
-    # true: every block; k: every k-th block; selective: every block, but recompute only cheap operations
-    activation_checkpointing: ActivationCheckpointing = True
-    compile: bool = False  # compile each block once for all shapes; takes a minute or more at start-up
-    deterministic: bool = False  # bitwise reproducible on accelerators too; slower
-    timeout_minutes: float = 10  # all processes are terminated when one makes no progress for this long
-    num_workers: int = 4
-    health: GradGuardConfig = GradGuardConfig()  # noqa: RUF009 - frozen
-    peak_tflops: float | None = None  # bf16 peak of one device, for MFU; null: looked up by device name
-    log_every: int = 50
-    checkpoint_every: int = 5000
-    checkpoints: RetentionPolicy = RetentionPolicy()  # noqa: RUF009 - frozen
-    cells_every: int = 1000  # a multiple of log_every
-    val_every: int = 5000
-    val_batches: int = 1  # each of total_batch_size images
-    profile: ProfileConfig = ProfileConfig()  # noqa: RUF009 - frozen
-    samples: SampleGridConfig = SampleGridConfig()  # noqa: RUF009 - frozen
-    wandb: WandbConfig = WandbConfig()  # noqa: RUF009 - frozen
-    tensorboard: bool = False
-    allow_changes: tuple[str, ...] = ()  # keys of the system in which a resumed run may differ from the run so far
-
-    def __post_init__(self):
-        # schedule
-        for name in ("max_steps", "stop_step", "log_every", "checkpoint_every", "cells_every", "val_every"):
-            check_range(name, getattr(self, name), 1, MOST_STEPS)
-        for name in ("warmup_steps", "decay_start"):
-            check_range(name, getattr(self, name), 0, MOST_STEPS)
-        for name in ("total_batch_size", "micro_batch_size", "val_batches"):
-            check_range(name, getattr(self, name), 1, MOST_SAMPLES)
-
-        # optimizer
-        for name in ("lr", "min_lr", "weight_decay"):
-            check_range(name, getattr(self, name), 0, MOST_LR)
-        if not all(0 <= beta < 1 for beta in self.betas) or not 0 <= self.ema_decay <= 1:
-            raise ValueError(f"betas must be in [0, 1) and ema_decay in [0, 1], got {self.betas} and {self.ema_decay}")
-        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
-            raise ValueError(f"clip_norm must be positive, got {self.clip_norm}; null disables clipping")
-
-        # processes and devices
-        check_range("shard_size", self.shard_size, 1, 2**20)
-        check_range("num_workers", self.num_workers, 0, 1024)
-        check_range("timeout_minutes", self.timeout_minutes, 0.01, 10**5)
-        check_range("peak_tflops", self.peak_tflops, 0.001, 10**6)
-        if self.activation_checkpointing != "selective":
-            check_range("activation_checkpointing", self.activation_checkpointing, 0, 1000)
-
-        steps = [phase.step for phase in self.phases]
-        if steps != sorted(set(steps)):
-            raise ValueError(f"phases must be sorted by step, each step once, got {steps}")
-
-    def lr_at(self, step: int) -> float:
-        """Linear warm-up to `lr`, held until `decay_start`, then linear decay to `min_lr` at the last step."""
-        if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
-
-        # each phase with its own learning rate restarts the decay; the last one that has begun counts
-        falls = [(max(self.warmup_steps, self.decay_start), self.lr)]
-        falls += [(phase.step, phase.lr) for phase in self.phases if phase.lr is not None and phase.step <= step]
-        start, lr = falls[-1]
-
-        progress = (step - start) / max(self.max_steps - 1 - start, 1)
-        return lr + (self.min_lr - lr) * min(max(progress, 0.0), 1.0)
-
-    def samples_at(self, step: int) -> range:
-        """Global sample indices of a step, counted from the start of the run."""
-        sizes = [(0, self.total_batch_size)]
-        sizes += [
-            (p.step, p.total_batch_size) for p in self.phases if p.total_batch_size is not None and p.step <= step
-        ]
-        first = sum(total * (end - begin) for (begin, total), (end, _) in pairwise([*sizes, (step, 0)]))
-        return range(first, first + sizes[-1][1])
-
-    def micro_batches(self, world_size: int, batch_multiple: int, step: int = 0) -> int:
-        """Micro-batches per rank in a step. Raises UserError if the batch cannot be divided evenly."""
-        total, most = len(self.samples_at(step)), self.micro_batch_size
-        if total % world_size:
-            raise UserError(
-                f"trainer.total_batch_size: {total} is not a multiple of the {world_size} processes; change one of them"
-            )
-
-        # every micro-batch evaluates the same number of samples, so that all ranks make the same network calls
-        if most < batch_multiple:
-            raise UserError(
-                f"trainer.micro_batch_size: the objective needs a multiple of {batch_multiple}, got "
-                f"{most}; every micro-batch must have the same share of samples with s < t"
-            )
-        per_rank = total // world_size
-        if per_rank % batch_multiple:
-            raise UserError(
-                f"trainer.total_batch_size: {total} leaves {per_rank} for each of {world_size} processes, but the "
-                f"objective needs a multiple of {batch_multiple}; set a multiple of {batch_multiple * world_size}, or "
-                "start fewer processes"
-            )
-
-        return per_rank // loader.micro_batch_size(per_rank, most, batch_multiple)
+from selfe.types import Batch, Split, UserError, raise_if_not_finite
 
 
 class Trainer:

@@ -35,7 +35,7 @@ EDGES = {
     "distributed": BASE | {"backbones"},  # the attention kernels that selective checkpointing keeps
     "data": PARTS | {"distributed"},  # a loader reads what its rank trains on
     "checkpoint": PARTS | {"distributed", "encoders"},  # FLUX files hold a denoiser and a VAE
-    "training": PARTS | {"compare", "config", "distributed", "samplers", "system"},
+    "training": PARTS | {"checkpoint", "compare", "config", "data", "distributed", "samplers", "system"},
     "inference": PARTS | {"config", "samplers"},
     "gallery": {"io", "types"},
     "launch": BASE | {"distributed", "errors"},  # the failure of one process is published for the others

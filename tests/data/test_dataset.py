@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfe import flow, train
+from selfe import flow
 from selfe.data.buckets import Buckets, ResolutionPhase, balance
 from selfe.data.dataset import WeightedManifest, plan
 from selfe.data.loader import MicroBatches, make_loader, raise_if_error
@@ -20,6 +20,7 @@ from selfe.data.manifest import ManifestData
 from selfe.data.shuffle import interleave, permute
 from selfe.distributed.collectives import World
 from selfe.rng import SampleRNG
+from selfe.training.settings import BatchPhase, TrainerConfig
 from selfe.types import Batch, packed
 from tests.helpers.images import lines_only, manifest
 
@@ -90,8 +91,8 @@ def test_every_image_once_per_epoch_and_each_epoch_in_a_new_order(reference):
 @pytest.mark.parametrize("world", [1, 2])
 def test_no_sample_is_repeated_or_left_out_where_the_batch_size_changes(dataset, world):
     """8 samples a step, 16 from step 3 on, 4 from step 7 on: after each step, each image as often as the others."""
-    phases = (train.BatchPhase(3, total_batch_size=16), train.BatchPhase(7, total_batch_size=4))
-    trainer = train.TrainerConfig("x", max_steps=15, total_batch_size=8, micro_batch_size=2, phases=phases)
+    phases = (BatchPhase(3, total_batch_size=16), BatchPhase(7, total_batch_size=4))
+    trainer = TrainerConfig("x", max_steps=15, total_batch_size=8, micro_batch_size=2, phases=phases)
     machine = [World(rank, world, torch.device("cpu")) for rank in range(world)]
     parts = [MicroBatches(dataset, 5, trainer.samples_at, 2, 2, rank, "train") for rank in machine]
     times = Counter({dataset.sources["train"][0].name(i): 0 for i in range(IMAGES)})

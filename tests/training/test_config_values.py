@@ -29,8 +29,8 @@ from selfe.inference.prompts import SamplingDefaults, from_file
 from selfe.objectives.flow_matching import FlowMatching
 from selfe.objectives.self_evaluation import SelfEvaluation
 from selfe.samplers.renoise import Renoise
-from selfe.train import BatchPhase, TrainerConfig
 from selfe.training.grad_guard import GradGuardConfig
+from selfe.training.settings import BatchPhase, TrainerConfig
 from selfe.training.visuals import SampleGridConfig
 from selfe.types import UserError
 

@@ -17,9 +17,9 @@ from selfe.device import choose_precision
 from selfe.distributed.collectives import World
 from selfe.inference import job
 from selfe.io.folder_lock import FolderLock
-from selfe.train import BatchPhase, TrainerConfig
 from selfe.training import ema, grad_guard, run_info
 from selfe.training.profiling import ProfileConfig, Profiler
+from selfe.training.settings import BatchPhase, TrainerConfig
 from selfe.training.throughput import StepTimer
 from selfe.training.visuals import SampleGridConfig
 from selfe.types import Batch, TextCond, UserError, packed

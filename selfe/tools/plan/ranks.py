@@ -17,7 +17,7 @@ from selfe.distributed.collectives import World
 from selfe.protocols import TensorReader
 from selfe.system import System
 from selfe.tools.plan.step import Call
-from selfe.train import TrainerConfig
+from selfe.training.settings import TrainerConfig
 from selfe.types import DTYPES, UserError
 
 GRADIENT_BYTES = 4  # per value: gradients are reduced in fp32
