@@ -1,6 +1,7 @@
 """Options of the test command, and what several test files share."""
 
 import multiprocessing
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,10 @@ from hypothesis import settings
 from selfe.backbones import mmdit
 from selfe.distributed import collectives
 from selfe.distributed.collectives import World
+
+# the tests run in two processes, which start others: with more threads these would wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 settings.register_profile("selfe", deadline=None)  # no test depends on how fast the machine is
 settings.load_profile("selfe")
