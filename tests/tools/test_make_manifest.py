@@ -28,7 +28,7 @@ ROWS = [{"file_name": "a.png", "text": 'a "big" dog, on grass'}, {"file_name": "
         ("t.csv", CSV.replace("\n", "\r\n").encode("utf-8-sig"), ()),
         ("t.csv", CSV.replace("\n", "\r").encode(), ()),
         ("t.csv", CSV.encode("utf-16"), ()),
-        ("t.csv.gz", gzip.compress(CSV.encode()), ()),
+        ("t.csv.gz", gzip.compress(CSV.encode(), mtime=0), ()),
         ("t.dat", CSV.encode(), ("--delimiter", ",")),
         ("t.csv", CSV.replace("caption", "words").encode(), ("--caption", "words")),
         ("t.tsv", b'a.png\t"a ""big"" dog, on grass"\nb.png\t"first\nsecond"\n', ("--no-header",)),
