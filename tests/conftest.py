@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -29,12 +30,10 @@ def pytest_addoption(parser):
 
 
 @pytest.fixture
-def traced() -> Iterator[None]:
+def traced(monkeypatch) -> None:
     """Compilation traces, forward and backward, without generating code, which takes most of the time."""
     torch.compiler.reset()
-    torch.compiler.set_default_backend("aot_eager")
-    yield
-    torch.compiler.set_default_backend(None)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
 
 @pytest.fixture(autouse=True)

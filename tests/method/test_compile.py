@@ -57,9 +57,9 @@ def test_values_and_gradients(recompute):
     assert_same(*pair(torch.float64, recompute), torch.float64, 1e-12)
 
 
-def test_generated_code():
+def test_generated_code(monkeypatch):
     """The same for generated code, on one block only, because compilation is slow."""
-    torch.compiler.set_default_backend(None)
+    monkeypatch.undo()
     assert_same(*pair(torch.float32, "selective", singles=0), torch.float32, 1e-5)
 
 
