@@ -110,8 +110,8 @@ def test_full_disk(alone, small_disk, capsys):
     saver.begin(3, state(3))  # the first failure does not stop the run
     with pytest.raises(UserError, match=r"2 consecutive saves failed, .*; 0 MiB free in .*step_00000001"):
         saver.begin(4, state(4))
-    told = capsys.readouterr().out.splitlines()
-    assert [line[: line.index(":")] for line in told] == [
+    printed = capsys.readouterr().out.splitlines()
+    assert [line[: line.index(":")] for line in printed] == [
         "the checkpoint of step 2 could not be saved",
         "the checkpoint of step 3 could not be saved",
     ]

@@ -87,9 +87,9 @@ def failure(exitcode: int, folder: Path, name: str, content: str | None = None) 
 
 
 def test_the_first_failure_speaks(tmp_path, capsys):
-    told = f'{{"message": "%s", "timestamp": {int(time.time())}, "time_ns": %d, "step": 7}}'
-    later = failure(2, tmp_path, "later", told % ("the second", 20))
-    first = failure(2, tmp_path, "first", told % ("the first", 10))
+    report = f'{{"message": "%s", "timestamp": {int(time.time())}, "time_ns": %d, "step": 7}}'
+    later = failure(2, tmp_path, "later", report % ("the second", 20))
+    first = failure(2, tmp_path, "first", report % ("the first", 10))
     ended = failure(-signal.SIGTERM, tmp_path, "ended")
     killed = failure(-signal.SIGKILL, tmp_path, "killed")
     assert launch.report(ChildFailedError("x", {0: later, 1: first, 2: ended})) == 2

@@ -28,4 +28,4 @@ def work(rank: int, size: int, store: str, arguments: list[str]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"SELFE_STORE": store, "TORCHELASTIC_RESTART_COUNT": "0", "GLOO_SOCKET_IFNAME": "lo"}
     infer.main(arguments)
-    os._exit(0)  # not by the interpreter: gloo's threads may still let go of tensors, and it would abort
+    os._exit(0)  # not by the interpreter: gloo's threads may still free tensors, and it would abort

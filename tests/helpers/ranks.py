@@ -29,4 +29,4 @@ def _child(rank: int, size: int, path: Path, function: Callable, arguments: tupl
         result = function(world, *arguments)
         if world.is_main:
             torch.save(result, path)
-    os._exit(0)  # not by the interpreter: gloo's threads may still let go of tensors, and it would abort
+    os._exit(0)  # not by the interpreter: gloo's threads may still free tensors, and it would abort

@@ -84,7 +84,7 @@ def test_flops_by_formula_are_those_that_run(changes):
     assert net.flops(x.lens, cond.text.lens) == counter.get_total_flops()
 
 
-def test_second_clock_starts_from_its_difference():
+def test_second_time_starts_from_its_difference():
     """s enters only as t - s: at s = t the second clock is a constant, whatever t."""
     net, (x, t, _, cond) = small(), inputs()
     plain = small(s_branch=False)

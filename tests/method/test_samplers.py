@@ -114,7 +114,7 @@ def exact(x_t: Packed, t: Tensor, s: Tensor) -> Tensor:
 def error_of_euler(num_steps: int) -> float:
     """Distance of the sampler's affine map from the one that carries noise to data, without any sampling noise.
 
-    Euler on a Gaussian is an affine map of the noise, so three points tell all of it: its mean and its covariance.
+    Euler on a Gaussian is an affine map of the noise, so three points determine it: its mean and its covariance.
     """
     points = packed(torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64), [(1, 1)] * 3)
     origin, *columns = Euler()(exact, points, *flow.sampling_times(num_steps, 0, points), IMAGES).numpy()

@@ -23,7 +23,7 @@ STEPS = {"tau_steps": 10, "aux_start_step": None}  # tau = step / 10
 
 
 class GaussianNet(nn.Module):
-    """The exact velocity for x0 ~ N(m_c, L_c L_c^T) for each caption c, and a term that tells t from s."""
+    """The exact velocity for x0 ~ N(m_c, L_c L_c^T) for each caption c, and a term that separates t from s."""
 
     def __init__(self, seed: int, dtype: torch.dtype = torch.float64):
         super().__init__()

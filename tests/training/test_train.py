@@ -154,7 +154,7 @@ def test_the_score_of_a_checkpoint_depends_on_its_weights_alone(tmp_path):
 
 
 class Positions:
-    """A data set that tells what it was asked for."""
+    """A data set whose samples are named after what was requested."""
 
     has_val, multiple = False, 1
 
