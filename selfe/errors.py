@@ -34,7 +34,9 @@ def one_line(error: BaseException) -> str | None:
 
     Libraries written in Rust raise their own exceptions, with the number in the text: `(os error 28)`.
     """
-    number, path = getattr(error, "errno", None), getattr(error, "filename", None)
+    number = getattr(error, "errno", None)
+    # of a copy from one path to another, the second is the one that cannot be written to
+    path = getattr(error, "filename2", None) or getattr(error, "filename", None)
     if number is None and (match := re.search(r"\(os error (\d+)\)", str(error))):
         number = int(match[1])
     if number not in REMEDIES:

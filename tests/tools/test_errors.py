@@ -78,6 +78,10 @@ def test_a_disk_that_cannot_be_written_to_is_one_line(disk, verb, tmp_path, capf
             PermissionError(errno.EACCES, "x", "a"),
             "a: Permission denied; check owner",
         ),
+        (
+            OSError(errno.ENOSPC, "x", "the source", None, "the copy"),
+            "the copy: No space left on device; free some",
+        ),
         (OSError(errno.EMFILE, "x"), "Too many open files; raise the limit of this shell: ulimit -n 65536"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), "No space left on device; free some"),
         (OSError("no number"), None),
