@@ -575,7 +575,7 @@ def check_resume(setting: Setting) -> Facts:
         yield {
             "seconds": seconds,
             "equal_files": {name: sums[0][name] == sums[1].get(name) for name in sums[0] if name != ".metadata"},
-            "losses": [line["loss"] for line in metrics if "loss" in line],
+            "losses": [line["train/loss"] for line in metrics if "train/loss" in line],
         }
 
 

@@ -103,6 +103,8 @@ class Data(Protocol):
 
     `samples` are the global sample indices of a step's batch, counted from the start of the run, so the order does not
     depend on the batch size and continues where the batch size changes.
+
+    A data set of a fixed size may have `num_images`, the number of its training images, by which epochs are counted.
     """
 
     has_val: bool

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -68,15 +69,23 @@ class Trainer:
             self.net.parameters(), lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True
         )
 
+        # totals of the entire run, over all starts: images that all ranks have learned from, and seconds of training
+        self.samples, self.elapsed_before = 0, 0.0
+
         # resume from the newest valid checkpoint, or initialise a new run
         self.saver = CheckpointManager(self.folder / "checkpoints", cfg.checkpoints, world)
         newest = verify.newest_valid(self.saver.folder, world)
         self.start = state.load(newest, self.net, self.ema, self.optimizer) if newest else self.initialise()
-        self.guard = GradGuard(cfg.health, verify.read_marker(newest)["guard"] if newest else None)
+        marker = verify.read_marker(newest) if newest else {"guard": None}
+        self.guard = GradGuard(cfg.health, marker["guard"])
+        if newest:
+            self.samples, self.elapsed_before = marker["samples"], marker["elapsed"]
+        self.begun = time.monotonic()
 
         # statistics since the last logged step
         self.measured, self.cells = MetricAccumulator(), TimeGrid()
         self.clock = StepTimer(world.device, cfg.peak_tflops)
+        self.num_steps = 0
         self.replaced = self.num_samples = self.num_tokens = 0  # of this rank; samples and tokens learned from
         self.has_learned, self.last_skip = False, ""  # since this start
 
@@ -114,16 +123,22 @@ class Trainer:
         if main:
             log.print_line(f"starting from {', '.join(origin.parts)} of {origin.path}")
         path = collectives.broadcast(verify.find(origin.path) if main else None, self.world)
+        if "step" in origin.parts:
+            self.samples = verify.read_marker(path)["samples"]
         return state.load(path, self.net, self.ema, self.optimizer, origin.parts)
 
-    def run(self) -> None:
-        """Train to `max_steps`, `stop_step` or a stop signal, then save. Raises Stopped after a signal."""
+    def run(self, settings: dict | None = None) -> None:
+        """Train to `max_steps`, `stop_step` or a stop signal, then save. Raises Stopped after a signal.
+
+        Args:
+            settings: the complete config, recorded by Weights & Biases and TensorBoard.
+        """
         cfg, main = self.cfg, self.world.is_main
         end = min(cfg.max_steps, cfg.max_steps if cfg.stop_step is None else cfg.stop_step)
         if self.start >= end:
             return self.finish(f"nothing to do: {self.start} steps are done, and this run ends at {end}", stop=0)
 
-        loggers = Loggers(self.folder, self.start, cfg.wandb, cfg.tensorboard, main)
+        loggers = Loggers(self.folder, self.start, cfg.wandb, cfg.tensorboard, config.plain(settings or {}), main)
         progress = log.Progress("training", end, self.start, quiet=not main)
         watch = Watchdog(self.world, cfg.timeout_minutes, partial(launch.end, 1))
         stop_signal = StopSignal(0.9 * launch.grace_seconds(), self.end_late)
@@ -153,19 +168,19 @@ class Trainer:
             # metrics and validation
             values = self.summary(step, grad_norm) if done % cfg.log_every == 0 or last else {}
             if done % cfg.cells_every == 0:
-                self.write_cells(step, loggers)
+                self.write_cells(done, loggers)
             if done % cfg.val_every == 0 and self.data.has_val:
                 watch.heartbeat(step, "validating", limited=False)
                 values |= self.validate(step)
             fsdp.reshard(self.net)  # forward passes without a backward pass leave parameters unsharded
             if values:
-                loggers.numbers(step, values)
-            progress.advance(1, f"loss {values['loss']:.4f}" if "loss" in values else "")
+                loggers.numbers(done, self.totals() | values)
+            progress.advance(1, f"loss {values['train/loss']:.4f}" if "train/loss" in values else "")
 
             # checkpoint, if there is anything new; written to disk in the background
             if self.has_learned and (done % cfg.checkpoint_every == 0 or last):
                 watch.heartbeat(step, "saving", limited=False)
-                self.save(done, values.get("val_plain_loss"))
+                self.save(done, values.get("val_plain/loss"))
 
             # sample grids
             if done % cfg.samples.every == 0 and cfg.samples.prompts:
@@ -213,8 +228,19 @@ class Trainer:
         """Start an asynchronous checkpoint after `done` steps; `score` is the validation loss, used by `keep_best`."""
         self.clock.mark("checkpoint")
         snapshot = state.training_state(self.net, self.ema, self.optimizer)
-        self.saver.begin(done, snapshot, {"score": score, "guard": self.guard.memory})
+        notes = {"score": score, "guard": self.guard.memory, "samples": self.samples, "elapsed": self.elapsed()}
+        self.saver.begin(done, snapshot, notes)
         self.clock.mark("other")
+
+    def elapsed(self) -> float:
+        """Seconds of training in this run, over all starts. Steps that an interruption lost count once."""
+        return self.elapsed_before + time.monotonic() - self.begun
+
+    def totals(self) -> dict[str, float]:
+        """Totals of the run: seconds, images that it has learned from, and epochs if the data has a size."""
+        totals = {"elapsed": round(self.elapsed(), 3), "samples": self.samples}
+        num_images = getattr(self.data, "num_images", None)
+        return totals | {"epoch": self.samples / num_images} if num_images else totals
 
     def step(self, step: int, micro_batches: Iterator[Batch], received: Callable[[], int]) -> tuple[float, int]:
         """One optimizer step over this rank's micro-batches, skipped if the gradient norm is non-finite or a spike.
@@ -266,11 +292,13 @@ class Trainer:
             self.optimizer.step()
             ema.update(self.ema, self.net, ema.decay_at(step, cfg.ema_decay, cfg.ema_warmup))
             self.measured.extend(measured)
+            self.samples += len(cfg.samples_at(step))
             self.num_samples += len(cfg.samples_at(step)) // self.world.size
             self.num_tokens += num_tokens
         else:
             self.skip(step, grad_norm, limit, measured)
         self.optimizer.zero_grad(set_to_none=True)
+        self.num_steps += 1
         clock.mark("other")
         return grad_norm, stop
 
@@ -302,14 +330,21 @@ class Trainer:
     def summary(self, step: int, grad_norm: float) -> dict[str, float]:
         """Metrics since the last summary, averaged over all ranks, and throughput."""
         device, measured, self.measured = self.world.device, self.measured, MetricAccumulator()
-        values = measured.means(device) | {"grad_norm": grad_norm, "lr": self.cfg.lr_at(step)}
+        values = measured.means(device, "train/")
         self.cells.add(measured.cells(device))
 
-        values |= {"ema_distance": ema_distance(self.ema, self.net, device), "skipped": self.guard.skipped}
         counts = torch.tensor([self.replaced, self.num_samples, self.num_tokens], dtype=torch.float64, device=device)
         replaced, num_samples, num_tokens = collectives.sum_over_ranks(counts).tolist()
-        self.replaced = self.num_samples = self.num_tokens = 0
-        return values | {"replaced": int(replaced)} | self.clock.rates(num_samples, num_tokens)
+        values |= {
+            "train/grad_norm": grad_norm,
+            "train/lr": self.cfg.lr_at(step),
+            "train/ema_distance": ema_distance(self.ema, self.net, device),
+            "train/skipped": self.guard.skipped,
+            "train/replaced": int(replaced),
+        }
+        values |= self.clock.rates(self.num_steps, num_samples, num_tokens)
+        self.num_steps = self.replaced = self.num_samples = self.num_tokens = 0
+        return values
 
     def part(self, split: Split) -> MicroBatches:
         """This rank's micro-batches of a split, indexed by (step, micro-batch)."""
@@ -321,12 +356,12 @@ class Trainer:
     def validate(self, step: int) -> dict[str, float]:
         """The objective on fixed images, times and noise.
 
-        val_ and val_ema_: the current objective with live and EMA weights. val_plain_: the objective of step 0 (for
+        val/ and val_ema/: the current objective with live and EMA weights. val_plain/: the objective of step 0 (for
         Self-E: flow matching) with EMA weights, comparable over the entire run because no schedule changes it.
         """
         self.clock.mark("validation")
         part, values = self.part("val"), {}
-        now_and_plain = {"val_": (self.net, step), "val_ema_": (self.ema, step), "val_plain_": (self.ema, 0)}
+        now_and_plain = {"val/": (self.net, step), "val_ema/": (self.ema, step), "val_plain/": (self.ema, 0)}
         for prefix, (net, at) in now_and_plain.items():
             measured = MetricAccumulator()
             for number, place in product(range(self.cfg.val_batches), range(self.num_micro(0))):
@@ -339,11 +374,11 @@ class Trainer:
         self.clock.mark("other")
         return values
 
-    def write_cells(self, step: int, loggers: Loggers) -> None:
+    def write_cells(self, done: int, loggers: Loggers) -> None:
         """Log mean metrics by (t, s) cell since the last call."""
         means = self.cells.take()
         if self.world.is_main and means:
-            loggers.image(step, "cells", write_cells(self.folder, step, means))
+            loggers.image(done, "cells", write_cells(self.folder, done, means))
 
     def draw_samples(self, done: int, loggers: Loggers) -> None:
         """Generate and log the sample grids of the EMA and the live weights."""
@@ -351,7 +386,7 @@ class Trainer:
         self.clock.mark("samples")
         nets = {"samples": self.ema, "samples_live": self.net}
         for name, sheet in self.cfg.samples.draw(self.system, nets, self.seed, self.world).items():
-            loggers.image(done - 1, name, save_sheet(sheet, self.folder / name, done))
+            loggers.image(done, name, save_sheet(sheet, self.folder / name, done))
         fsdp.reshard(self.net)
         self.clock.mark("other")
 
@@ -385,7 +420,7 @@ def main(arguments: list[str]) -> None:
                 run_info.describe(folder, settings, sys.argv, world.size)
                 if isinstance(data, CachedData) and (warning := data.changed_images()):
                     log.print_line(warning)
-            run.run()
+            run.run(settings)
 
 
 if __name__ == "__main__":

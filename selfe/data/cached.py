@@ -24,7 +24,7 @@ class CachedData:
         folder = Path(cache_dir)
         feature_cache.check(folder, source.facts())
         self.folder, self.source, self.latents = folder, source, feature_cache.Store(folder / "latents")
-        self.has_val, self.multiple = source.has_val, source.multiple
+        self.has_val, self.multiple, self.num_images = source.has_val, source.multiple, source.num_images
 
     def resolution(self, step: int) -> tuple[int, ...]:
         """Pixel budgets of the training images at a step."""

@@ -151,6 +151,11 @@ class BucketedDataset:
     def has_val(self) -> bool:
         return "val" in self.sources
 
+    @property
+    def num_images(self) -> int:
+        """Training images, over all manifests."""
+        return sum(len(source) for source in self.sources["train"])
+
     def facts(self) -> dict[str, str]:
         """Settings that a cache of encoded images depends on, by key path."""
         facts = {"pixels": sorted(self.buckets), "multiple": self.multiple, "max_aspect": self.max_aspect}

@@ -21,7 +21,7 @@ from selfe.types import UserError
 
 COLOURS = ("#1f6fb4", "#d9541e", "#2f9e44", "#9c36b5", "#c2255c", "#5f6b7a", "#b08900", "#0b7285")
 # shown first; the others follow in alphabetical order
-FIRST = ("loss", "val_plain_loss", "val_loss", "val_ema_loss", "grad_norm", "lr")
+FIRST = ("train/loss", "val_plain/loss", "val/loss", "val_ema/loss", "train/grad_norm", "train/lr")
 WIDTH, HEIGHT, LEFT, BELOW = 420, 240, 62, 26
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Self-E runs</title>
 <style>
@@ -60,11 +60,11 @@ def summary(metrics: dict[Path, list[dict]]) -> str:
     rows = []
     for number, (run, lines) in enumerate(metrics.items()):
         start = (read(run / "starts.jsonl") or [{}])[-1]
-        losses = [line["loss"] for line in lines if "loss" in line]
+        losses = [line["train/loss"] for line in lines if "train/loss" in line]
 
         cells = [
             f'<span class="key" style="background:{colour(number)}"></span>{html.escape(str(run))}',
-            str(lines[-1]["step"] + 1),
+            str(lines[-1]["step"]),
             f"{losses[-1]:.4f}" if losses else "",
             html.escape((start.get("revision") or "")[:10]),
             html.escape(" ".join(start.get("command", []))),
@@ -81,10 +81,10 @@ def colour(number: int) -> str:
 
 def curves(metrics: dict[Path, list[dict]]) -> str:
     """A plot per metric with a line per run."""
-    names = sorted({name for lines in metrics.values() for line in lines for name in line} - {"step"})
+    names = sorted({name for lines in metrics.values() for line in lines for name in line} - {"step", "time"})
     names = [name for name in FIRST if name in names] + [name for name in names if name not in FIRST]
     return "<h2>Curves</h2>" + "".join(
-        plot(name, [[(line["step"] + 1, line[name]) for line in lines if name in line] for lines in metrics.values()])
+        plot(name, [[(line["step"], line[name]) for line in lines if name in line] for lines in metrics.values()])
         for name in names
     )
 
@@ -142,7 +142,7 @@ def heat_maps(run: Path) -> str:
         for name, table in lines[-1].items()
     }
     image = embed(image_encode.heat_maps(tables))
-    return f"<h2>{html.escape(str(run))}: means over (t, s), step {step + 1}; t to the right, s upwards</h2>{image}"
+    return f"<h2>{html.escape(str(run))}: means over (t, s), step {step}; t to the right, s upwards</h2>{image}"
 
 
 def samples(run: Path, most: int = 6) -> str:

@@ -23,14 +23,7 @@ from selfe import config, launch
 from selfe.checkpoint import verify
 from selfe.types import UserError
 
-CLOCKS = (
-    "time_",
-    "samples_per_",
-    "tokens_per_",
-    "tflops",
-    "mfu",
-    "peak_memory",
-)  # not reproducible
+MEASURED = ("time", "elapsed", "speed/", "memory/")  # by clocks, not reproducible
 
 
 def main(options: argparse.Namespace) -> None:
@@ -142,4 +135,4 @@ def compare(uninterrupted: Path, killed: Path, steps: int) -> list[str]:
 def numbers(run: Path) -> list[dict]:
     """Logged metrics of a run by line, without timings."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_bytes().split(b"\n") if line]
-    return [{name: value for name, value in line.items() if not name.startswith(CLOCKS)} for line in lines]
+    return [{name: value for name, value in line.items() if not name.startswith(MEASURED)} for line in lines]

@@ -1,14 +1,19 @@
-"""Loggers for metrics and images: `metrics.jsonl` always, Weights & Biases and TensorBoard on request."""
+"""Loggers for metrics and images: `metrics.jsonl` always, Weights & Biases and TensorBoard on request.
+
+All use the same names and the same step: the number of completed steps, as checkpoints and sample grids do.
+"""
 
 from __future__ import annotations
 
 import json
 import secrets
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
+import yaml
 from PIL import Image
 
 from selfe.types import UserError
@@ -20,10 +25,14 @@ class WandbConfig:
 
     mode: Literal["disabled", "offline", "online"] = "disabled"
     project: str = "selfe"
+    entity: str | None = None  # user or team; null: that of the login
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+    name: str | None = None  # null: the name of output_dir
 
 
 class Sink(Protocol):
-    """One logger. `step` starts at 0; a resumed run logs the steps since its checkpoint again."""
+    """One logger. `step`: completed steps; a resumed run logs the steps since its checkpoint again."""
 
     def numbers(self, step: int, values: dict[str, float]) -> None: ...
 
@@ -35,7 +44,8 @@ class Sink(Protocol):
 class JsonLines:
     """`metrics.jsonl`, one object per logged step.
 
-    On resuming at `start`, lines of steps that will be repeated are dropped, so that each step is in the file once.
+    On resuming after `start` steps, lines of steps that will be repeated are dropped, so that each step is in the file
+    once.
     """
 
     def __init__(self, folder: Path, start: int, name: str = "metrics.jsonl"):
@@ -43,7 +53,7 @@ class JsonLines:
         kept = []
         if self.path.exists():
             *complete, _ = self.path.read_bytes().split(b"\n")
-            kept = [line + b"\n" for line in complete if json.loads(line)["step"] < start]
+            kept = [line + b"\n" for line in complete if json.loads(line)["step"] <= start]
 
         # write and rename, so that a kill leaves either the old or the new file
         partial = self.path.with_name(self.path.name + ".partial")
@@ -52,7 +62,7 @@ class JsonLines:
 
     def numbers(self, step: int, values: dict) -> None:
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": step} | values) + "\n")
+            file.write(json.dumps({"step": step, "time": time.time()} | values) + "\n")
 
     def image(self, step: int, name: str, path: Path) -> None:
         """Nothing to do: the image is already in the output directory."""
@@ -63,19 +73,29 @@ class JsonLines:
 class WandbRun:
     """Weights & Biases. A resumed run continues the same W&B run, whose id is in `wandb_run.txt`."""
 
-    def __init__(self, folder: Path, settings: WandbConfig):
+    def __init__(self, folder: Path, settings: WandbConfig, record: dict):
         import wandb  # slow to import and only used here
 
         # id of the W&B run, created once
         known = folder / "wandb_run.txt"
         if not known.is_file():
             known.write_text(f"{folder.name}-{secrets.token_hex(4)}\n")
-        name = known.read_text().strip()
+        run_id = known.read_text().strip()
 
         self.wandb = wandb
-        where = {"project": settings.project, "name": folder.name, "id": name, "dir": folder, "mode": settings.mode}
         try:
-            self.run = wandb.init(**where, resume="allow")
+            self.run = wandb.init(
+                mode=settings.mode,
+                project=settings.project,
+                entity=settings.entity,
+                group=settings.group,
+                tags=settings.tags or None,
+                name=settings.name or folder.name,
+                id=run_id,
+                resume="allow",
+                dir=folder,
+                config=record,
+            )
         except wandb.Error as error:
             raise UserError(
                 f"trainer.wandb: {str(error).splitlines()[0]}; run .venv/bin/wandb login, or set mode=offline"
@@ -92,9 +112,9 @@ class WandbRun:
 
 
 class TensorBoard:
-    """Event files in `tensorboard/`. Steps from `start` on, logged before an interruption, are purged."""
+    """Event files in `tensorboard/`. Steps after `start`, logged before an interruption, are purged."""
 
-    def __init__(self, folder: Path, start: int):
+    def __init__(self, folder: Path, start: int, record: dict):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -102,7 +122,9 @@ class TensorBoard:
                 "trainer.tensorboard: package tensorboard is not installed; run scripts/setup.sh --extra tensorboard"
             ) from error
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True)
+        self.writer.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()), start)
 
     def numbers(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -118,13 +140,19 @@ class TensorBoard:
 class Loggers:
     """All loggers of a run; none on ranks other than 0."""
 
-    def __init__(self, folder: Path, start: int, wandb: WandbConfig, tensorboard: bool, is_main: bool):
+    def __init__(self, folder: Path, start: int, wandb: WandbConfig, tensorboard: bool, record: dict, is_main: bool):
+        """
+        Args:
+            folder: output directory of the run.
+            start: completed steps of the checkpoint that the run continues from.
+            record: the complete config as YAML types, for Weights & Biases and TensorBoard.
+        """
         self.loggers: list[Sink] = []
         if is_main:
             self.loggers.append(JsonLines(folder, start))
             JsonLines(folder, start, "cells.jsonl")  # drops repeated steps; `metrics.write_cells` writes this file
-            self.loggers += [WandbRun(folder, wandb)] if wandb.mode != "disabled" else []
-            self.loggers += [TensorBoard(folder, start)] if tensorboard else []
+            self.loggers += [WandbRun(folder, wandb, record)] if wandb.mode != "disabled" else []
+            self.loggers += [TensorBoard(folder, start, record)] if tensorboard else []
 
     def numbers(self, step: int, values: dict[str, float]) -> None:
         for sink in self.loggers:

@@ -100,7 +100,10 @@ class TimeGrid:
 
 
 def write_cells(folder: Path, step: int, means: dict[str, Tensor]) -> Path:
-    """Append {step, metric: BINS lists by t of values by s} to `cells.jsonl`; save heat maps and return their path."""
+    """Append {step, metric: BINS lists by t of values by s} to `cells.jsonl`; save heat maps and return their path.
+
+    `step` is the number of completed steps.
+    """
     tables = {
         name: [[None if value != value else float(f"{value:.4g}") for value in row] for row in table.tolist()]
         for name, table in means.items()
@@ -108,7 +111,7 @@ def write_cells(folder: Path, step: int, means: dict[str, Tensor]) -> Path:
     with (folder / "cells.jsonl").open("a") as file:
         file.write(json.dumps({"step": step} | tables) + "\n")
 
-    return image_encode.save_sheet(image_encode.heat_maps(means), folder / "cells", step + 1)
+    return image_encode.save_sheet(image_encode.heat_maps(means), folder / "cells", step)
 
 
 @torch.no_grad()

@@ -72,27 +72,32 @@ class StepTimer:
 
         return call
 
-    def rates(self, num_samples: float, num_tokens: float) -> dict[str, float]:
+    def rates(self, num_steps: int, num_samples: float, num_tokens: float) -> dict[str, float]:
         """Rates since the last call; waits for the device.
 
-        `tflops` and `mfu` are those of this process and count the denoiser only. `time_*` are fractions of the total
-        time.
+        `speed/tflops` and `speed/mfu` are those of this process and count the denoiser only. `time/*` are fractions of
+        the total time.
 
         Args:
+            num_steps: completed steps.
             num_samples: images that all processes have learned from; those of skipped steps do not count.
             num_tokens: their image tokens, each image counted once.
         """
         phases = self.seconds()
         total = sum(phases.values())
 
-        values = {"samples_per_second": num_samples / total, "tokens_per_second": num_tokens / total}
-        values["tflops"] = self.flops / total / 1e12
-        if self.peak:
-            values["mfu"] = values["tflops"] / self.peak
-        values["peak_memory_gib"] = device.peak_memory() / 2**30
-
+        tflops = self.flops / total / 1e12
         self.flops = 0
-        return values | {f"time_{name}": seconds / total for name, seconds in phases.items()}
+        values = {
+            "speed/seconds_per_step": total / max(num_steps, 1),
+            "speed/images_per_second": num_samples / total,
+            "speed/tokens_per_second": num_tokens / total,
+            "speed/tflops": tflops,
+        }
+        if self.peak:
+            values["speed/mfu"] = tflops / self.peak
+        values["memory/peak_gib"] = device.peak_memory() / 2**30
+        return values | {f"time/{name}": seconds / total for name, seconds in phases.items()}
 
     def seconds(self) -> dict[str, float]:
         """Seconds by name since the last call; waits for the device."""

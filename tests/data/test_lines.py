@@ -215,7 +215,7 @@ def test_replacements_are_counted_and_listed(tmp_path, monkeypatch):
     train.main([str(SMOKE), f"data.params={data}", *(f"trainer.{override}" for override in overrides)])
     (line,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     listed = (tmp_path / "run" / "quarantine.txt").read_text().splitlines()
-    assert line["replaced"] == len(listed) == 2  # an epoch is 12 images, of which 2 are bad
+    assert line["train/replaced"] == len(listed) == 2  # an epoch is 12 images, of which 2 are bad
     assert sorted(problem.partition(": ")[0] for problem in listed) == [f"{path}, line 4", f"{path}, line 9"]
 
 

@@ -118,9 +118,9 @@ def finish(folder: Path, size: int, *overrides: str) -> str:
 
 def lines(folder: Path) -> list[dict]:
     """A run's metrics, without those that a clock measured."""
-    measured = ("time_", "samples_per", "tokens_per", "tflops", "peak_mem")
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith(measured)} for line in found]
+    measured = ("time", "elapsed", "speed/", "memory/")
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith(measured)} for line in logged]
 
 
 def files(checkpoint: Path) -> dict[str, list[int]]:

@@ -34,14 +34,16 @@ def two_runs(tmp_path_factory) -> list[Path]:
 def test_a_run_shows_what_it_does(two_runs):
     run = two_runs[0]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    last, shares = lines[-1], {name for line in lines for name in line if name.startswith("time_")}
+    last, shares = lines[-1], {name for line in lines for name in line if name.startswith("time/")}
     for line in lines:
-        assert sum(value for name, value in line.items() if name.startswith("time_")) == pytest.approx(1)
-    assert {"time_data", "time_encode", "time_forward", "time_self_evaluation", "time_backward"} <= shares
-    assert {"time_optimizer", "time_validation", "time_samples"} <= shares
-    assert all(last[name] > 0 for name in ("tokens_per_second", "samples_per_second", "tflops", "peak_memory_gib"))
-    assert 0 < last["ema_distance"] < 1
-    assert last["val_loss"] != last["val_ema_loss"]
+        assert sum(value for name, value in line.items() if name.startswith("time/")) == pytest.approx(1)
+    assert {"time/data", "time/encode", "time/forward", "time/self_evaluation", "time/backward"} <= shares
+    assert {"time/optimizer", "time/validation", "time/samples"} <= shares
+    measured = ("seconds_per_step", "images_per_second", "tokens_per_second", "tflops")
+    assert all(last[f"speed/{name}"] > 0 for name in measured)
+    assert last["memory/peak_gib"] > 0
+    assert 0 < last["train/ema_distance"] < 1
+    assert last["val/loss"] != last["val_ema/loss"]
     for name in ("samples", "samples_live", "cells"):
         assert [path.name for path in sorted((run / name).iterdir())] == ["step_00000003.png", "step_00000006.png"]
     assert (run / "samples/step_00000006.png").read_bytes() != (run / "samples_live/step_00000006.png").read_bytes()
@@ -56,7 +58,7 @@ def test_only_a_line_feed_ends_a_line_of_json(tmp_path):
 
 def test_cells_hold_every_sample_at_its_times(two_runs):
     (_, line) = [json.loads(line) for line in (two_runs[0] / "cells.jsonl").read_text().splitlines()]
-    assert line.pop("step") == 5
+    assert line.pop("step") == 6
     assert {"loss", "data_loss", "self_loss", "self_weight", "norm_ratio", "cosine"} <= line.keys()
     for name, table in line.items():
         assert [len(row) for row in table] == [BINS] * BINS
@@ -77,7 +79,7 @@ def test_one_page_without_network(two_runs, tmp_path):
     images = [base64.b64decode(data) for data in re.findall(r"data:image/png;base64,([^\"]+)", text)]
     assert len(images) == 2 * (1 + 2)  # heat-maps, and two sheets
     assert all(Image.open(io.BytesIO(data)).width > 10 for data in images)
-    (loss,) = re.findall(r"<figcaption>loss</figcaption>(.*?)</figure>", text)
+    (loss,) = re.findall(r"<figcaption>train/loss</figcaption>(.*?)</figure>", text)
     assert loss.count("<polyline") == 2
     assert all(line.count(",") == 6 for line in re.findall(r'points="([^"]*)"', loss))
     assert all(str(run) in text for run in two_runs)

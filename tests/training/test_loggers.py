@@ -1,4 +1,4 @@
-"""Metrics read as one run after a resume, wherever they go."""
+"""Metrics read as one run after a resume, in every logger, with the same names and steps."""
 
 import json
 
@@ -9,17 +9,20 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from selfe.io.image_encode import heat_maps
 from selfe.training.loggers import JsonLines, Loggers, WandbConfig
 
+RECORD = {"seed": 0, "trainer": {"lr": 1e-3, "output_dir": "run"}}
+
 
 def test_metrics_of_steps_that_run_again_are_replaced(tmp_path):
     first = JsonLines(tmp_path, 0)
-    for step in range(4):
-        first.numbers(step, {"loss": float(step)})
+    for step in range(1, 5):
+        first.numbers(step, {"train/loss": float(step)})
     with first.path.open("a") as file:
-        file.write('{"step": 4, "lo')  # killed while writing
+        file.write('{"step": 5, "tr')  # killed while writing
     second = JsonLines(tmp_path, 2)
-    second.numbers(2, {"loss": 20.0})
+    second.numbers(3, {"train/loss": 30.0})
     lines = [json.loads(line) for line in second.path.read_text().splitlines()]
-    assert [(line["step"], line["loss"]) for line in lines] == [(0, 0.0), (1, 1.0), (2, 20.0)]
+    assert [(line["step"], line["train/loss"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    assert all(list(line) == ["step", "time", "train/loss"] for line in lines)
 
 
 @pytest.fixture
@@ -32,24 +35,54 @@ def image(tmp_path):
 def test_wandb_offline_needs_no_key_and_keeps_its_run(tmp_path, image, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     for start in range(2):
-        loggers = Loggers(tmp_path, start, WandbConfig("offline"), False, is_main=True)
-        loggers.numbers(start, {"loss": 1.0})
-        loggers.image(start, "cells", image)
+        loggers = Loggers(tmp_path, start, WandbConfig("offline"), False, RECORD, is_main=True)
+        loggers.numbers(start + 1, {"train/loss": 1.0})
+        loggers.image(start + 1, "cells", image)
         loggers.close()
     runs = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert len({path.stem for path in runs}) == 1
     assert runs[0].stem == "run-" + (tmp_path / "wandb_run.txt").read_text().strip()
 
 
-def test_tensorboard(tmp_path, image):
+def test_wandb_gets_the_config_and_every_key_of_its_section(tmp_path, monkeypatch):
+    calls, logged = {}, []
+
+    class WandbRun:
+        def log(self, values: dict, step: int) -> None:
+            logged.append((step, values))
+
+    monkeypatch.setattr("wandb.init", lambda **arguments: calls.update(arguments) or WandbRun())
+    settings = WandbConfig("online", "anystep", entity="lab", group="ablation", tags=("a", "b"), name="first")
+    loggers = Loggers(tmp_path, 3, settings, False, RECORD, is_main=True)
+    loggers.numbers(4, {"train/loss": 1.0})
+    assert logged == [(4, {"train/loss": 1.0})]
+    assert calls.pop("id") == (tmp_path / "wandb_run.txt").read_text().strip()
+    assert calls == {
+        "mode": "online",
+        "project": "anystep",
+        "entity": "lab",
+        "group": "ablation",
+        "tags": ("a", "b"),
+        "name": "first",
+        "resume": "allow",
+        "dir": tmp_path,
+        "config": RECORD,
+    }
+
+
+def test_tensorboard_drops_steps_that_run_again_and_holds_the_config(tmp_path, image):
     for start, loss in ((0, 1.0), (1, 2.0)):
-        loggers = Loggers(tmp_path, start, WandbConfig(), True, is_main=True)
-        for step in range(start, 3):
-            loggers.numbers(step, {"loss": loss})
-        loggers.image(2, "cells", image)
+        loggers = Loggers(tmp_path, start, WandbConfig(), True, RECORD, is_main=True)
+        for step in range(start + 1, 4):
+            loggers.numbers(step, {"train/loss": loss})
+        loggers.image(3, "cells", image)
         loggers.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(0, 1.0), (1, 2.0), (2, 2.0)]
-    assert events.Images("cells")[0].step == 2
-    assert Loggers(tmp_path, 0, WandbConfig("offline"), True, is_main=False).loggers == []
+    values = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert values == [(1, 1.0), (2, 2.0), (3, 2.0)]
+    assert events.Images("cells")[0].step == 3
+    (text,) = {event.tensor_proto.string_val[0].decode() for event in events.Tensors("config/text_summary")}
+    assert "    seed: 0\n" in text
+    assert "      lr: 0.001\n" in text
+    assert Loggers(tmp_path, 0, WandbConfig("offline"), True, RECORD, is_main=False).loggers == []

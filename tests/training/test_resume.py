@@ -34,11 +34,11 @@ def copy_until(half: Path, source: Path, folder: Path) -> None:
 
 def test_the_same_on_any_number_of_processes(straight):
     one = lines(straight[1])
-    assert [line["step"] for line in one] == list(range(6))
+    assert [line["step"] for line in one] == [1, 2, 3, 4, 5, 6]
     for size in (2, 4):
         for a, b in zip(one, lines(straight[size]), strict=True):
             assert a.keys() == b.keys()
-            for name in ("loss", "data_loss", "val_loss", "val_ema_loss"):
+            for name in ("train/loss", "train/data_loss", "val/loss", "val_ema/loss"):
                 assert a.get(name) == pytest.approx(b.get(name), abs=1e-5)
 
 
@@ -46,7 +46,7 @@ def test_sharded_in_groups_with_activations_of_every_second_block_kept(straight,
     """HSDP, 2 x 2: parameters cut over two ranks and copied to two others."""
     finish(tmp_path, 4, *MEASURED, "trainer.shard_size=2", "trainer.activation_checkpointing=2")
     for a, b in zip(lines(straight[1]), lines(tmp_path), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["train/loss"] == pytest.approx(b["train/loss"], abs=1e-5)
 
 
 def test_batch_sizes_by_step(tmp_path):
@@ -56,9 +56,11 @@ def test_batch_sizes_by_step(tmp_path):
     finish(tmp_path / "two", 2, phases, "trainer.stop_step=3")
     finish(tmp_path / "two", 2, phases, "trainer.stop_step=6")
     one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert [line["samples"] for line in one] == [8, 16, 20, 24, 28, 32]
+    assert [line["epoch"] for line in one] == [samples / 33 for samples in (8, 16, 20, 24, 28, 32)]
     for a, b in zip(one, two, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
-    assert one[4]["lr"] == 1e-4
+        assert a["train/loss"] == pytest.approx(b["train/loss"], abs=1e-5)
+    assert one[4]["train/lr"] == 1e-4
 
 
 @pytest.mark.parametrize("load", SIZES)
@@ -71,8 +73,11 @@ def test_save_on_some_load_on_others(save, load, straight, tmp_path):
     resumed, expected = lines(tmp_path), lines(straight[save])
     for a, b in zip(expected, resumed, strict=True):
         assert a.keys() == b.keys()
-        for name in ("loss", "val_loss", "val_ema_loss"):
+        for name in ("train/loss", "val/loss", "val_ema/loss"):
             assert a.get(name) == pytest.approx(b.get(name), abs=1e-5)
+    seconds = [json.loads(line)["elapsed"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    before = verify.read_marker(tmp_path / HALF)["elapsed"]
+    assert 0 < seconds[0] <= seconds[3] <= before < seconds[4] < seconds[5]
     if save == load:
         assert resumed == expected
         assert files(tmp_path / LAST) == files(straight[save] / LAST)
@@ -104,11 +109,12 @@ def test_init_from_chosen_parts(straight, tmp_path):
     every = finish(tmp_path / "all", 1, *MEASURED, parts)
     assert f"starting from model, ema, optimizer, step of {origin}" in every
     assert files(tmp_path / "all" / LAST) == files(straight[1] / LAST)
+    assert lines(tmp_path / "all") == lines(straight[1])[4:]
     start = f"trainer.init_from={{path: {origin.parent}, parts: [model]}}"
     finish(tmp_path / "model", 1, start, "trainer.stop_step=1", "trainer.lr=1e-9", "trainer.ema_decay=0")
     (line,) = lines(tmp_path / "model")
-    assert line["step"] == 0
-    assert line["ema_distance"] == 0
+    assert line["step"] == 1
+    assert line["train/ema_distance"] == 0
     run = Run(tmp_path / "none", 1, f"trainer.init_from={{path: {tmp_path}/nowhere}}")
     assert run.wait() == [2]
     assert "no such checkpoint directory" in run.failures[0]["message"]
@@ -125,8 +131,8 @@ def test_verify_resume_sees_what_differs(straight, tmp_path):
     verify.write_marker(twin / LAST, marker)
     metrics = (twin / "metrics.jsonl").read_text().splitlines()
     line = json.loads(metrics[3])
-    metrics[3] = json.dumps(line | {"loss": line["loss"] + 1e-7})
+    metrics[3] = json.dumps(line | {"train/loss": line["train/loss"] + 1e-7})
     (twin / "metrics.jsonl").write_text("\n".join(metrics) + "\n")
     checkpoint_differs, loss_differs = verify_resume.compare(straight[1], twin, 6)
     assert checkpoint_differs == "__0_0.distcp of the last checkpoint differs"
-    assert loss_differs.startswith("step 3: loss ")
+    assert loss_differs.startswith("step 4: train/loss ")

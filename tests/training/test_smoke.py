@@ -49,7 +49,7 @@ def infer(folder: Path, output: Path, processes: int, *overrides: str) -> dict[s
 
 def losses(folder: Path) -> list[dict]:
     """The logged steps, without what a clock measured."""
-    return [line for line in train_processes.lines(folder) if "loss" in line]
+    return [line for line in train_processes.lines(folder) if "train/loss" in line]
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -78,17 +78,17 @@ def two(tmp_path_factory) -> Path:
 
 def test_passes_through_all_phases(one):
     lines = losses(one)
-    assert [line["step"] for line in lines] == list(range(12))
-    assert all("self_loss" not in line for line in lines[:4])
-    assert all(line["self_loss"] > 0 and line["aux_loss"] == 0 for line in lines[4:8])
-    assert all(line["self_loss"] > 0 and line["aux_loss"] > 0 for line in lines[8:])
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert all("train/self_loss" not in line for line in lines[:4])
+    assert all(line["train/self_loss"] > 0 and line["train/aux_loss"] == 0 for line in lines[4:8])
+    assert all(line["train/self_loss"] > 0 and line["train/aux_loss"] > 0 for line in lines[8:])
     assert (one / "samples" / "step_00000012.png").is_file()
     assert (one / "config.yaml").is_file()
 
 
 def test_two_processes_agree_with_one(one, two):
     for a, b in zip(losses(one), losses(two), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6 if a["step"] == 0 else 1e-4)
+        assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-6 if a["step"] == 1 else 1e-4)
 
 
 def test_two_machines_agree_with_one(two, tmp_path):
@@ -104,7 +104,7 @@ def test_two_machines_agree_with_one(two, tmp_path):
     ]
     assert [node.wait(timeout=300) for node in nodes] == [0, 0]
     (first,) = losses(tmp_path)
-    assert first["loss"] == losses(two)[0]["loss"]
+    assert first["train/loss"] == losses(two)[0]["train/loss"]
 
 
 def test_stopped_and_resumed_equals_uninterrupted(two, tmp_path):

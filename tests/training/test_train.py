@@ -145,12 +145,12 @@ def test_the_score_of_a_checkpoint_depends_on_its_weights_alone(tmp_path):
     """With nothing learned, the objective changes its value over its phases; the score does not."""
     still = "trainer.lr=0", "trainer.min_lr=0", "trainer.weight_decay=0", "trainer.val_every=4"
     train_processes.finish(tmp_path, 1, *still)
-    found = [line for line in train_processes.lines(tmp_path) if "val_loss" in line]
-    assert len(found) == 3
-    assert len({line["val_ema_loss"] for line in found}) > 1
-    assert len({line["val_plain_loss"] for line in found}) == 1
+    validated = [line for line in train_processes.lines(tmp_path) if "val/loss" in line]
+    assert len(validated) == 3
+    assert len({line["val_ema/loss"] for line in validated}) > 1
+    assert len({line["val_plain/loss"] for line in validated}) == 1
     scores = {verify.read_marker(path)["score"] for path in verify.list_checkpoints(tmp_path / "checkpoints")}
-    assert scores == {found[0]["val_plain_loss"], None}
+    assert scores == {validated[0]["val_plain/loss"], None}
 
 
 class Positions:
@@ -201,13 +201,14 @@ def test_rates_count_every_call_by_its_own_lengths_and_samples_that_were_learned
         with torch.set_grad_enabled(learns):
             net(x, times, times, TextCond(packed(torch.zeros(1, 1), [(1, 1)]), torch.zeros(1, 1)))
 
-    rates = timer.rates(num_samples=8, num_tokens=64)
-    assert rates["tokens_per_second"] == pytest.approx(8 * rates["samples_per_second"])
+    rates = timer.rates(num_steps=2, num_samples=8, num_tokens=64)
+    assert rates["speed/tokens_per_second"] == pytest.approx(8 * rates["speed/images_per_second"])
     operations = 3 * (101 + 8) + 51  # a backward pass counts as two forward passes
-    seconds = 8 / rates["samples_per_second"]
-    assert rates["tflops"] * 1e12 * seconds == pytest.approx(operations)
-    assert rates["mfu"] == pytest.approx(rates["tflops"] / 1e-9)
-    assert timer.rates(0, 0)["tflops"] == 0
+    seconds = 2 * rates["speed/seconds_per_step"]
+    assert rates["speed/images_per_second"] * seconds == pytest.approx(8)
+    assert rates["speed/tflops"] * 1e12 * seconds == pytest.approx(operations)
+    assert rates["speed/mfu"] == pytest.approx(rates["speed/tflops"] / 1e-9)
+    assert timer.rates(0, 0, 0)["speed/tflops"] == 0
 
 
 def test_a_profile_of_chosen_steps(tmp_path):
