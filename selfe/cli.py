@@ -63,7 +63,7 @@ def run(arguments: Sequence[str]) -> None:
 
 def call(options: argparse.Namespace) -> None:
     """Import the module of a verb and run it."""
-    outputs = (getattr(options, name, None) for name in ("out", "output", "write_clean", "cache_dir"))
+    outputs = (getattr(options, name, None) for name in ("out", "shards", "output", "write_clean", "cache_dir"))
     with errors.writing_to(next(filter(None, outputs), None)):
         import_module(VERBS[options.verb].module).main(options)
 
@@ -182,13 +182,20 @@ def make_shards(parser: argparse.ArgumentParser) -> None:
 
 
 def make_manifest(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("table", type=path, help="a .csv, .tsv or .jsonl file, also with .gz")
-    parser.add_argument("--out", type=path, required=True, help="the manifest to write")
-    parser.add_argument("--image", metavar="COLUMN", help="column of image paths (default: path, file_name, image ...)")
+    source_help = "a folder, .csv, .tsv, .jsonl or .parquet files, or a data set saved by datasets.save_to_disk"
+    parser.add_argument("sources", type=path, nargs="+", metavar="SOURCE", help=source_help)
+    output = parser.add_mutually_exclusive_group(required=True)
+    output.add_argument("--out", type=path, metavar="OUT", help="the TSV manifest to write")
+    output.add_argument("--shards", type=path, metavar="DIR", help="a new folder of tar shards to write instead")
+    parser.add_argument("--image", metavar="COLUMN", help="column of images (default: path, file_name, image ...)")
     parser.add_argument("--caption", metavar="COLUMN", help="column of captions (default: caption, text, prompt ...)")
     parser.add_argument("--no-header", action="store_true", help="the first two columns are image and caption")
     parser.add_argument("--delimiter", help="between columns (default: by file name)")
     parser.add_argument("--encoding", help="for instance latin-1 (default: UTF-8, or UTF-16 with byte order mark)")
+    parser.add_argument("--split", help="split of a saved data set that has several")
+    base_help = "with --shards: folder that relative image paths start from (default: the folder, or the current one)"
+    parser.add_argument("--base-dir", type=path, help=base_help)
+    parser.add_argument("--samples", type=at_least(1), default=10_000, help="with --shards: samples per tar file")
 
 
 def export(parser: argparse.ArgumentParser) -> None:
@@ -277,10 +284,12 @@ VERBS = {
         "OUT/config.yaml trains from the cache.",
     ),
     "make-manifest": Verb(
-        "selfe.tools.make_manifest",
-        "Convert a CSV, TSV or JSON-lines table of images and captions to a manifest.",
+        "selfe.tools.make_manifest.command",
+        "Convert a folder, table, parquet or Hugging Face data set of captioned images to a manifest or tar shards.",
         make_manifest,
-        "exit codes: 0 all rows converted; 1 rows left out, each is named; 2 user error",
+        "A folder has images with a .txt or .caption beside each, or a metadata.jsonl, .csv or .parquet.\n"
+        "What cannot be used is left out, counted and named; the rest is written.\n\n"
+        "exit codes: 0 everything converted; 1 something left out; 2 user error, nothing is written",
     ),
     "make-shards": Verb(
         "selfe.tools.make_shards",

@@ -20,10 +20,10 @@ import numpy as np
 from selfe import log
 from selfe.data.buckets import Buckets
 from selfe.data.dataset import BYTES_PER_TOKEN
-from selfe.data.manifest import ENCLOSED, parse, skip_bom
+from selfe.data.manifest_formats import ENCLOSED, Format, Tsv, detect, records
 from selfe.data.shards import Sample, describe_unused, matching_files, read_caption, read_samples
 from selfe.io import image_decode
-from selfe.io.text_files import check_encoding, in_csv_quotes
+from selfe.io.text_files import in_csv_quotes
 from selfe.types import BadSample, UserError
 
 BATCH = 64  # lines or samples per task of a worker
@@ -32,8 +32,9 @@ FLAT = 16  # levels of 255; 12-bit samples read as 16-bit ones cover no more
 
 @dataclass(frozen=True)
 class Limits:
-    """Where images are, and which sizes are accepted."""
+    """How lines are read, where images are, and which sizes are accepted."""
 
+    format: Format | None  # None: tar shards
     base_dir: Path
     min_side: int
     max_pixels: int
@@ -54,27 +55,25 @@ class Finding:
     problem: str = ""
 
 
-Item = tuple[int, bytes | Sample]  # a line of a manifest, or a sample of a tar file, with its number from 1
+Item = tuple[int, bytes | Sample]  # a record of a manifest, or a sample of a tar file, with its number from 1
 
 
-def examine(item: Item, limits: Limits) -> Finding | None:
-    """Check a caption and decode its image; None for a blank line."""
+def examine(item: Item, limits: Limits) -> Finding:
+    """Check a caption and decode its image."""
     number, content = item
     try:
         if isinstance(content, Sample):
             return examine_sample(f"sample {number}", content, limits)
-        if content.strip():
-            return examine_line(f"line {number}", content, limits)
+        return examine_line(f"line {number}", content, limits)
     except BadSample as problem:
         where = f"{'sample' if isinstance(content, Sample) else 'line'} {number}"
         message = str(problem) if str(problem).startswith(where) else f"{where}: {problem}"
         return Finding(where, kind=problem.kind, problem=message)
-    return None
 
 
 def examine_line(where: str, line: bytes, limits: Limits) -> Finding:
     """Raises BadSample for a line that cannot be parsed or an image that cannot be read."""
-    path, prompt, size = parse(line)
+    path, prompt, size = limits.format.parse(line)
     full = limits.base_dir / path
     with image_decode.naming(f"{where}: {full}"), image_decode.opened(full) as stream:
         file = stream.read()
@@ -118,7 +117,7 @@ def examine_image(finding: Finding, name: str, file: bytes, limits: Limits) -> F
     return finding
 
 
-def examine_batch(items: list[Item], limits: Limits) -> list[Finding | None]:
+def examine_batch(items: list[Item], limits: Limits) -> list[Finding]:
     return [examine(item, limits) for item in items]
 
 
@@ -129,10 +128,10 @@ def findings(batches: Iterable[list[Item]], total: int, limits: Limits, workers:
     """
     progress = log.Progress("bytes", total)
 
-    def counted(results: Iterable[tuple[list[Item], list[Finding | None]]]) -> Iterator[Finding]:
+    def counted(results: Iterable[tuple[list[Item], list[Finding]]]) -> Iterator[Finding]:
         for items, of_batch in results:
             progress.advance(sum(len(content) for _, content in items))
-            yield from filter(None, of_batch)
+            yield from of_batch
 
     if workers:
         with ProcessPoolExecutor(workers) as pool:
@@ -146,16 +145,15 @@ def findings(batches: Iterable[list[Item]], total: int, limits: Limits, workers:
     progress.close()
 
 
-def read_lines(manifest: Path) -> Iterator[bytes]:
-    check_encoding(manifest)
+def read_records(manifest: Path, format: Format) -> Iterator[Item]:
     with manifest.open("rb") as file:
-        skip_bom(file)
-        yield from file
+        for _, number, record in records(file, format):
+            yield number, record
 
 
-def batched(items: Iterable[bytes | Sample]) -> Iterator[list[Item]]:
-    numbered = enumerate(items, start=1)
-    while batch := list(islice(numbered, BATCH)):
+def batched(items: Iterable[Item]) -> Iterator[list[Item]]:
+    items = iter(items)
+    while batch := list(islice(items, BATCH)):
         yield batch
 
 
@@ -174,8 +172,9 @@ def in_order(pool: ProcessPoolExecutor, batches: Iterator, limits: Limits, ahead
 class Report:
     """Counts problems and statistics of valid lines; prints problems as they are found."""
 
-    def __init__(self, tokenizer: str | None, items: str):
+    def __init__(self, tokenizer: str | None, items: str, in_tsv: bool):
         self.items = items  # lines or samples
+        self.in_tsv = in_tsv  # quotes of CSV, if there are any, are part of the captions
         self.problems, self.good, self.enclosed = Counter(), 0, 0  # enclosed: captions in quotes
         self.sizes, self.tokens, self.captions_of = Counter(), Counter(), {}
         self.profiles, self.flat = Counter(), 0
@@ -247,7 +246,7 @@ class Report:
                 small = int((sizes.prod(axis=1) < pixels) @ np.array(counts))
                 log.print_line(f"{small} of {self.good} images have fewer than {pixels} pixels and would be upscaled")
 
-        if self.enclosed:
+        if self.enclosed and self.in_tsv:
             log.print_line(f"{self.enclosed} {ENCLOSED}")
 
         total = sum(self.problems.values())
@@ -276,19 +275,19 @@ def main(options: argparse.Namespace) -> None:
     except ValueError as error:
         raise UserError(f"--pixels, --multiple, --max-aspect: {error}") from error
 
-    limits = Limits(options.base_dir, options.min_side, options.max_pixels)
     in_shards = options.manifest.suffix == ".tar"
-    report, unused = Report(options.tokenizer, "samples" if in_shards else "lines"), Counter()
+    format = None if in_shards else detect(options.manifest)
+    limits = Limits(format, options.base_dir, options.min_side, options.max_pixels)
+    report = Report(options.tokenizer, "samples" if in_shards else "lines", isinstance(format, Tsv))
+    unused = Counter()
 
     if in_shards:
         if options.write_clean:
             raise UserError("--write-clean: writes a manifest; it cannot be used with tar shards")
         files = matching_files(options.manifest)
-        items = (sample for tar in files for sample in read_samples(tar, unused))
+        items = enumerate((sample for tar in files for sample in read_samples(tar, unused)), start=1)
     else:
-        if not options.manifest.is_file():
-            raise UserError(f"{options.manifest}: no such manifest; the first argument is a TSV file or a tar pattern")
-        files, items = [options.manifest], read_lines(options.manifest)
+        files, items = [options.manifest], read_records(options.manifest, format)
     total = sum(file.stat().st_size for file in files)
 
     # valid lines go to a temporary file that is renamed when complete

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import tarfile
+from collections.abc import Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 from selfe import log
 from selfe.data.manifest import Manifest
@@ -16,25 +18,41 @@ from selfe.data.shards import CAPTIONS, IMAGES, Shards
 from selfe.io import image_decode
 
 
-def write(tar: Path, manifest: Manifest, indices: range) -> None:
+class Sample(NamedTuple):
+    """What is written for a sample."""
+
+    number: int  # unique over all tar files
+    suffix: str  # of the image file, without the dot
+    image: bytes
+    caption: str
+
+
+def write(tar: Path, samples: Iterable[Sample]) -> None:
     """Write one tar file with these samples, atomically (`.partial`, then rename); its bytes are reproducible."""
     partial = tar.with_suffix(".partial")
     with tarfile.open(partial, "w", format=tarfile.GNU_FORMAT) as file:
-        for index in indices:
-            path = Path(manifest.name(index))
-            suffix = path.suffix[1:].lower()
-
-            parts = {
-                suffix if suffix in IMAGES else "img": path.read_bytes(),
-                CAPTIONS[0]: manifest.prompt(index).encode(),
-            }
+        for sample in samples:
+            suffix = sample.suffix if sample.suffix in IMAGES else "img"
+            parts = {suffix: sample.image, CAPTIONS[0]: sample.caption.encode()}
 
             # a new TarInfo has no owner, mode or time of the source file
             for name, content in parts.items():
-                member = tarfile.TarInfo(f"{index:010d}.{name}")
+                member = tarfile.TarInfo(f"{sample.number:010d}.{name}")
                 member.size = len(content)
                 file.addfile(member, BytesIO(content))
     partial.rename(tar)
+
+
+def samples_of(manifest: Manifest, indices: range) -> Iterator[Sample]:
+    for index in indices:
+        path = Path(manifest.name(index))
+        yield Sample(index, path.suffix[1:].lower(), path.read_bytes(), manifest.prompt(index))
+
+
+def open_result(folder: Path, prefix: str) -> None:
+    """Open shards as training does, and print how many there are."""
+    shards = Shards(folder / f"{prefix}-*.tar", image_decode.MAX_PIXELS)
+    log.print_line(f"{len(shards)} samples in {len(shards.tars)} tar files in {folder}")
 
 
 def main(options: argparse.Namespace) -> None:
@@ -47,10 +65,7 @@ def main(options: argparse.Namespace) -> None:
         tar = options.out / f"{options.prefix}-{number:06d}.tar"
         indices = range(first, min(first + options.samples, len(manifest)))
         if not tar.exists():
-            write(tar, manifest, indices)
+            write(tar, samples_of(manifest, indices))
         progress.advance(len(indices))
     progress.close()
-
-    # open the result as training does
-    shards = Shards(options.out / f"{options.prefix}-*.tar", image_decode.MAX_PIXELS)
-    log.print_line(f"{len(shards)} samples in {len(shards.tars)} tar files in {options.out}")
+    open_result(options.out, options.prefix)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from selfe import config, train
+from selfe import cli, config, train
 from selfe.data.dataset import plan
 from selfe.data.manifest import RECORD, Manifest, ManifestData
 from selfe.io import image_decode
@@ -101,6 +101,68 @@ def test_only_a_line_feed_ends_a_line_and_quotes_may_be_part_of_a_caption(folder
     assert "a.tsv: 1 captions are enclosed in quotes, which stay part of them; " in capsys.readouterr().out
     Manifest(folder / "a.tsv", folder, image_decode.MAX_PIXELS)
     assert capsys.readouterr().out == ""  # once, when it is indexed
+
+
+CSV = 'id,caption,file_name\n1,"a ""big"" dog,\r\non grass",0.png\n\n2, second ,1.png\n,,\n3,"third\nline",2.png\n'
+ROWS = [("0.png", 'a "big" dog,\r\non grass'), ("1.png", " second "), ("2.png", "third\nline")]
+JSON = "\n".join(json.dumps({"id": 7, "image": path, "text": text}) for path, text in ROWS)
+TABLES = {"a.csv": CSV.encode(), "b.csv": b"\xef\xbb\xbf" + CSV.encode(), "a.jsonl": JSON.encode()}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_are_read_as_their_conversion_to_a_manifest(folder, capsys, name):
+    direct = opened(folder / name, TABLES[name])
+    assert f"{name}: images are those of 'file_name', captions" in capsys.readouterr().out or name == "a.jsonl"
+    cli.run(["make-manifest", str(folder / name), "--out", str(folder / "m.tsv")])
+    converted = Manifest(folder / "m.tsv", folder, image_decode.MAX_PIXELS)
+    assert [direct.line(i) for i in range(len(direct))] == [converted.line(i) for i in range(len(converted))]
+    assert [direct.prompt(i) for i in range(3)] == ['a "big" dog, on grass', "second", "third line"]
+    assert direct.sizes(np.arange(3)).tolist() == [[40, 60], [50, 50], [64, 32]]
+    assert direct.lengths(np.arange(3)).tolist() == [21, 6, 10]  # bytes of captions, not of records
+    again = Manifest(folder / name, folder, image_decode.MAX_PIXELS)  # from the index
+    assert [again.prompt(i) for i in (2, 0)] == ["third line", 'a "big" dog, on grass']
+    cli.run(["check-data", str(folder / name), "--base-dir", str(folder), "--workers", "0", "--min-side", "32"])
+    assert "3 valid lines, 0 with problems" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", 'path,caption\n0.png,"one\ntwo"\n1.png,\n', "a.csv, line 4: path or prompt is empty"),
+        ("a.csv", "path,caption\n0.png,a dog, brown\n", "a.csv, line 2: 3 fields, but the header has 2"),
+        ("a.csv", 'path,caption\n0.png,"a" dog\n', "a.csv, line 2: .*expected after"),
+        ("a.csv", 'path,caption\n0.png,"a dog\n', "a.csv, line 2: unexpected end of data"),
+        ("a.csv", "path,caption\nnone.png,x\n", "a.csv, line 2: .*none.png: no such image"),
+        ("a.csv", "0.png,a dog\n", "no column path or .*; convert the file with selfe make-manifest and pass --image"),
+        ("a.csv", "path,caption\r0.png,a dog\r", "a.csv, line 1: the header is not valid CSV"),
+        ("a.csv", "path,caption\n", "a.csv: the manifest is empty"),
+        ("a.jsonl", '{"image": "0.png", "text": "x"}\n{"image": "1.png"}', "a.jsonl, line 2: path or prompt is empty"),
+        ("a.jsonl", '{"image": "0.png", "text": "x"}\n\n{"im', "a.jsonl, line 3: not a JSON object in one line"),
+        ("a.jsonl", '{"image": "0.png", "text": ["x"]}', "a.jsonl, line 1: the caption is not a text but list"),
+        ("a.jsonl", '{"image": {"bytes": ""}, "text": "x"}', "line 1: the image is not a path but dict"),
+        ("a.jsonl", '["0.png"]', "a.jsonl, line 1: expected a JSON object in each line"),
+        ("a.jsonl", '{"image": "0.png", "text": "\\ud800"}', r"line 1: contains the control character U\+D800"),
+        ("a.parquet", "PAR1", "a.parquet: .* run selfe make-manifest"),
+        ("a.json", "[]", "a.json: .* run selfe make-manifest"),
+        ("a.tar", "x", "tar shards are read by data.module=selfe.data.shards.ShardData"),
+    ],
+)
+def test_mistakes_in_tables_are_one_line(folder, name, text, message):
+    with pytest.raises(UserError, match=message) as error:
+        opened(folder / name, text.encode())
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_is_not_a_manifest(folder):
+    for read in (
+        lambda: Manifest(folder, folder, image_decode.MAX_PIXELS),
+        lambda: cli.run(["check-data", str(folder)]),
+        lambda: cli.run(["make-shards", str(folder), "--out", str(folder / "shards")]),
+    ):
+        with pytest.raises(
+            UserError, match=f"is a folder, not a manifest; write one with selfe make-manifest {folder}"
+        ):
+            read()
 
 
 def test_several_bad_images_are_counted(folder):
