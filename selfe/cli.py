@@ -209,7 +209,11 @@ def export(parser: argparse.ArgumentParser) -> None:
 
 def report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=path, metavar="RUN")
-    parser.add_argument("--out", type=path, default=Path("report.html"))
+    parser.add_argument("--out", type=path, default=Path("report.html"), help="HTML file (default: %(default)s)")
+    sheets_help = "steps of each run whose sample sheets are embedded, evenly spaced (default: %(default)s)"
+    parser.add_argument("--sheets", type=at_least(1), default=40, help=sheets_help)
+    parser.add_argument("--serve", action="store_true", help="serve the page on this machine and update it")
+    parser.add_argument("--port", type=int, help="of --serve (default: the first free one from 7870)")
 
 
 def replay(parser: argparse.ArgumentParser) -> None:
@@ -309,7 +313,13 @@ VERBS = {
         doctor,
         "exit codes: 0 no errors (warnings are allowed); 2 errors",
     ),
-    "report": Verb("selfe.tools.report", "Compare runs on one HTML page: metrics, heat maps, samples.", report),
+    "report": Verb(
+        "selfe.tools.report.command",
+        "Show one run or many on one page, also while they train: metrics, samples, maps over (t, s), configs.",
+        report,
+        "Without --serve, the page is one HTML file that needs no network. With --serve, it listens on 127.0.0.1 and\n"
+        "reads the run folders again every few seconds. From another machine: ssh -L 7870:127.0.0.1:7870 HOST",
+    ),
     "replay": Verb("selfe.tools.replay", "Run a batch that was skipped during training again.", replay),
     "verify-resume": Verb(
         "selfe.tools.verify_resume",

@@ -1,17 +1,14 @@
-"""The page that compares runs, and what a run folder holds for it."""
+"""What a run writes about itself, and that `selfe report` reads it."""
 
-import base64
-import io
 import json
-import re
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
-from selfe.tools import report
+from selfe.tools.report import page
+from selfe.tools.report.run_folder import RunFolder
 from selfe.training.metrics import BINS
-from tests.helpers.train_processes import command, finish
+from tests.helpers.train_processes import finish
 
 SHOW = (
     "trainer.samples.prompts=[a cat, a dog]",
@@ -24,15 +21,13 @@ SHOW = (
 
 
 @pytest.fixture(scope="module")
-def two_runs(tmp_path_factory) -> list[Path]:
-    folders = [tmp_path_factory.mktemp(name) for name in ("first", "second")]
-    for folder, lr in zip(folders, ("1e-3", "2e-3"), strict=True):
-        finish(folder, 1, *SHOW, f"trainer.lr={lr}")
-    return folders
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    finish(folder, 1, *SHOW)
+    return folder
 
 
-def test_a_run_shows_what_it_does(two_runs):
-    run = two_runs[0]
+def test_a_run_shows_what_it_does(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last, shares = lines[-1], {name for line in lines for name in line if name.startswith("time/")}
     for line in lines:
@@ -49,15 +44,8 @@ def test_a_run_shows_what_it_does(two_runs):
     assert (run / "samples/step_00000006.png").read_bytes() != (run / "samples_live/step_00000006.png").read_bytes()
 
 
-def test_only_a_line_feed_ends_a_line_of_json(tmp_path):
-    command = ["train", "x.yaml", "trainer.samples.prompts=[a\x85cat \u2028]"]
-    text = json.dumps({"step": 0, "command": command}, ensure_ascii=False)
-    (tmp_path / "starts.jsonl").write_text(f'{text}\n{{"step": 1', encoding="utf-8")
-    assert report.read(tmp_path / "starts.jsonl") == [{"step": 0, "command": command}]
-
-
-def test_cells_hold_every_sample_at_its_times(two_runs):
-    (_, line) = [json.loads(line) for line in (two_runs[0] / "cells.jsonl").read_text().splitlines()]
+def test_cells_hold_every_sample_at_its_times(run):
+    (_, line) = [json.loads(line) for line in (run / "cells.jsonl").read_text().splitlines()]
     assert line.pop("step") == 6
     assert {"loss", "data_loss", "self_loss", "self_weight", "norm_ratio", "cosine"} <= line.keys()
     for name, table in line.items():
@@ -71,15 +59,18 @@ def test_cells_hold_every_sample_at_its_times(two_runs):
             assert all(0 <= value <= 1 for value in known.values())
 
 
-def test_one_page_without_network(two_runs, tmp_path):
-    page = tmp_path / "report.html"
-    command("report", *map(str, two_runs), "--out", str(page))
-    text = page.read_text()
-    assert not re.search(r"(?:src|href)=\"(?!data:)|https?://|@import", text)
-    images = [base64.b64decode(data) for data in re.findall(r"data:image/png;base64,([^\"]+)", text)]
-    assert len(images) == 2 * (1 + 2)  # heat-maps, and two sheets
-    assert all(Image.open(io.BytesIO(data)).width > 10 for data in images)
-    (loss,) = re.findall(r"<figcaption>train/loss</figcaption>(.*?)</figure>", text)
-    assert loss.count("<polyline") == 2
-    assert all(line.count(",") == 6 for line in re.findall(r'points="([^"]*)"', loss))
-    assert all(str(run) in text for run in two_runs)
+def test_the_report_reads_what_a_run_writes(run):
+    folder = RunFolder(run, "run")
+    state, (described,) = folder.state(), page.static([folder], 40)["runs"]
+    assert (state["state"], state["step"], state["end"], state["skipped"]) == ("finished", 6, 6, 0)
+    assert state["checkpoint"]["step"] == 6
+    assert state["memory_gib"] > 0
+    assert state["images_per_second"] > 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for name in set().union(*lines):
+        missing = 0 if name.startswith("time/") else None
+        assert described["columns"][name] == [line.get(name, missing) for line in lines]
+    assert described["cells"]["steps"] == [3, 6]
+    assert [sheet["step"] for sheet in described["sheets"]["live"]] == [3, 6]
+    assert all(sheet["size"] for sheet in described["sheets"]["ema"])
+    assert [mark["text"] for mark in described["marks"]] == ["self-evaluation", "self-evaluation and auxiliary term"]

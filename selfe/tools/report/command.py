@@ -1,0 +1,30 @@
+"""The verb `selfe report`: one page for one or many runs, as a file or served while they train."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+
+from selfe.gallery.build import names
+from selfe.io import image_encode
+from selfe.tools.report import page, server
+from selfe.tools.report.run_folder import RunFolder
+from selfe.types import UserError
+
+
+def main(options: argparse.Namespace) -> None:
+    """Entry point of `selfe report`."""
+    if options.port is not None and not options.serve:
+        raise UserError("--port: needs --serve")
+    for path, count in Counter(path.resolve() for path in options.runs).items():
+        if count > 1:
+            raise UserError(f"{path}: given {count} times")
+    runs = [RunFolder(path, name) for path, name in zip(options.runs, names(options.runs), strict=True)]
+
+    if options.serve:
+        return server.serve(runs, options.port)
+
+    html = page.page(page.static(runs, options.sheets)).encode()
+    image_encode.write(options.out, html)
+    count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    print(f"{options.out}: {count}, {len(html) / 2**20:.1f} MiB")
