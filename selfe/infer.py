@@ -44,17 +44,18 @@ class Inferencer:
     """Generates images for prompts from a checkpoint, with every requested number of steps."""
 
     ckpt_dir: Path  # checkpoint directory, or a parent directory (newest is used)
-    output_dir: Path
+    output_dir: Path  # folder for the images; existing images are kept
+    # settings of prompts that do not set them
     defaults: SamplingDefaults = SamplingDefaults()  # noqa: RUF009 - frozen
     prompts: tuple[str, ...] = ()  # overrides defaults.prompt_file
-    weights: Literal["ema", "live", "both"] = "ema"
+    weights: Literal["ema", "live", "both"] = "ema"  # EMA or live weights, or every image with both
     precision: PrecisionOrAuto = "auto"  # of the denoiser; auto: bf16 where the hardware has it, otherwise fp32
     compile: bool = False  # compile each block of the denoiser once for all sizes; useful for many images
     batch_size: int = 16  # maximum images per batch
     batch_pixels: int = 16 * 512 * 512  # maximum total pixels per batch
-    format: Format = "png"
-    layout: Layout = "flat"
-    gallery: bool = True
+    format: Format = "png"  # of the image files
+    layout: Layout = "flat"  # names and folders of the files: flat, as GenEval reads them, or one array for FID
+    gallery: bool = True  # write gallery.html at the end
     allow_changes: tuple[str, ...] = ()  # keys of the system that may differ from the run's config.yaml
 
     def __post_init__(self):

@@ -39,6 +39,8 @@ EDGES = {
     "inference": PARTS | {"config", "samplers"},
     "gallery": {"io", "types"},
     "launch": BASE | {"distributed", "errors"},  # the failure of one process is published for the others
+    "recorded_run": {"compare", "config"},
+    "generator": PARTS | {"checkpoint", "compare", "config", "inference", "recorded_run", "system"},
     "cli": {"errors"},
     "__main__": {"cli"},
     "__init__": set(),
@@ -112,7 +114,7 @@ def test_one_home_for_each_thing_that_differs():
     """Device and backend choice, the process group and the environment have one place each."""
     homes = {
         r"torch\.distributed": {"distributed", "checkpoint", "launch", "tools"},
-        r"os\.environ": {"distributed", "launch", "tools", "cli"},
+        r"os\.environ": {"distributed", "launch", "tools", "cli", "recorded_run"},
         r"\bcuda\b": {"tools"},
         r"\bnccl\b": {"tools"},
         r"torch\.accelerator": {"device"},
@@ -177,3 +179,18 @@ def test_readme_names_only_what_exists():
         assert (ROOT / config).is_file(), f"README: {config}"
     (command,) = re.findall(r"^exec (\S+)$", (ROOT / ".ci/run").read_text(), re.MULTILINE)
     assert f"\n{command}\n" in text, "CI runs another command than the README names"
+
+
+def test_the_key_reference_is_current_and_has_every_shipped_part():
+    """If this fails, run scripts/make_keys.py."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("make_keys", ROOT / "scripts/make_keys.py")
+    make_keys = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_keys)
+    text = make_keys.page()
+    assert (ROOT / "docs/keys.md").read_text() == text, "docs/keys.md is not current; run scripts/make_keys.py"
+
+    configs = "".join(text for name, text in texts().items() if name.startswith("configs/"))
+    for module in set(re.findall(r"module: (selfe\.[\w.]+)", configs)):
+        assert f"`{module}`" in text, module

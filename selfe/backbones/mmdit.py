@@ -41,6 +41,16 @@ class MMDiT(nn.Module):
     ):
         """
         Args:
+            patch_dim: width of a token of the autoencoder.
+            text_dim: width of a token of the text encoder.
+            pooled_dim: width of the pooled vector of the text encoder.
+            width: channels of the blocks; num_heads times the sum of rope_axes.
+            num_heads: attention heads.
+            num_double_blocks: blocks in which text and image have weights of their own.
+            num_single_blocks: blocks in which they share weights; these follow the double blocks.
+            rope_axes: channels of a head that encode frame, row and column, each even.
+            rope_theta: base of the rotary position embedding.
+            mlp_ratio: width of the MLPs, in units of `width`.
             s_branch: add an embedding of t - s to the time embedding (s.9-s.10).
             learned_grid: (rows, columns) of the largest image, in patches. Adds a learned position embedding per patch
                 on top of RoPE. Not in the paper; helps small networks on images of few patches.

@@ -31,10 +31,10 @@ PARTIAL, REMOVED = ".partial", ".removed"  # suffixes of folders being written o
 class RetentionPolicy:
     """Which checkpoints are kept, and how many consecutive saves may fail."""
 
-    keep_last: int = 3
-    keep_every: int | None = None  # keep checkpoints whose step is a multiple of this
-    keep_best: int = 1  # number kept with the lowest validation loss, of those with one
-    max_failed_saves: int = 3
+    keep_last: int = 3  # number of newest checkpoints that are kept
+    keep_every: int | None = None  # also keep checkpoints whose step is a multiple of this
+    keep_best: int = 1  # also keep this many with the lowest validation loss
+    max_failed_saves: int = 3  # failed saves in a row after which the run stops
 
     def __post_init__(self):
         check_range("keep_last", self.keep_last, 1, MOST_STEPS)

@@ -31,7 +31,7 @@ class InitFromConfig:
     """Parts to load from another run's checkpoint. If only one of `model` and `ema` is listed, it initialises both."""
 
     path: Path  # checkpoint directory, or a parent directory (newest is used)
-    parts: tuple[Part, ...] = ("model", "ema")
+    parts: tuple[Part, ...] = ("model", "ema")  # what is loaded
 
     def __post_init__(self):
         if not {"model", "ema"} & set(self.parts):

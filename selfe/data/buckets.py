@@ -20,9 +20,9 @@ MAX_SHARE = 10**6  # of a pixel budget or a manifest, in units of the smallest
 class ResolutionPhase:
     """Pixel budgets of every global batch from `step` on."""
 
-    step: int
+    step: int  # first step of the phase
     pixels: tuple[int, ...]  # maximum height x width of an image, one per budget, increasing
-    shares: tuple[int, ...] = ()  # integer ratio of samples per budget, e.g. (1, 1); default: equal
+    shares: tuple[int, ...] = ()  # integer ratio of samples per budget, e.g. [1, 1]; []: equal
 
     def __post_init__(self):
         check_range("step", self.step, 0, MOST_STEPS)

@@ -21,6 +21,11 @@ class CachedData:
     """Samples as planned by `source`, whose image files are not opened. Use with the autoencoder `CachedLatents`."""
 
     def __init__(self, cache_dir: Path, source: BucketedDataset):
+        """
+        Args:
+            cache_dir: feature cache, written from the images of `source`.
+            source: the data set whose latents are cached.
+        """
         folder = Path(cache_dir)
         feature_cache.check(folder, source.facts())
         self.folder, self.source, self.latents = folder, source, feature_cache.Store(folder / "latents")

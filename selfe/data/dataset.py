@@ -62,8 +62,8 @@ class Source(Protocol):
 class WeightedManifest:
     """One of several manifests, which contributes `weight` of every sum-of-weights samples."""
 
-    manifest: Path
-    weight: int = 1
+    manifest: Path  # as a single `train_manifest`
+    weight: int = 1  # samples of this manifest, of every sum of all weights
     base_dir: Path | None = None  # default: the `base_dir` of the dataset
 
     def __post_init__(self):

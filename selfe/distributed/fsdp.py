@@ -43,8 +43,8 @@ def make_mesh(world: World, shard_size: int | None) -> DeviceMesh:
 class GatherConfig:
     """When FSDP keeps parameters unsharded: trades memory for communication."""
 
-    # After a forward pass: reshard (true), keep unsharded until the backward pass (false), or reshard to this number of
-    # ranks, which should share a fast interconnect. EMA weights are always resharded.
+    # after a forward pass: reshard (true), keep unsharded until the backward pass (false), or reshard to this number of
+    # ranks, which should share a fast interconnect; EMA weights are always resharded
     reshard_after_forward: bool | int = True
     prefetch: int = 1  # blocks to all-gather ahead of time; 0 disables explicit prefetching
 

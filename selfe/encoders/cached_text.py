@@ -17,6 +17,11 @@ class CachedText:
     """Embeddings of `encoder` from a cache in bf16. The encoder itself is never loaded."""
 
     def __init__(self, cache_dir: Path, encoder: TextEncoder):
+        """
+        Args:
+            cache_dir: feature cache, written with the settings of `encoder`.
+            encoder: the text encoder whose embeddings are cached; never loaded.
+        """
         self.folder = Path(cache_dir)
         feature_cache.check(self.folder, feature_cache.describe("text_encoder", encoder))
         self.encoder = encoder

@@ -17,6 +17,10 @@ class Identity:
     """A token is a square patch of pixels, flattened in the order (channel, row, column)."""
 
     def __init__(self, patch: int = 2):
+        """
+        Args:
+            patch: height and width of a patch, pixels.
+        """
         check_range("patch", patch, 1, 1024)
         self.patch = self.multiple = patch
         self.token_dim = 3 * patch**2

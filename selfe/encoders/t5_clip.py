@@ -40,11 +40,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class T5Size:
-    d_model: int = 4096
-    num_layers: int = 24
-    num_heads: int = 64
-    d_kv: int = 64
-    d_ff: int = 10240
+    d_model: int = 4096  # width of a token
+    num_layers: int = 24  # blocks
+    num_heads: int = 64  # attention heads
+    d_kv: int = 64  # width of an attention head
+    d_ff: int = 10240  # width of the feed-forward layers
 
     def __post_init__(self):
         check_sizes(self)
@@ -52,10 +52,10 @@ class T5Size:
 
 @dataclass(frozen=True)
 class ClipSize:
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
+    hidden_size: int = 768  # width of a token and of the pooled vector
+    num_hidden_layers: int = 12  # blocks
+    num_attention_heads: int = 12  # attention heads
+    intermediate_size: int = 3072  # width of the feed-forward layers
 
     def __post_init__(self):
         check_sizes(self)

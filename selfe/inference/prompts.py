@@ -28,16 +28,18 @@ GENEVAL_KEYS = ("tag", "include", "exclude")
 class SamplingDefaults:
     """Sampling settings for prompts whose line does not set them. A list makes a sweep from the same noise."""
 
-    prompt_file: Path | None = None
+    prompt_file: Path | None = None  # a .txt, .tsv or .jsonl file
     negative_prompt: str = ""  # replaces the null prompt in guidance
-    num_steps: int | tuple[int, ...] = (1, 2, 4, 8, 50)
+    num_steps: int | tuple[int, ...] = (1, 2, 4, 8, 50)  # number of sampling steps
     num_samples: int = 1  # images per prompt
     first_sample: int = 0  # number of the first sample
-    seed: int = 0
-    height: int = 256
-    width: int = 256
-    cfg_scale: float | tuple[float, ...] = 5.0
+    seed: int = 0  # of the noise, together with the prompt and the number of the sample
+    height: int = 256  # pixels
+    width: int = 256  # pixels
+    cfg_scale: float | tuple[float, ...] = 5.0  # guidance; 1 is none, and takes half the time
+    # second time of a step: 0 for few steps, 0.5 for one step, 1 as in flow matching
     s_ratio: float | tuple[float, ...] = 0.0
+    # how images are sampled
     sampler: Sampler = Renoise()  # noqa: RUF009 - it has no state
 
     def __post_init__(self):

@@ -16,6 +16,11 @@ class FlowMatching:
     batch_multiple = 1
 
     def __init__(self, p_drop: float = 0.1, t_std: float = 1.0):
+        """
+        Args:
+            p_drop: probability of replacing a prompt by the null prompt.
+            t_std: standard deviation of the logit-normal training times (`flow.draw_t`).
+        """
         check_range("p_drop", p_drop, 0, 1)
         check_range("t_std", t_std, 0, 100)
         self.p_drop, self.t_std = p_drop, t_std

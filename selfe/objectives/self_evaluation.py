@@ -62,7 +62,7 @@ class SelfEvaluation:
             cond_weights: weights for the conditional evaluation pass.
             null_weights: weights for the unconditional evaluation pass.
             k_cls: weight of the classifier score.
-            aux_start_step: first step of the auxiliary phase; None disables it.
+            aux_start_step: first step of the auxiliary phase; null disables it.
             aux_k_cls: weight of the classifier score in the auxiliary phase (k in s.6).
             aux_k_fake: weight of the fake score in the auxiliary phase (1 - k in s.6).
             aux_loss_weight: weight of the auxiliary loss (s.8).

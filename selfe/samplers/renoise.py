@@ -17,6 +17,10 @@ class Renoise:
     """DDIM with eta (S.3): 0 is deterministic and equals Euler, 1 is ancestral sampling, the paper's setting."""
 
     def __init__(self, eta: float = 1.0):
+        """
+        Args:
+            eta: share of fresh noise in each step.
+        """
         check_range("eta", eta, 0, 1)
         self.eta = eta
 

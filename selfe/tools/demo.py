@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from selfe import compare, config, device
+from selfe import compare, config, device, recorded_run
 from selfe.checkpoint import verify
 from selfe.checkpoint.state import load_weights
 from selfe.inference import prompts
@@ -25,7 +25,6 @@ from selfe.inference.prompt_cache import PromptCache
 from selfe.inference.prompts import SamplingDefaults
 from selfe.io import image_encode
 from selfe.rng import SampleRNG
-from selfe.tools import recorded_run
 from selfe.types import DTYPES, UserError
 
 STRIP = (1, 2, 4, 8)

@@ -29,11 +29,12 @@ class GradGuardConfig:
     if the median loss has not doubled.
     """
 
-    sigmas: float | None = 6.0  # null: only non-finite norms are skipped
-    factor: float = 5.0
-    window: int = 200
-    warmup: int = 50
-    adopt_after: int = 10
+    # a spike also exceeds the median by this number of robust standard deviations; null: skip only non-finite norms
+    sigmas: float | None = 6.0
+    factor: float = 5.0  # a spike exceeds the median of accepted norms by this factor
+    window: int = 200  # number of accepted norms that are compared with
+    warmup: int = 50  # accepted norms of a phase before a norm can be a spike
+    adopt_after: int = 10  # skipped norms in a row, at one level, after which it is the new level
     max_skips: int = 20  # skipped steps in a row after which the run stops
     compare_every: int | None = None  # steps between checks that replicas (trainer.shard_size) have equal weights
 

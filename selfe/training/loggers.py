@@ -23,12 +23,12 @@ from selfe.types import UserError
 class WandbConfig:
     """Weights & Biases settings."""
 
-    mode: Literal["disabled", "offline", "online"] = "disabled"
-    project: str = "selfe"
+    mode: Literal["disabled", "offline", "online"] = "disabled"  # offline runs are uploaded later by `wandb sync`
+    project: str = "selfe"  # name of the project
     entity: str | None = None  # user or team; null: that of the login
-    group: str | None = None
-    tags: tuple[str, ...] = ()
-    name: str | None = None  # null: the name of output_dir
+    group: str | None = None  # name under which wandb groups runs
+    tags: tuple[str, ...] = ()  # labels of the run
+    name: str | None = None  # of the run; null: the name of output_dir
 
 
 class Sink(Protocol):

@@ -15,7 +15,7 @@ from selfe.distributed.collectives import World
 class ProfileConfig:
     """Steps to profile on rank 0. The first steps of a start are not typical: they compile and allocate."""
 
-    steps: tuple[int, ...] = ()  # [first, end): from step `first` up to, but not including, `end`; (): none
+    steps: tuple[int, ...] = ()  # [first, end): from step `first` up to, but not including, `end`; []: none
 
     def __post_init__(self):
         if self.steps and (len(self.steps) != 2 or not 0 <= self.steps[0] < self.steps[1]):

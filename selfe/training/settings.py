@@ -25,9 +25,9 @@ MOST_LR = 10.0
 class BatchPhase:
     """From `step` on: the batch size, and the learning rate that decays linearly to `min_lr` at the last step."""
 
-    step: int
-    lr: float | None = None
-    total_batch_size: int | None = None
+    step: int  # first step of the phase
+    lr: float | None = None  # learning rate at the start of the phase; null: the schedule goes on
+    total_batch_size: int | None = None  # images per step; null: unchanged
 
     def __post_init__(self):
         check_range("step", self.step, 0, MOST_STEPS)
@@ -39,44 +39,50 @@ class BatchPhase:
 class TrainerConfig:
     """Training settings, except for the system and the data. Defaults follow the paper (arXiv 2512.22374, S.2)."""
 
-    output_dir: Path
-    max_steps: int
-    total_batch_size: int
-    micro_batch_size: int  # at most; the largest size that divides the samples of a process is taken
-    phases: tuple[BatchPhase, ...] = ()  # sorted by step
+    output_dir: Path  # folder of the run; a run in it is resumed
+    max_steps: int  # steps of the complete schedule
+    total_batch_size: int  # images per step, over all processes
+    micro_batch_size: int  # images per pass, at most; the largest number that divides those of a process is taken
+    phases: tuple[BatchPhase, ...] = ()  # changes of batch size and learning rate, sorted by step
     stop_step: int | None = None  # stop early; the schedule still ends at max_steps
-    init_from: Path | state.InitFromConfig | None = None  # used only if output_dir has no checkpoint yet
-    lr: float = 3e-4
-    min_lr: float = 1e-5
-    warmup_steps: int = 1000
+    init_from: Path | state.InitFromConfig | None = None  # initial weights; unused if output_dir has a checkpoint
+    lr: float = 3e-4  # learning rate after the warm-up
+    min_lr: float = 1e-5  # learning rate of the last step
+    warmup_steps: int = 1000  # steps in which the learning rate rises linearly to lr
     decay_start: int = 0  # the learning rate stays at lr until this step; ignored if the warm-up ends later
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.01
-    clip_norm: float | None = 1.0  # null: no clipping
-    ema_decay: float = 0.9999
-    ema_warmup: bool = False
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
+    weight_decay: float = 0.01  # of AdamW, on all parameters
+    clip_norm: float | None = 1.0  # largest gradient norm; null: no clipping
+    ema_decay: float = 0.9999  # share of the EMA weights that a step keeps
+    ema_warmup: bool = False  # lower decay in the first steps: at most (1 + step) / (10 + step)
     precision: PrecisionOrAuto = "auto"  # of matrix products; auto: bf16 where the hardware has it, otherwise fp32
     shard_size: int | None = None  # ranks per FSDP shard group, replicated across groups (HSDP); null: all ranks
     shard_text_encoder: bool = False  # shard T5 over the same ranks: less memory, more communication
+    # when FSDP keeps parameters unsharded
     gathering: GatherConfig = GatherConfig()  # noqa: RUF009 - frozen
-    # true: every block; k: every k-th block; selective: every block, but recompute only cheap operations
+    # recompute in the backward pass: every block (true), every k-th (k), or only the cheap operations (selective)
     activation_checkpointing: ActivationCheckpointing = True
     compile: bool = False  # compile each block once for all shapes; takes a minute or more at start-up
     deterministic: bool = False  # bitwise reproducible on accelerators too; slower
     timeout_minutes: float = 10  # all processes are terminated when one makes no progress for this long
-    num_workers: int = 4
+    num_workers: int = 4  # processes that load data, per process of training; 0: load in the training process
+    # which steps are skipped, and when the run stops
     health: GradGuardConfig = GradGuardConfig()  # noqa: RUF009 - frozen
     peak_tflops: float | None = None  # bf16 peak of one device, for MFU; null: looked up by device name
-    log_every: int = 50
-    checkpoint_every: int = 5000
+    log_every: int = 50  # steps between lines of metrics.jsonl
+    checkpoint_every: int = 5000  # steps between checkpoints
+    # which checkpoints are kept
     checkpoints: RetentionPolicy = RetentionPolicy()  # noqa: RUF009 - frozen
-    cells_every: int = 1000  # a multiple of log_every
-    val_every: int = 5000
-    val_batches: int = 1  # each of total_batch_size images
+    cells_every: int = 1000  # steps between heat maps over (t, s); a multiple of log_every
+    val_every: int = 5000  # steps between validations, if data.params.val_manifest is set
+    val_batches: int = 1  # batches per validation, each of total_batch_size images
+    # steps to profile
     profile: ProfileConfig = ProfileConfig()  # noqa: RUF009 - frozen
+    # sample grids during training
     samples: SampleGridConfig = SampleGridConfig()  # noqa: RUF009 - frozen
+    # Weights & Biases
     wandb: WandbConfig = WandbConfig()  # noqa: RUF009 - frozen
-    tensorboard: bool = False
+    tensorboard: bool = False  # also write metrics for TensorBoard
     allow_changes: tuple[str, ...] = ()  # keys of the system in which a resumed run may differ from the run so far
 
     def __post_init__(self):

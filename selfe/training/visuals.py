@@ -23,12 +23,13 @@ from selfe.types import MOST_STEPS, check_range
 class SampleGridConfig:
     """Sample grids during training: a row per prompt, a column per number of steps, always from the same noise."""
 
-    every: int = 5000
-    prompts: tuple[str, ...] = ()
-    num_steps: tuple[int, ...] = (1, 2, 4, 8)
+    every: int = 5000  # steps between sample grids
+    prompts: tuple[str, ...] = ()  # a row each; [] disables sample grids
+    num_steps: tuple[int, ...] = (1, 2, 4, 8)  # numbers of sampling steps, a column each
     size: tuple[int, int] = (256, 256)  # height, width
-    cfg_scale: float = 5.0
-    s_ratio: float = 0.0
+    cfg_scale: float = 5.0  # guidance; 1 is none
+    s_ratio: float = 0.0  # second time of a sampling step: 0 for few steps, 1 as in flow matching
+    # how the images are sampled
     sampler: Sampler = Renoise()  # noqa: RUF009 - stateless
 
     def __post_init__(self):

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from safetensors.torch import save_file
 
-from selfe import compare, config
+from selfe import compare, config, recorded_run
 from selfe.backbones.mmdit import MMDiT
 from selfe.checkpoint import flux, state, verify
 from selfe.encoders.flux_vae import CHANNELS, SCALE, SHIFT, STAGES, FluxVAE
@@ -27,7 +27,6 @@ from selfe.encoders.t5_clip import T5_FOLDER, T5Clip
 from selfe.io import sampling_limits
 from selfe.io.safetensors_files import INDEX, SafetensorsFiles, cached, write
 from selfe.system import System
-from selfe.tools import recorded_run
 from selfe.types import DTYPES, UserError
 
 CODE = Path(__file__).parent / "diffusers_folder"

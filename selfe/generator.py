@@ -1,0 +1,126 @@
+"""Sampling from Python: from a checkpoint to images in memory, without a config or an output folder.
+
+generator = Generator("runs/selfe_2b/checkpoints")
+images = generator.generate(["a red bird on a branch"], num_steps=4, seed=1)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from PIL import Image
+
+from selfe import compare, config, device, recorded_run
+from selfe.checkpoint import state, verify
+from selfe.inference import prompts as prompt_lists
+from selfe.inference.prompt_cache import PromptCache
+from selfe.inference.prompts import SamplingDefaults
+from selfe.io import image_encode
+from selfe.protocols import Sampler
+from selfe.rng import SampleRNG
+from selfe.types import DTYPES, PrecisionOrAuto, UserError
+
+DEFAULTS = SamplingDefaults()
+
+
+class Generator:
+    """A checkpoint on one device, ready to sample. For the same settings, its images are those of `infer.sh`."""
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        config_path: str | Path | None = None,
+        weights: Literal["ema", "live"] = "ema",
+        precision: PrecisionOrAuto = "auto",
+        trust: bool = False,
+    ):
+        """
+        Args:
+            checkpoint: checkpoint directory, or a parent directory (newest is used).
+            config_path: the run's `config.yaml`; None: the one beside the checkpoints.
+            precision: of the denoiser; auto: bf16 where the hardware has it, otherwise fp32.
+            trust: let the config.yaml beside the checkpoints name modules that are not part of this package, which
+                runs their code.
+
+        Raises:
+            UserError: there is no complete checkpoint or no config, or one does not fit the other.
+        """
+        path = verify.find(Path(checkpoint))
+        settings_path = config_path or compare.config_beside(path)
+        if settings_path is None:
+            raise UserError(f"{path}: no config.yaml found beside the checkpoints; pass config_path")
+        settings = recorded_run.load_settings(Path(settings_path), trust=trust or config_path is not None)
+        with torch.device("meta"):
+            self.system = config.build(settings, "system")
+
+        # by default, images have the size of the run's sample grids
+        self.size = settings.get("trainer", {}).get("samples", {}).get("size") or (DEFAULTS.height, DEFAULTS.width)
+
+        self.device = device.choose_device(0)
+        self.net = self.system.backbone.to_empty(device=self.device).requires_grad_(False)
+        self.step = state.load_weights(path, self.net, weights)
+        self.net.to(DTYPES[device.choose_precision(precision, self.device)])
+        self.system.text_encoder = PromptCache(self.system.text_encoder)
+        self.system.load_encoders(self.device)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        num_steps: int = 4,
+        cfg_scale: float = DEFAULTS.cfg_scale,
+        s_ratio: float = DEFAULTS.s_ratio,
+        seed: int = DEFAULTS.seed,
+        sample: int = DEFAULTS.first_sample,
+        height: int | None = None,
+        width: int | None = None,
+        sampler: Sampler = DEFAULTS.sampler,
+        negative_prompt: str = "",
+        batch_size: int = 16,
+    ) -> list[Image.Image]:
+        """One image for each of B prompts, a function of (seed, prompt, sample) and the settings.
+
+        Args:
+            cfg_scale: guidance; 1 is none, and takes half the time.
+            s_ratio: second time of a step: 0 for few steps, 0.5 for one step, 1 as in flow matching.
+            sample: number of the image of this prompt and seed.
+            height: pixels; None: that of the run's sample grids, as for the width.
+            negative_prompt: replaces the null prompt in guidance.
+            batch_size: maximum number of images in a batch.
+
+        Raises:
+            UserError: a prompt is empty or invalid, or a size is not a multiple of the autoencoder's.
+            ValueError: another value is out of range.
+        """
+        settings = SamplingDefaults(
+            num_steps=num_steps,
+            cfg_scale=cfg_scale,
+            s_ratio=s_ratio,
+            seed=seed,
+            first_sample=sample,
+            height=height or self.size[0],
+            width=width or self.size[1],
+            sampler=sampler,
+            negative_prompt=negative_prompt,
+        )
+        requests = prompt_lists.from_list(prompts, settings, self.system.autoencoder.multiple)
+        prompts = [request.prompt for request in requests]
+
+        images = []
+        for first in range(0, len(prompts), batch_size):
+            batch = prompts[first : first + batch_size]
+            images += self.system.generate(
+                self.net,
+                batch,
+                [(settings.height, settings.width)] * len(batch),
+                SampleRNG.of_images([(seed, prompt, sample) for prompt in batch]),
+                sampler=sampler,
+                num_steps=num_steps,
+                cfg_scale=cfg_scale,
+                s_ratio=s_ratio,
+                negative_prompts=[negative_prompt] * len(batch),
+            )
+        return [image_encode.to_image(image) for image in images]

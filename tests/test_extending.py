@@ -1,0 +1,168 @@
+"""The parts of examples/ do what they say, the configs of docs/extending.md run, and so does the Python of the docs."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from selfe import config, flow, infer, train
+from selfe.generator import Generator
+from selfe.rng import SampleRNG
+from selfe.samplers.euler import Euler
+from selfe.types import TextCond, UserError, packed
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+RNG = SampleRNG.of_images([(0, "a", 0), (0, "b", 0)])
+
+
+@pytest.fixture(autouse=True)
+def on_path(monkeypatch) -> None:
+    """As with PYTHONPATH=examples."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+
+
+def fragments(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def latents() -> tuple:
+    """Clean latents and their conditioning: two samples of 4 and 6 tokens with 3 channels."""
+    x0 = packed(torch.randn(10, 3, generator=torch.Generator().manual_seed(0)), [(2, 2), (2, 3)])
+    cond = TextCond(packed(torch.zeros(2, 1), [(1, 1), (1, 1)]), torch.zeros(2, 1))
+    return x0, {"cond": cond}
+
+
+def test_examples_are_short_and_all_are_on_the_page():
+    page = (ROOT / "docs/extending.md").read_text()
+    assert len(EXAMPLES) == 5
+    for path in EXAMPLES:
+        assert len(path.read_text().splitlines()) < 50, path
+        assert f"[examples/{path.name}](../examples/{path.name})" in page
+
+
+def test_huber_matching_is_half_of_flow_matching_for_small_errors():
+    from huber_matching import HuberMatching
+
+    from selfe.objectives.flow_matching import FlowMatching
+
+    def net(x_t, t, s, cond):
+        return 0.1 * x_t.tokens
+
+    x0, conds = latents()
+    squared = FlowMatching()(net, net, x0, conds, RNG, 0).per_sample
+    assert torch.allclose(HuberMatching(delta=1000)(net, net, x0, conds, RNG, 0).per_sample, squared / 2)
+    assert (HuberMatching(delta=0.1)(net, net, x0, conds, RNG, 0).per_sample < squared / 2).all()
+    assert HuberMatching(p_drop=1).captions(["a", "b"], RNG, 0) == {"cond": ["", ""]}
+
+
+def test_characters_encode_a_caption_alone_as_among_others():
+    from characters import Characters
+
+    encoder = Characters(dim=8, max_bytes=4)
+    encoder.load(torch.device("cpu"))
+    cond = encoder(["red", "", "a long caption"])
+    assert cond.text.lens == (3, 1, 4)
+    assert cond.pooled.shape == (3, 8)
+    assert torch.equal(encoder(["a long caption"]).text.tokens, cond.text.split()[2])
+
+
+def test_haar_loses_nothing_and_keeps_norms():
+    from haar import Haar
+
+    autoencoder = Haar()
+    autoencoder.load(torch.device("cpu"))
+    images = [torch.randn(3, 4, 6), torch.randn(3, 2, 2)]
+    tokens = autoencoder.encode(images, RNG)
+    assert tokens.grids == ((2, 3), (1, 1))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(autoencoder.decode(tokens), images, strict=True))
+    assert torch.allclose(tokens.tokens.norm() ** 2, sum(image.norm() ** 2 for image in images))
+    assert autoencoder.noise([(4, 6), (2, 2)], RNG).grids == tokens.grids
+
+
+def test_adams_bashforth_is_closer_to_the_solution_than_euler():
+    from multistep import AdamsBashforth
+
+    noise, _ = latents()
+    noise = noise.with_tokens(noise.tokens.double())
+
+    def denoise(x, t, s):
+        return x.tokens  # dx/dt = x, whose solution at t = 0 is x(1) / e
+
+    t, s = flow.sampling_times(16, 0, noise)
+    errors = [
+        (sampler(denoise, noise, t, s, RNG) - noise.tokens / np.e).abs().max()
+        for sampler in (Euler(), AdamsBashforth(blend=0), AdamsBashforth())
+    ]
+    assert errors[0] == errors[1]
+    assert errors[2] < errors[0] / 8
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory) -> Path:
+    """A run of two steps and a sampling job with all fragments of the page at once."""
+    folder = tmp_path_factory.mktemp("extended")
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 8, 8, 3), np.uint8)
+    np.savez(folder / "arrays.npz", images=pixels, captions=[f"image {number}" for number in range(6)])
+
+    settings = {"base": str(ROOT / "configs/mini/base.yaml")}
+    for fragment in fragments("docs/extending.md", "yaml"):
+        settings = config.merge(settings, yaml.safe_load(fragment))
+    settings["inferencer"] |= {"ckpt_dir": f"{folder}/run/checkpoints", "output_dir": f"{folder}/images"}
+    settings["inferencer"]["defaults"] |= {"num_steps": [2], "height": 8, "width": 8, "cfg_scale": 1.5}
+    settings["inferencer"] |= {"prompts": ["image 1", "another"], "precision": "fp32"}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+
+    trainer = {"output_dir": f"{folder}/run", "max_steps": 2, "total_batch_size": 4, "micro_batch_size": 4}
+    trainer |= {"warmup_steps": 1, "decay_start": 1, "precision": "fp32"}
+    overrides = [f"trainer.{key}={value}" for key, value in trainer.items()]
+    overrides.append(f"data.params.train_manifest={folder}/arrays.npz")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "examples")
+        train.main([str(folder / "config.yaml"), *overrides])
+        infer.main([str(folder / "config.yaml"), *overrides])
+    return folder
+
+
+def test_the_configs_of_the_page_train_and_sample(extended):
+    recorded = config.load(extended / "run" / "config.yaml")
+    modules = config.modules(recorded)
+    for path in EXAMPLES:
+        assert any(module.startswith(f"{path.stem}.") for module in modules), path
+    assert len(list((extended / "images").glob("*.png"))) == 2
+
+
+def test_the_generator_makes_the_images_of_the_sampling_job(extended):
+    from multistep import AdamsBashforth
+
+    checkpoints = extended / "run" / "checkpoints"
+    with pytest.raises(UserError, match="is not part of selfe"):
+        Generator(checkpoints)
+
+    generator = Generator(checkpoints, precision="fp32", trust=True)
+    settings = {"num_steps": 2, "height": 8, "width": 8, "cfg_scale": 1.5, "sampler": AdamsBashforth()}
+    images = generator.generate(["image 1", "another"], **settings)
+    files = sorted((extended / "images").glob("*.png"))
+    expected = sorted(np.asarray(Image.open(file)).tobytes() for file in files)
+    assert sorted(np.asarray(image).tobytes() for image in images) == expected
+
+    one_by_one = generator.generate(["image 1", "another"], **settings, batch_size=1)
+    assert [image.tobytes() for image in one_by_one] == [image.tobytes() for image in images]
+    with pytest.raises(ValueError, match="num_steps"):
+        generator.generate(["x"], num_steps=0)
+
+
+@pytest.mark.parametrize("page", ["docs/sampling.md"])
+def test_the_python_of_the_docs_runs(extended, page, monkeypatch, tmp_path):
+    (program,) = fragments(page, "python")
+    assert 'Generator("runs/' in program
+    monkeypatch.chdir(tmp_path)
+    program = re.sub(r'Generator\("[^"]*"\)', f'Generator("{extended}/run/checkpoints", trust=True)', program)
+    program = re.sub(r"(height|width)=\d+", r"\1=8", program)
+    exec(compile(program, page, "exec"), {})
+    assert [Image.open(path).size for path in tmp_path.glob("*.png")]
