@@ -147,7 +147,7 @@ def plan(parser: argparse.ArgumentParser) -> None:
 
 
 def check_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("manifest", type=path, help="a TSV file, or a pattern of tar files in quotes")
+    parser.add_argument("manifest", type=path, help="a .tsv, .csv or .jsonl file, or a pattern of tar files in quotes")
     parser.add_argument("--base-dir", type=path, default=Path(), help="folder that relative image paths start from")
     parser.add_argument("--workers", type=at_least(0), default=4, help="reader processes; 0: read in this process")
     parser.add_argument("--write-clean", type=path, metavar="OUT", help="write the valid lines, with image sizes")
@@ -174,7 +174,7 @@ def precompute(parser: argparse.ArgumentParser) -> None:
 
 
 def make_shards(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("manifest", type=path)
+    parser.add_argument("manifest", type=path, help="a .tsv, .csv or .jsonl file")
     parser.add_argument("--base-dir", type=path, default=Path(), help="folder that relative image paths start from")
     parser.add_argument("--out", type=path, required=True, help="folder for the tar files")
     parser.add_argument("--prefix", default="train", help="tar files are named PREFIX-000000.tar and so on")

@@ -34,6 +34,7 @@ RECORD = np.dtype([tuple(field.split(":")) for field in FIELDS.split()])
 IMAGES = image_decode.SUFFIXES | {"img"}  # `make-shards` calls files of other suffixes .img
 CAPTIONS = ("txt", "caption", "json")  # in order of preference; of a .json, its "caption" counts
 AGAIN = "write the shard again"
+NOT_SHARDS = {".tsv", ".csv", ".jsonl", ".parquet", ".arrow"}
 MAX_TARS = 1_000_000  # files that a brace pattern may name
 
 
@@ -309,7 +310,19 @@ def matching_files(pattern: Path) -> list[Path]:
         raise UserError(f"{pattern}: no such tar file; set data.params.train_manifest to a pattern such as a/b-*.tar")
     if missing:
         raise UserError(f"{pattern}: {len(missing)} of {len(names)} files are missing, the first is {missing[0]}")
-    return sorted({Path(path) for paths in matches.values() for path in paths})
+
+    files = sorted({Path(path) for paths in matches.values() for path in paths})
+    if folder := next((path for path in files if path.is_dir()), None):
+        raise UserError(
+            f"{folder}: is a folder; give a pattern such as {folder}/*.tar. selfe make-manifest SOURCE --shards DIR "
+            "writes shards of the images of a folder and of other sources"
+        )
+    if other := next((path for path in files if path.suffix.lower() in NOT_SHARDS), None):
+        raise UserError(
+            f"{other}: is not a tar file; manifests are read by data.module=selfe.data.manifest.ManifestData, and "
+            "selfe make-manifest SOURCE --shards DIR writes shards"
+        )
+    return files
 
 
 def expand_braces(pattern: str) -> list[str]:

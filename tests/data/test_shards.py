@@ -230,3 +230,10 @@ def test_a_tar_that_changes_is_indexed_again(tmp_path):
     tar(tmp_path / "y.tar", [("a.jpg", b"nothing"), ("a.txt", b"three")])
     with pytest.raises(BadSample, match=r"y\.tar"):
         ShardData(str(tmp_path / "*.tar"))
+
+
+@pytest.mark.parametrize(("name", "message"), [("", "is a folder; .*make-manifest"), ("a.csv", "is not a tar file")])
+def test_other_sources_given_as_shards_name_what_reads_them(tmp_path, name, message):
+    (tmp_path / "a.csv").write_text("path,caption")
+    with pytest.raises(UserError, match=message):
+        ShardData(tmp_path / name)
