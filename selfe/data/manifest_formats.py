@@ -84,6 +84,13 @@ def detect(path: Path) -> Format:
         return Tsv(skip_bom(file))
 
 
+def check_tsv_name(path: Path, option: str) -> None:
+    """Raise UserError if a TSV manifest with this name would be read as another format."""
+    if path.suffix.lower() in (".csv", ".tar", *JSON_LINES, *CONVERTED):
+        name = path.with_suffix(".tsv")
+        raise UserError(f"{option} {path}: a TSV file is written, and would be read as {path.suffix}; use {name}")
+
+
 def records(file: BinaryIO, format: Format) -> Iterator[tuple[int, int, bytes]]:
     """(position in bytes, number of its first line from 1, record) of each record that is not blank."""
     file.seek(0)

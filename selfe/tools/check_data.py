@@ -20,7 +20,7 @@ import numpy as np
 from selfe import log
 from selfe.data.buckets import Buckets
 from selfe.data.dataset import BYTES_PER_TOKEN
-from selfe.data.manifest_formats import ENCLOSED, Format, Tsv, detect, records
+from selfe.data.manifest_formats import ENCLOSED, Format, Tsv, check_tsv_name, detect, records
 from selfe.data.shards import Sample, describe_unused, matching_files, read_caption, read_samples
 from selfe.io import image_decode
 from selfe.io.text_files import in_csv_quotes
@@ -289,6 +289,9 @@ def main(options: argparse.Namespace) -> None:
     else:
         files, items = [options.manifest], read_records(options.manifest, format)
     total = sum(file.stat().st_size for file in files)
+
+    if options.write_clean:
+        check_tsv_name(options.write_clean, "--write-clean")
 
     # valid lines go to a temporary file that is renamed when complete
     partial = options.write_clean and options.write_clean.with_suffix(".partial")

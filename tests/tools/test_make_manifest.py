@@ -165,6 +165,13 @@ def test_a_folder_becomes_shards_with_the_same_images(folder, tmp_path, capsys):
     assert [path.name for path in tmp_path.glob("shards*")] == ["shards"]
 
 
+def test_a_manifest_is_not_written_under_the_name_of_another_format(folder, tmp_path):
+    for command in (["make-manifest", str(folder), "--out"], ["check-data", str(tmp_path / "m.tsv"), "--write-clean"]):
+        (tmp_path / "m.tsv").write_text("a.png\tx\n")
+        with pytest.raises(UserError, match=r"a TSV file is written, and would be read as .csv; use .*out.tsv"):
+            cli.run([*command, str(tmp_path / "out.csv")])
+
+
 def test_sources_that_are_none_are_one_line(folder, tmp_path):
     (tmp_path / "t.csv").write_text("path,caption\na.png,x\n")
     for sources, message in {

@@ -17,8 +17,9 @@ from itertools import chain, count, islice
 from pathlib import Path
 
 from selfe import log
-from selfe.data.manifest_formats import Tsv, check_fields
+from selfe.data.manifest_formats import Tsv, check_fields, check_tsv_name
 from selfe.io import image_decode
+from selfe.io.text_files import CONTROL
 from selfe.tools import make_shards
 from selfe.tools.make_manifest import sources
 from selfe.tools.make_manifest.sources import Notes, Row
@@ -54,8 +55,8 @@ class Summary:
 
 
 def show(line: str) -> None:
-    """Print a line; file names that are not UTF-8 with escapes."""
-    log.print_line(line.encode(errors="backslashreplace").decode())
+    """Print a line; control characters, and bytes of file names that are not UTF-8, with escapes."""
+    log.print_line(CONTROL.sub(lambda match: repr(match[0])[1:-1], line))
 
 
 def read_all(options: argparse.Namespace, notes: Notes) -> Iterator[Row | BadSample]:
@@ -168,6 +169,9 @@ def main(options: argparse.Namespace) -> None:
     out = options.out or options.shards
     if out.resolve() in [source.resolve() for source in options.sources]:
         raise UserError(f"{out}: is what is read; choose another --out or --shards")
+
+    if options.out:
+        check_tsv_name(options.out, "--out")
 
     notes, summary = Notes(), Summary()
     rows = read_all(options, notes)
