@@ -106,6 +106,9 @@ class Generator:
             sampler=sampler,
             negative_prompt=negative_prompt,
         )
+        for name in ("num_steps", "cfg_scale", "s_ratio"):
+            if isinstance(getattr(settings, name), (tuple, list)):
+                raise ValueError(f"{name}: give one value, got {getattr(settings, name)}")
         requests = prompt_lists.from_list(prompts, settings, self.system.autoencoder.multiple)
         prompts = [request.prompt for request in requests]
 

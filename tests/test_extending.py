@@ -153,8 +153,9 @@ def test_the_generator_makes_the_images_of_the_sampling_job(extended):
 
     one_by_one = generator.generate(["image 1", "another"], **settings, batch_size=1)
     assert [image.tobytes() for image in one_by_one] == [image.tobytes() for image in images]
-    with pytest.raises(ValueError, match="num_steps"):
-        generator.generate(["x"], num_steps=0)
+    for num_steps in (0, [1, 2]):
+        with pytest.raises(ValueError, match="num_steps"):
+            generator.generate(["x"], num_steps=num_steps)
 
 
 @pytest.mark.parametrize("page", ["docs/sampling.md"])

@@ -173,10 +173,13 @@ def test_a_manifest_is_not_written_under_the_name_of_another_format(folder, tmp_
 
 
 def test_sources_that_are_none_are_one_line(folder, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train-0.parquet").write_bytes(b"PAR1")
     (tmp_path / "t.csv").write_text("path,caption\na.png,x\n")
     for sources, message in {
         (tmp_path / "none",): "no such file or folder",
         (folder, tmp_path / "t.csv"): "give a folder alone",
+        (tmp_path / "data",): "has no images but parquet files; give these instead, such as .*/data/train-",
     }.items():
         with pytest.raises(UserError, match=message):
             cli.run(["make-manifest", *map(str, sources), "--out", str(tmp_path / "m.tsv")])

@@ -65,10 +65,10 @@ class Row:
 
 @dataclass
 class Notes:
-    """What is not used and is no sample: texts with counts, for the summary."""
+    """For the summary: what is used of each table, and what is neither an image nor a caption that is used."""
 
     lines: list[str] = field(default_factory=list)
-    others: Counter = field(default_factory=Counter)  # files of a folder, by kind
+    others: Counter = field(default_factory=Counter)  # number of files or folders, by kind
 
 
 Rows = Iterator[Row | BadSample]
@@ -286,6 +286,8 @@ def folder_rows(root: Path, options: Options, notes: Notes) -> Rows:
     files = list_files(root, notes)
     images = [path for path in files if path.suffix[1:].lower() in IMAGES]
     captions = {path for path in files if path.suffix.lower() in CAPTIONS}
+    if not images and notes.others[PARQUET]:
+        raise UserError(f"{root}: has no images but parquet files; give these instead, such as {root}/train-*.parquet")
     listed, problems = read_metadata(root, files, options, notes)
     yield from problems
 
