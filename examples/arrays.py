@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from selfe.data.dataset import BucketedDataset
-from selfe.types import UserError
+from selfe.errors import UserError
 
 
 class ArrayData(BucketedDataset):  # order, epochs, buckets, mixing and resuming

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
+from selfe.errors import BadSample, UserError
 from selfe.io import image_decode
-from selfe.types import BadSample, UserError
 
 try:
     import pyvips

@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
 from selfe import errors
+from selfe.errors import UserError
 
 PROCESSES = """\
 arguments
@@ -26,18 +28,30 @@ environment
                             and the address and a free port of the machine with rank 0. Without NNODES, nothing
                             listens on the network.
   MAX_RESTARTS              how often failed processes are restarted before giving up (default 0)
-  GRACE_SECONDS             time a run has to finish its step and save after a stop signal (default 600)
-  OMP_NUM_THREADS           CPU threads per process (default: CPU cores divided by processes)
+{grace}  OMP_NUM_THREADS           CPU threads per process (default: CPU cores divided by processes)
 {signals}
 exit codes
   0 done; 1 internal error, with its traceback; 2 user error, reported in one line;
   128 + n terminated by signal n (Ctrl-C: 130, SIGTERM: 143, SIGUSR1: 138). All processes exit together.
+"""
+GRACE = """\
+  GRACE_SECONDS             time a run has to finish its step and save after a stop signal (default 600)
 """
 SIGNALS = """
 signals
   Ctrl-C, SIGTERM and SIGUSR1 let a training run finish its step and save; run the same command again to resume.
   A second Ctrl-C terminates it immediately.
 """
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports wrong usage in one line, as any other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        is_flag = message.startswith("unrecognized arguments: -") and "key=value" in self.format_usage()
+        remedy = "keys of the config are written key=value, such as trainer.lr=1e-4; " if is_flag else ""
+        print(f"selfe: error: {message}; {remedy}see {self.prog} --help", file=sys.stderr)
+        sys.exit(2)
 
 
 @dataclass(frozen=True)
@@ -48,12 +62,29 @@ class Verb:
     summary: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     epilog: str = ""
+    sections: tuple[str, ...] = ()  # of its CONFIG, which it needs
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a verb and exit: a user error is one line and exit code 2."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        check_config(options)
+    except UserError as error:
+        print(f"selfe: error: {error}", file=sys.stderr)
+        sys.exit(2)
     import_module("selfe.launch").worker(lambda: call(options))
+
+
+def check_config(options: argparse.Namespace) -> None:
+    """Check the config of a verb that has one, before torch is imported, which takes seconds. Raises UserError."""
+    sections = VERBS[options.verb].sections
+    if not sections:
+        return
+    config = import_module("selfe.config")  # slower to import than help should be
+    has_processes = hasattr(options, "rest")
+    _, overrides = config.parse_command(options.config, options.rest if has_processes else ())
+    config.check(options.config, overrides if has_processes else options.overrides, sections, options.verb != "plan")
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -82,7 +113,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         sys.exit(2)
 
     verb = VERBS[name]
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"selfe {name}",
         description=verb.summary,
         epilog=verb.epilog or None,
@@ -253,18 +284,21 @@ def doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-dir", type=path, default=Path("runs"), help="where runs are written (default: runs)")
 
 
+TRAINING = ("system", "data", "trainer")
 VERBS = {
     "train": Verb(
         "selfe.launch",
         "Train. Run the same command again to resume an interrupted run from its newest checkpoint.",
         processes,
-        PROCESSES.format(override="trainer.lr=2e-4", signals=SIGNALS),
+        PROCESSES.format(override="trainer.lr=2e-4", grace=GRACE, signals=SIGNALS),
+        TRAINING,
     ),
     "infer": Verb(
         "selfe.launch",
         "Generate images from a checkpoint. Run the same command again to finish an interrupted job.",
         processes,
-        PROCESSES.format(override="""'inferencer.prompts=["a red bird on a branch"]'""", signals=""),
+        PROCESSES.format(override="""'inferencer.prompts=["a red bird on a branch"]'""", grace="", signals=""),
+        ("system", "inferencer"),
     ),
     "plan": Verb(
         "selfe.tools.plan.command",
@@ -272,6 +306,7 @@ VERBS = {
         plan,
         "FLOPs and memory are those of the real training step, run on torch's meta device; per-rank shares are those\n"
         "of real FSDP2 under torch's fake process group.",
+        TRAINING,
     ),
     "check-data": Verb(
         "selfe.tools.check_data",
@@ -286,6 +321,7 @@ VERBS = {
         "Run the same command again to resume, on any number of processes:\n"
         "  torchrun --nproc-per-node 8 -m selfe precompute CONFIG --out DIR\n"
         "OUT/config.yaml trains from the cache.",
+        TRAINING,
     ),
     "make-manifest": Verb(
         "selfe.tools.make_manifest.command",
@@ -328,6 +364,7 @@ VERBS = {
         "environment\n  VERIFY_STEPS   number of steps (default 8)\n"
         "  VERIFY_SEED    seed for the time of the kill (random by default, and printed)\n\n"
         "Needs disk space for four checkpoints next to the config's output_dir.",
+        TRAINING,
     ),
     "demo": Verb("selfe.tools.demo", "Serve a page on this machine to try a checkpoint in a browser.", demo),
     "gallery": Verb("selfe.gallery.build", "Build the offline HTML gallery of one or several sampling jobs.", gallery),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from selfe import config
-from selfe.types import UserError
+from selfe.errors import UserError
 
 PARTS = ("backbone", "text_encoder", "autoencoder")  # of a system; the objective only matters in training
 

@@ -17,23 +17,66 @@ from dataclasses import is_dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
 import typing_extensions
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from selfe.protocols import Data
-from selfe.types import UserError
+from selfe import signatures
+from selfe.errors import UserError
 
 SECTIONS = {
     "system": "selfe.system.System",
     "trainer": "selfe.training.settings.TrainerConfig",
     "inferencer": "selfe.infer.Inferencer",
 }
-ROOT = {"seed": int, "data": Data} | SECTIONS
+DATA = "selfe.protocols.Data"
+PRETRAINED = ("selfe.encoders.t5_clip.T5Clip", "selfe.encoders.flux_vae.FluxVAE")
+ROOT = ("seed", "data", *SECTIONS)
 PLAIN = (int, float, str, bool, Path, types.NoneType)
+
+# keys of other programs, and what they are called here
+ALIASES = {
+    "learning_rate": "lr",
+    "min_learning_rate": "min_lr",
+    "batch_size": "total_batch_size",
+    "global_batch_size": "total_batch_size",
+    "train_batch_size": "micro_batch_size",
+    "per_device_batch_size": "micro_batch_size",
+    "steps": "max_steps",
+    "num_steps": "max_steps",
+    "max_train_steps": "max_steps",
+    "train_steps": "max_steps",
+    "iterations": "max_steps",
+    "output": "output_dir",
+    "out": "output_dir",
+    "output_path": "output_dir",
+    "logdir": "output_dir",
+    "warmup": "warmup_steps",
+    "lr_warmup_steps": "warmup_steps",
+    "wd": "weight_decay",
+    "grad_clip": "clip_norm",
+    "max_grad_norm": "clip_norm",
+    "mixed_precision": "precision",
+    "dtype": "precision",
+    "save_every": "checkpoint_every",
+    "checkpointing_steps": "checkpoint_every",
+    "save_steps": "checkpoint_every",
+    "gradient_checkpointing": "activation_checkpointing",
+    "resume": "init_from",
+    "resume_from": "init_from",
+    "checkpoint": "ckpt_dir",
+    "ckpt": "ckpt_dir",
+    "guidance": "cfg_scale",
+    "guidance_scale": "cfg_scale",
+    "prompt": "prompts",
+    "manifest": "train_manifest",
+    "data_dir": "base_dir",
+    "image_dir": "base_dir",
+    "resolution": "pixels",
+}
 
 
 class Problem(Exception):
@@ -65,6 +108,79 @@ def load(path: str | Path, overrides: Sequence[str] = (), trust: bool = True) ->
         raise UserError(f"{source(layers, problem.path)}: {problem}") from problem
 
 
+def check(path: str | Path, overrides: Sequence[str], sections: Sequence[str], files: bool = True) -> None:
+    """Check a config as far as source files tell: nothing is imported, so this takes a fraction of a second.
+
+    Args:
+        path: the config file.
+        overrides: `key=value` arguments.
+        sections: the sections that the program needs.
+        files: whether manifests, pretrained weights, the prompt file and the checkpoint must be there.
+
+    Raises UserError, which names the file and the key path.
+    """
+    layers = read_layers(path, overrides)
+    resolved = resolve_layers(layers)
+    try:
+        for key, value in resolved.items():
+            visit_root(key, value, build=False, find=signatures.find)
+        for section in sections:
+            if section not in resolved:
+                raise UserError(missing_section(section))
+            if files:
+                check_files(resolved[section], section)
+        if files and "trainer" in sections:
+            check_weights(resolved["system"])
+    except Problem as problem:
+        raise UserError(f"{source(layers, problem.path)}: {problem}") from problem
+
+
+def check_files(section: dict, path: str) -> None:
+    """Raise Problem if a file that a section names with a key of this package does not exist."""
+    if path == "inferencer":
+        expect_file(section.get("ckpt_dir"), f"{path}.ckpt_dir", "no such checkpoint directory")
+        if not section.get("prompts"):
+            expect_file(section.get("defaults", {}).get("prompt_file"), f"{path}.defaults.prompt_file")
+
+    # `source` is the data behind a cache; classes of others may name anything by their keys
+    part, path = section, f"{path}.params"
+    while str(part.get("module")).startswith("selfe.data."):
+        params = part.get("params") or {}
+        expect_manifest(params.get("val_manifest"), f"{path}.val_manifest")
+        train = params.get("train_manifest")
+        for number, entry in enumerate(train if isinstance(train, list) else ()):
+            expect_manifest(entry["manifest"], f"{path}.train_manifest[{number}].manifest")
+        if not isinstance(train, list):
+            expect_manifest(train, f"{path}.train_manifest")
+        part, path = params.get("source", {}), f"{path}.source.params"
+
+
+def expect_manifest(value: str | None, path: str) -> None:
+    """As `expect_file`; a manifest must not be a folder either."""
+    expect_file(value, path)
+    if value and expand(value, path).is_dir():
+        raise Problem(path, f"{value}: is a folder; a manifest is a file, selfe make-manifest makes one (docs/data.md)")
+
+
+def expect_file(value: str | None, path: str, problem: str = "no such file") -> None:
+    """Raise Problem if there is nothing at a path; patterns and values that are not set are not checked."""
+    if value and not re.search(r"[*?\[{]", value) and not expand(value, path).exists():
+        raise Problem(path, f"{value}: {problem}; relative paths start from {os.getcwd()}")
+
+
+def check_weights(system: dict) -> None:
+    """Raise Problem if a pretrained encoder of a training config has no weights to load."""
+    for name in ("text_encoder", "autoencoder"):
+        part = system.get(name, {})
+        params = part.get("params") or {}
+        if part.get("module") in PRETRAINED and not params.get("skip_pretrained") and not params.get("cache_dir"):
+            raise Problem(
+                f"system.{name}.params.cache_dir",
+                "SELFE_CACHE_DIR is not set; set it to the directory of the weights, run "
+                "scripts/cache_pretrained_only.sh, or set SELFE_SKIP_PRETRAINED=1 for random weights",
+            )
+
+
 def resolve(path: str | Path, overrides: Sequence[str] = ()) -> dict:
     """The merged and resolved settings of a file, not checked: nothing that they name is imported. Raises UserError."""
     return resolve_layers(read_layers(path, overrides))
@@ -88,7 +204,7 @@ def modules(tree: Any) -> list[str]:
 def build(settings: dict, section: str) -> Any:
     """Build the object of a section of loaded settings. Raises UserError."""
     if section not in settings:
-        raise UserError(f"{section}: this section is missing; add it, or name a base file that has it")
+        raise UserError(missing_section(section))
     try:
         return visit_root(section, settings[section], build=True)
     except Problem as problem:
@@ -128,7 +244,32 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-# ---- files ----
+def missing_section(section: str) -> str:
+    return f"{section}: this section is missing; add it, or name a base file that has it"
+
+
+# ---- command line and files ----
+
+
+def parse_command(path: str, rest: Sequence[str]) -> tuple[int | None, list[str]]:
+    """CONFIG and [NGPUS] [key=value ...] -> number of processes, None for the default, and overrides.
+
+    Raises UserError.
+    """
+    rest, num_processes = list(rest), None
+    if Path(path).is_dir():
+        raise UserError(f"{path}: is a folder; the first argument is a YAML file, see --help")
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such config file; the first argument is a YAML file, see --help")
+
+    # NGPUS is optional: the first argument without "="
+    if rest and "=" not in rest[0]:
+        if not rest[0].isdecimal() or int(rest[0]) < 1:
+            raise UserError(f"NGPUS: {rest[0]!r} is not a number of at least 1; see --help")
+        num_processes = int(rest.pop(0))
+    if wrong := [argument for argument in rest if "=" not in argument]:
+        raise UserError(f"{wrong[0]!r} is not key=value; see --help")
+    return num_processes, rest
 
 
 def read_layers(path: str | Path, overrides: Sequence[str]) -> list[tuple[str, dict]]:
@@ -251,20 +392,26 @@ def matched(tree: Any, path: str) -> int:
 # ---- schema: one traversal that checks values and, if `build`, constructs objects ----
 
 
-def visit_root(key: str, value: Any, build: bool) -> Any:
+Find = Callable[[str], Any]  # the class of a dotted path, imported or read from its source
+
+
+def visit_root(key: str, value: Any, build: bool, find: Find | None = None) -> Any:
     """A top-level section. Raises Problem, as do the functions below."""
     if key not in ROOT:
         if "." in str(key):
             raise Problem(key, "unknown section; keys with dots are for the command line, nest them in a file")
-        raise Problem(key, f"unknown section{suggest(key, list(ROOT))}")
-    wanted = ROOT[key]
-    if isinstance(wanted, str):
-        return call(named(wanted, key), value, key, build)
-    return visit(value, wanted, key, build)
+        raise Problem(key, f"unknown section{suggest_section(str(key))}")
+    if key == "seed":
+        return visit(value, int, key, build)
+    if key == "data":
+        return swap(value, named(DATA, key, find), key, build)
+    return call(named(SECTIONS[key], key, find), value, key, build)
 
 
 def visit(value: Any, wanted: Any, path: str, build: bool) -> Any:
     """`value` as annotated by `wanted`: plain values are coerced, parts checked and, if `build`, constructed."""
+    if wanted is Any:
+        return value
     origin, arguments = get_origin(wanted), get_args(wanted)
     if origin in (Union, types.UnionType):
         return visit_union(value, arguments, path, build)
@@ -283,7 +430,7 @@ def visit(value: Any, wanted: Any, path: str, build: bool) -> Any:
     # plain value, section, swappable part
     if wanted in PLAIN:
         return coerce(value, wanted, path)
-    if is_dataclass(wanted):
+    if is_dataclass(wanted) or (signatures.is_source_class(wanted) and wanted.is_dataclass()):
         return call(wanted, value, path, build)
     return swap(value, wanted, path, build)
 
@@ -354,8 +501,11 @@ def swap(value: Any, wanted: Any, path: str, build: bool) -> Any:
     for key in value:
         if key not in ("module", "params"):
             raise Problem(f"{path}.{key}", "unknown key; a part has the keys module and params")
-    kind = named(value["module"], f"{path}.module")
-    expect_offers(kind, wanted, f"{path}.module")
+    if signatures.is_source_class(wanted):
+        kind = named(value["module"], f"{path}.module", signatures.find)
+    else:
+        kind = named(value["module"], f"{path}.module")
+        expect_offers(kind, wanted, f"{path}.module")
     built = call(kind, value.get("params") or {}, f"{path}.params", build)
     if not build:
         return {"module": value["module"], "params": built}
@@ -390,18 +540,19 @@ def call(target: Callable, values: Any, path: str, build: bool) -> Any:
         raise Problem(path, f"expected a mapping of keys, got {values!r}")
 
     # unknown keys, then missing ones; ??? marks a value that another file has to set
-    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    parameters = {name: p for name, p in inspect.signature(target).parameters.items() if name != "self"}
+    parameters = None if target is Any else signatures.of(target)
+    if parameters is None:
+        return values  # known after the import
     for key in values:
         if key not in parameters:
             hint = "; nest keys instead of writing dots" if "." in str(key) else suggest(key, list(parameters))
             raise Problem(f"{path}.{key}", f"unknown key{hint}")
     given = {key: value for key, value in values.items() if value != "???"}
     for name, parameter in parameters.items():
-        if parameter.default is parameter.empty and name not in given:
+        if parameter.required and name not in given:
             raise Problem(f"{path}.{name}", "missing; this key has no default, give it a value")
 
-    arguments = {key: visit(value, hints[key], f"{path}.{key}", build) for key, value in given.items()}
+    arguments = {key: visit(value, parameters[key].type, f"{path}.{key}", build) for key, value in given.items()}
     if not build:
         return arguments
     try:
@@ -412,21 +563,44 @@ def call(target: Callable, values: Any, path: str, build: bool) -> Any:
         raise Problem(path, str(error)) from error
 
 
-def named(dotted: str, path: str) -> Callable:
-    """Import `package.module.Name`."""
-    module, _, name = dotted.rpartition(".")
+def named(dotted: str, path: str, find: Find | None = None) -> Any:
+    """The class of a dotted path `package.module.Name`, by default by importing it."""
     try:
-        return getattr(import_module(module), name)
+        return (find or imported)(dotted)
     except ImportError as error:
-        raise Problem(path, f"cannot import {dotted}: {error}") from error
+        package = dotted.partition(".")[0]
+        remedy = f"; is the folder of {package} in PYTHONPATH?" if error.name == package else ""
+        raise Problem(path, f"cannot import {dotted}: {error}{remedy}") from error
     except (AttributeError, ValueError) as error:
-        raise Problem(path, f"{dotted!r} is not the dotted path of a class: {error}") from error
+        hint = suggest_class(dotted) if isinstance(error, AttributeError) else ""
+        raise Problem(path, f"{dotted!r} is not the dotted path of a class: {error}{hint}") from error
+
+
+def imported(dotted: str) -> Any:
+    """What a dotted path names. Raises ImportError, AttributeError or ValueError."""
+    module, _, name = dotted.rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def suggest_class(dotted: str) -> str:
+    """The nearest name of a module that exists, to append to an error message."""
+    module, _, name = dotted.rpartition(".")
+    close = get_close_matches(name, signatures.names(module), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def suggest(key: Any, valid: list[str]) -> str:
     """The nearest valid key, or all of them, to append to an error message."""
-    close = get_close_matches(str(key), valid, n=1)
+    alias = ALIASES.get(str(key))
+    close = [alias] if alias in valid else get_close_matches(str(key), valid, n=1)
     return f"; did you mean {close[0]}?" if close else f"; valid keys: {', '.join(valid)}"
+
+
+def suggest_section(key: str) -> str:
+    """As `suggest`, for the top level, where a key may belong to a section."""
+    name = ALIASES.get(key, key)
+    owners = [section for section in SECTIONS if name in (signatures.of(signatures.find(SECTIONS[section])) or ())]
+    return f"; did you mean {owners[0]}.{name}?" if owners else suggest(key, list(ROOT))
 
 
 def mismatch(value: Any, wanted: Any, path: str) -> Problem:

@@ -1,4 +1,4 @@
-"""Errors of the operating system as one line: what, which path, how to fix it. Used at the border of every command."""
+"""Errors that end a command with one line: what, where, how to fix it. Also those of the operating system."""
 
 from __future__ import annotations
 
@@ -8,6 +8,26 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+class UserError(ValueError):
+    """An error the user can fix. The message is one line: where, what, how to fix it. Exit code 2."""
+
+
+class PeerFailure(RuntimeError):
+    """Another process of the job has failed, so this one cannot go on. The message is one line. Exit code 1."""
+
+
+class BadSample(UserError):
+    """An image or a manifest line that cannot be used; `kind` is a short category for counting."""
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple:
+        return BadSample, (self.kind, str(self))
+
 
 REMEDIES = {
     errno.ENOSPC: "free some space, or choose another folder; then run the same command again",

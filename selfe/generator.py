@@ -15,13 +15,14 @@ from PIL import Image
 
 from selfe import compare, config, device, recorded_run
 from selfe.checkpoint import state, verify
+from selfe.errors import UserError
 from selfe.inference import prompts as prompt_lists
 from selfe.inference.prompt_cache import PromptCache
 from selfe.inference.prompts import SamplingDefaults
 from selfe.io import image_encode
 from selfe.protocols import Sampler
 from selfe.rng import SampleRNG
-from selfe.types import DTYPES, PrecisionOrAuto, UserError
+from selfe.types import DTYPES, PrecisionOrAuto
 
 DEFAULTS = SamplingDefaults()
 

@@ -27,16 +27,18 @@ from selfe.checkpoint import state, verify
 from selfe.device import choose_precision, device_name
 from selfe.distributed import activation_checkpoint, collectives
 from selfe.distributed.collectives import World
+from selfe.errors import UserError
 from selfe.gallery import build
 from selfe.inference import job, prompts
 from selfe.inference.job import ImageSpec, Layout, Weights
 from selfe.inference.prompt_cache import PromptCache
 from selfe.inference.prompts import Request, SamplingDefaults
 from selfe.io import image_encode
+from selfe.io.folder_lock import removed_on_failure
 from selfe.io.image_encode import Format
 from selfe.rng import SampleRNG
 from selfe.system import System
-from selfe.types import DTYPES, MOST_SAMPLES, PrecisionOrAuto, UserError, check_range
+from selfe.types import DTYPES, MOST_SAMPLES, PrecisionOrAuto, check_range
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Inferencer:
 
         Raises UserError for invalid prompts or sizes, a missing checkpoint, or an `output_dir` of another job.
         """
+        begun = time.monotonic()
+
         # images to generate; the same list on every process
         requests = self.requests(system.autoencoder.multiple)
         todo = job.plan(requests, self.kinds, self.layout, image_encode.SUFFIXES[self.format])
@@ -88,7 +92,8 @@ class Inferencer:
         shared = facts | {"precision": self.precision, "format": self.format, "layout": self.layout}
         identity = shared | compare.describe_system(settings["system"])
         opened = job.opened(folder, identity, todo, self.layout, lost=partial(launch.end, 1))
-        with errors.writing_to(folder), collectives.on_main(opened, world):
+        new = removed_on_failure(folder, ["job.json"])
+        with errors.writing_to(folder), collectives.on_main(new, world), collectives.on_main(opened, world):
             # generate what is missing
             existing = collectives.broadcast(set(job.existing_images(folder)) if world.is_main else None, world)
             existing &= {spec.file for spec in todo}
@@ -104,9 +109,13 @@ class Inferencer:
                 config.save(settings | {"inferencer": again}, folder / "config.yaml")
                 new = len(todo) - len(existing)
                 self.describe(todo, requests, facts | {"checkpoint": str(path)}, any_new=new > 0)
+                seconds = log.duration(time.monotonic() - begun)
+                images = log.count(len(todo), "image", "images")
                 log.print_line(
-                    f"{len(todo)} images from {path} ({self.weights} weights) in {folder}, {new} of them new"
+                    f"{images} from {path} ({self.weights} weights) in {folder}, {new} of them new, in {seconds}"
                 )
+                if (folder / "gallery.html").is_file():
+                    log.print_line(f"open:     {folder / 'gallery.html'}")
 
     def check_run(self, path: Path, settings: dict) -> None:
         """Raise UserError if the system differs from that of the run whose checkpoint is at `path`."""

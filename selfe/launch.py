@@ -22,10 +22,10 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from selfe import device, errors, signals
+from selfe import config, device, errors, signals
 from selfe.distributed import collectives
+from selfe.errors import PeerFailure, UserError
 from selfe.signals import Stopped
-from selfe.types import PeerFailure, UserError
 
 STATUS: dict[str, int] = {}  # included in the failure report of this process: the current step
 
@@ -48,7 +48,7 @@ def start(program: str, path: str, num_processes: int, overrides: Sequence[str])
     # ids of the processes; on a single machine, also the rendezvous files
     with tempfile.TemporaryDirectory() as folder:
         os.environ["SELFE_PROCESSES"] = folder
-        config = LaunchConfig(
+        launch_config = LaunchConfig(
             nproc_per_node=num_processes,
             max_restarts=max_restarts,
             signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
@@ -57,7 +57,7 @@ def start(program: str, path: str, num_processes: int, overrides: Sequence[str])
         )
         watch = ProcessWatch(Path(folder), num_processes, nodes)
         try:
-            elastic_launch(config, sys.executable)("-m", f"selfe.{program}", path, *overrides)
+            elastic_launch(launch_config, sys.executable)("-m", f"selfe.{program}", path, *overrides)
         except ChildFailedError as error:
             watch.close()
             return report(error)
@@ -136,23 +136,11 @@ class ProcessWatch:
 
 def parse(path: str, rest: Sequence[str]) -> tuple[str, int, list[str]]:
     """CONFIG and [NGPUS] [key=value ...] -> path, number of processes, overrides. Raises UserError."""
-    rest = list(rest)
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such config file; the first argument is a YAML file, see --help")
-
-    # NGPUS is optional: the first argument without "="
+    requested, overrides = config.parse_command(path, rest)
     available = device.accelerator_count()
-    num_processes = available or 1
-    if rest and "=" not in rest[0]:
-        if not rest[0].isdecimal() or int(rest[0]) < 1:
-            raise UserError(f"NGPUS: {rest[0]!r} is not a number of at least 1; see --help")
-        num_processes = int(rest.pop(0))
-    if available and num_processes > available:
-        raise UserError(f"NGPUS: {num_processes} requested, this machine has {available}; use at most {available}")
-
-    if wrong := [argument for argument in rest if "=" not in argument]:
-        raise UserError(f"{wrong[0]!r} is not key=value; see --help")
-    return path, num_processes, rest
+    if available and (requested or 0) > available:
+        raise UserError(f"NGPUS: {requested} requested, this machine has {available}; use at most {available}")
+    return path, requested or available or 1, overrides
 
 
 def single_node(folder: Path) -> dict:

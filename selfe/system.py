@@ -14,18 +14,11 @@ import torch
 from torch import Tensor
 
 from selfe import flow
+from selfe.errors import UserError
 from selfe.protocols import Autoencoder, Backbone, Data, Denoiser, Objective, Sampler, ShardLoader, TextEncoder
 from selfe.rng import SampleRNG
 from selfe.samplers.guidance import guided
-from selfe.types import (
-    Batch,
-    FiniteCheck,
-    Loss,
-    StoredCaptions,
-    TextCond,
-    UserError,
-    raise_if_not_finite,
-)
+from selfe.types import Batch, FiniteCheck, Loss, StoredCaptions, TextCond, raise_if_not_finite
 
 
 class System:

@@ -23,13 +23,14 @@ from selfe.data.loader import MicroBatches, raise_if_error
 from selfe.device import choose_precision, device_name, set_deterministic
 from selfe.distributed import collectives, fsdp
 from selfe.distributed.collectives import World
-from selfe.io.folder_lock import FolderLock
+from selfe.errors import UserError
+from selfe.io.folder_lock import FolderLock, removed_on_failure
 from selfe.io.image_encode import save_sheet
 from selfe.protocols import Data
 from selfe.rng import SampleRNG
 from selfe.signals import Stopped, StopSignal
 from selfe.system import System
-from selfe.training import ema, grad_guard, run_info
+from selfe.training import banners, ema, grad_guard, run_info
 from selfe.training.grad_guard import GradGuard
 from selfe.training.loggers import Loggers
 from selfe.training.metrics import MetricAccumulator, TimeGrid, ema_distance, write_cells
@@ -37,7 +38,7 @@ from selfe.training.profiling import Profiler
 from selfe.training.settings import TrainerConfig
 from selfe.training.throughput import ManualGC, StepTimer
 from selfe.training.watchdog import Watchdog
-from selfe.types import Batch, Split, UserError, raise_if_not_finite
+from selfe.types import Batch, Split, raise_if_not_finite
 
 
 class Trainer:
@@ -96,15 +97,6 @@ class Trainer:
         """Micro-batches per rank in a step."""
         return self.cfg.micro_batches(self.world.size, self.system.objective.batch_multiple, step)
 
-    def batches(self, step: int) -> str:
-        """How the batch of a step is divided, as a line of text."""
-        total, num_micro = len(self.cfg.samples_at(step)), self.num_micro(step)
-        micro = total // self.world.size // num_micro
-        return (
-            f"{total} images per step: {self.world.size} x {num_micro} micro-batches of {micro} "
-            f"(trainer.micro_batch_size: at most {self.cfg.micro_batch_size})"
-        )
-
     def initialise(self) -> int:
         """Start a run that has no checkpoint yet, loading what `init_from` names. Returns the first step."""
         origin, main = self.cfg.init_from, self.world.is_main
@@ -139,13 +131,15 @@ class Trainer:
             return self.finish(f"nothing to do: {self.start} steps are done, and this run ends at {end}", stop=0)
 
         loggers = Loggers(self.folder, self.start, cfg.wandb, cfg.tensorboard, config.plain(settings or {}), main)
-        progress = log.Progress("training", end, self.start, quiet=not main)
+        progress = log.Progress("training", end, self.start, quiet=not main, unit="step")
         watch = Watchdog(self.world, cfg.timeout_minutes, partial(launch.end, 1))
         stop_signal = StopSignal(0.9 * launch.grace_seconds(), self.end_late)
         profiler, garbage = Profiler(cfg.profile, self.folder, self.world), ManualGC()
 
         if main:
-            log.print_line(self.batches(self.start))
+            num_micro = self.num_micro(self.start)
+            system, data, step = self.system, self.data, self.start
+            log.print_line(banners.start(cfg, system, data, self.net, self.seed, self.world, step, num_micro))
 
         # one data loader for the run; workers prefetch micro-batches in this order
         order = ((step, place) for step in range(self.start, end) for place in range(self.num_micro(step)))
@@ -160,7 +154,7 @@ class Trainer:
 
             # train; the stop signal is the same on all ranks, so all leave the loop after the same step
             profiler.before(step)
-            grad_norm, stop = self.step(step, micro_batches, lambda: stop_signal.received)
+            loss, grad_norm, stop = self.step(step, micro_batches, lambda: stop_signal.received)
             done, last = step + 1, step + 1 == end or stop > 0
             profiler.after(step, last)
             garbage.after(step)
@@ -175,7 +169,8 @@ class Trainer:
             fsdp.reshard(self.net)  # forward passes without a backward pass leave parameters unsharded
             if values:
                 loggers.numbers(done, self.totals() | values)
-            progress.advance(1, f"loss {values['train/loss']:.4f}" if "train/loss" in values else "")
+            terms = self.system.objective.phase(step)
+            progress.advance(1, f"loss {loss:.4f}, lr {cfg.lr_at(step):.3g}, grad norm {grad_norm:.3g}, {terms}")
 
             # checkpoint, if there is anything new; written to disk in the background
             if self.has_learned and (done % cfg.checkpoint_every == 0 or last):
@@ -199,7 +194,20 @@ class Trainer:
                 f"{self.folder}: nothing was learned, every step from {self.start} to {step} was skipped and no "
                 f"checkpoint was saved; {self.last_skip}"
             )
+        if main:
+            log.print_line(self.summary_of_start(done))
         self.finish(f"{done} steps done; checkpoint: {path}" if path else f"{done} steps done, all skipped", stop)
+        if main and path:
+            log.print_line(banners.end(self.folder, "inferencer" in (settings or {})))
+
+    def summary_of_start(self, done: int) -> str:
+        """Steps and time of this start, and totals of the run."""
+        steps, seconds, totals = done - self.start, time.monotonic() - self.begun, self.totals()
+        epochs = f", {totals['epoch']:.3g} epochs" if "epoch" in totals else ""
+        return (
+            f"{log.count(steps, 'step', 'steps')} in {log.duration(seconds)} ({seconds / steps:.3g} s/step); the run "
+            f"so far: {totals['samples']:,} images{epochs}, {log.duration(totals['elapsed'])}"
+        )
 
     def is_first_of_phase(self, step: int) -> bool:
         """Whether a step is the first of this start, or the first with other loss terms."""
@@ -242,10 +250,10 @@ class Trainer:
         num_images = getattr(self.data, "num_images", None)
         return totals | {"epoch": self.samples / num_images} if num_images else totals
 
-    def step(self, step: int, micro_batches: Iterator[Batch], received: Callable[[], int]) -> tuple[float, int]:
+    def step(self, step: int, micro_batches: Iterator[Batch], received: Callable[[], int]) -> tuple[float, float, int]:
         """One optimizer step over this rank's micro-batches, skipped if the gradient norm is non-finite or a spike.
 
-        Returns the gradient norm before clipping, and the stop signal that any rank has received (0: none).
+        Returns the loss, the gradient norm before clipping, and the stop signal that any rank has received (0: none).
         """
         cfg, clock, measured = self.cfg, self.clock, MetricAccumulator()
         num_micro, losses, checks, num_tokens = self.num_micro(step), [], [], 0
@@ -300,16 +308,19 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.num_steps += 1
         clock.mark("other")
-        return grad_norm, stop
+        return mean_loss, grad_norm, stop
 
     def enter_phase(self, step: int) -> None:
         """Reset the gradient norm statistics where the loss terms, the batch size or the resolution change."""
-        loss, batch_size = self.system.objective.phase(step), len(self.cfg.samples_at(step))
+        terms, batch_size = self.system.objective.phase(step), len(self.cfg.samples_at(step))
         pixels = " and ".join(map(str, self.data.resolution(step)))
-        phase = f"{loss}, batch size {batch_size}, {pixels} pixels"
+        phase = f"{terms}, batch size {batch_size}, {pixels} pixels"
         ended = self.guard.enter(phase)
         if ended and self.world.is_main:
-            log.print_line(f"step {step}: now {phase} (before: {ended})")
+            other_terms = terms != self.system.objective.phase(step - 1)
+            why = "; the sum of other terms is another loss: its level changes" if other_terms else ""
+            why += ", that of val_plain/loss does not" if other_terms and self.data.has_val else ""
+            log.print_line(f"after step {step}: now {phase} (before: {ended}){why}")
 
     def skip(self, step: int, grad_norm: float, limit: float, measured: MetricAccumulator) -> None:
         """Log and record a skipped step. The decision is the same on every rank. Raises UserError after too many."""
@@ -406,7 +417,8 @@ def main(arguments: list[str]) -> None:
     with collectives.process_group(timeout, trainer.deterministic) as world:
         folder = Path(trainer.output_dir)
         lock = FolderLock(folder, "trainer.output_dir", lost=partial(launch.end, 1))
-        with errors.writing_to(folder), collectives.on_main(lock, world):
+        new = removed_on_failure(folder, run_info.RECORDS)
+        with errors.writing_to(folder), collectives.on_main(new, world), collectives.on_main(lock, world):
             # the first process decides on `auto` for all, and the choice is recorded
             chosen = collectives.broadcast(choose_precision(trainer.precision, world.device), world)
             if trainer.precision == "auto" and world.is_main:

@@ -1,4 +1,4 @@
-"""Shared types: packed tokens, text conditioning, batches, losses, errors."""
+"""Shared types: packed tokens, text conditioning, batches, losses."""
 
 from __future__ import annotations
 
@@ -10,30 +10,12 @@ import torch
 from torch import Tensor
 
 from selfe.device import to_device
+from selfe.errors import UserError
 
 Precision = Literal["bf16", "fp32"]
 PrecisionOrAuto = Literal["auto", "bf16", "fp32"]  # auto: `device.choose_precision`
 Split = Literal["train", "val"]
 DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-class UserError(ValueError):
-    """An error the user can fix. The message is one line: where, what, how to fix it. Exit code 2."""
-
-
-class PeerFailure(RuntimeError):
-    """Another process of the job has failed, so this one cannot go on. The message is one line. Exit code 1."""
-
-
-class BadSample(UserError):
-    """An image or a manifest line that cannot be used; `kind` is a short category for counting."""
-
-    def __init__(self, kind: str, message: str):
-        super().__init__(message)
-        self.kind = kind
-
-    def __reduce__(self) -> tuple:
-        return BadSample, (self.kind, str(self))
 
 
 # largest values that are not typing errors; they also keep arithmetic on steps and sizes within 64 bits

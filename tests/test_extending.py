@@ -10,10 +10,11 @@ import yaml
 from PIL import Image
 
 from selfe import config, flow, infer, train
+from selfe.errors import UserError
 from selfe.generator import Generator
 from selfe.rng import SampleRNG
 from selfe.samplers.euler import Euler
-from selfe.types import TextCond, UserError, packed
+from selfe.types import TextCond, packed
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))

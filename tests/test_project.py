@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "selfe"
 # which folders and files of selfe/ a folder may import from, besides itself
-BASE = {"balance", "types", "protocols", "flow", "rng", "device", "log", "signals"}
+BASE = {"balance", "types", "protocols", "flow", "rng", "device", "errors", "log", "signals"}
 PARTS = BASE | {"io"}
 EDGES = {
     "balance": set(),
@@ -20,12 +20,13 @@ EDGES = {
     "errors": set(),
     "log": set(),
     "signals": set(),
-    "types": {"device"},
+    "signatures": set(),
+    "types": {"device", "errors"},
     "rng": {"device", "types"},
     "protocols": {"rng", "types"},
     "flow": {"device", "rng", "types"},
-    "config": {"protocols", "types"},
-    "compare": {"config", "types"},
+    "config": {"errors", "signatures"},
+    "compare": {"config", "errors"},
     "io": BASE | {"compare"},  # the fingerprint of a feature cache
     "backbones": PARTS,
     "encoders": PARTS,
@@ -37,8 +38,8 @@ EDGES = {
     "checkpoint": PARTS | {"distributed", "encoders"},  # FLUX files hold a denoiser and a VAE
     "training": PARTS | {"checkpoint", "compare", "config", "data", "distributed", "samplers", "system"},
     "inference": PARTS | {"config", "samplers"},
-    "gallery": {"io", "types"},
-    "launch": BASE | {"distributed", "errors"},  # the failure of one process is published for the others
+    "gallery": {"errors", "io", "types"},
+    "launch": BASE | {"config", "distributed"},  # the failure of one process is published for the others
     "recorded_run": {"compare", "config"},
     "generator": PARTS | {"checkpoint", "compare", "config", "inference", "recorded_run", "system"},
     "cli": {"errors"},

@@ -20,11 +20,11 @@ from selfe.data.loader import MicroBatches, make_loader
 from selfe.data.manifest import ManifestData
 from selfe.distributed import collectives
 from selfe.distributed.collectives import World
+from selfe.errors import UserError
 from selfe.protocols import Data
 from selfe.rng import SampleRNG
 from selfe.system import System
 from selfe.tools import precompute
-from selfe.types import UserError
 
 ROOT = Path(__file__).parents[2]
 PHOTOGRAPHS, SMOKE = ROOT / "debug_data" / "t2i_smoke", ROOT / "configs" / "debug" / "selfe_smoke.yaml"

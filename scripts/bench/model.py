@@ -15,7 +15,8 @@ from selfe.backbones.mmdit import SINUSOID, MMDiT
 from selfe.data.buckets import Buckets
 from selfe.device import has_fast_bf16
 from selfe.distributed import activation_checkpoint
-from selfe.types import Packed, TextCond, UserError, packed
+from selfe.errors import UserError
+from selfe.types import Packed, TextCond, packed
 
 BATCH, BATCHES = 8, 3  # samples per batch; batches per round, of different lengths
 PATCH_DIM, TEXT_DIM, POOLED_DIM, WIDTH, HEAD_DIM, DOUBLE, SINGLE = 64, 512, 64, 256, 64, 2, 4

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from selfe.backbones.attention import attend
 from selfe.backbones.packing import PackedLayout, Segments
 from selfe.device import to_device
+from selfe.errors import UserError
 from selfe.rng import philox
-from selfe.types import MOST_WIDTH, Packed, TextCond, UserError, check_range
+from selfe.types import MOST_WIDTH, Packed, TextCond, check_range
 
 SINUSOID = 256  # width of the sinusoidal time embedding
 

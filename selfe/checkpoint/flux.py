@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from selfe.distributed.fsdp import fill
 from selfe.encoders.flux_vae import STAGES
+from selfe.errors import UserError
 from selfe.io.safetensors_files import SafetensorsFiles
-from selfe.types import UserError
 
 Style = Literal["bfl", "diffusers"]
 OURS = "a FLUX transformer with the tensor names of black-forest-labs or diffusers"

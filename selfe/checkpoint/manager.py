@@ -22,7 +22,8 @@ from selfe.checkpoint import verify
 from selfe.device import is_accelerator
 from selfe.distributed import collectives
 from selfe.distributed.collectives import World
-from selfe.types import MOST_STEPS, UserError, check_range
+from selfe.errors import UserError
+from selfe.types import MOST_STEPS, check_range
 
 PARTIAL, REMOVED = ".partial", ".removed"  # suffixes of folders being written or removed
 

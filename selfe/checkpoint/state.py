@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from selfe.checkpoint.verify import read_step
-from selfe.types import UserError
+from selfe.errors import UserError
 
 Part = Literal["model", "ema", "optimizer", "step"]
 PARTS: tuple[Part, ...] = get_args(Part)

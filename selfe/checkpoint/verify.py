@@ -10,7 +10,7 @@ from pathlib import Path
 from selfe import log
 from selfe.distributed import collectives
 from selfe.distributed.collectives import World
-from selfe.types import UserError
+from selfe.errors import UserError
 
 MARKER = "progress.json"  # written last: a folder without it is not a checkpoint
 CHUNK = 1 << 22  # bytes per read or write

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from selfe.data.buckets import MAX_SHARE, Buckets, ResolutionPhase
 from selfe.data.shuffle import interleave, permute
+from selfe.errors import BadSample, UserError
 from selfe.io import image_decode
 from selfe.rng import philox
-from selfe.types import BadSample, Batch, Split, UserError, check_range
+from selfe.types import Batch, Split, check_range
 
 BYTES_PER_TOKEN = 4  # approximate, English captions
 MAX_CAPTION = 512  # tokens; the text encoder truncates longer captions

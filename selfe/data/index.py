@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from selfe.types import BadSample, UserError
+from selfe.errors import BadSample, UserError
 
 THREADS = 32  # mostly waiting for storage
 PATIENCE = 100  # number of unreadable images after which the scan stops

@@ -21,8 +21,9 @@ from selfe.data.buckets import balance
 from selfe.device import is_accelerator
 from selfe.distributed import collectives
 from selfe.distributed.collectives import World
+from selfe.errors import UserError
 from selfe.protocols import Data
-from selfe.types import Batch, Split, StoredCaptions, UserError
+from selfe.types import Batch, Split, StoredCaptions
 
 OPTION = "trainer.num_workers"
 AHEAD = 2  # batches that each worker prepares in advance

@@ -16,8 +16,8 @@ from selfe import log
 from selfe.data import index
 from selfe.data.dataset import BucketedDataset
 from selfe.data.manifest_formats import ENCLOSED, Line, Tsv, detect, empty, records
+from selfe.errors import BadSample
 from selfe.io import image_decode, text_files
-from selfe.types import BadSample
 
 RECORD = np.dtype([("offset", "<u8"), ("height", "<u2"), ("width", "<u2")])  # 12 bytes per line; sizes as in `index`
 # CSV and JSON lines may have other columns, so that the length of a record says nothing about its caption

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
+from selfe.errors import BadSample, UserError
 from selfe.io import text_files
-from selfe.types import BadSample, UserError
 
 # names of columns and keys, in order of preference
 IMAGE = ("path", "file_name", "filename", "filepath", "file", "image", "image_path", "img")

@@ -25,8 +25,8 @@ from tqdm import tqdm
 from selfe import log
 from selfe.data import index
 from selfe.data.dataset import BucketedDataset
+from selfe.errors import BadSample, UserError
 from selfe.io import image_decode, text_files
-from selfe.types import BadSample, UserError
 
 # sizes as in `index`; format: place in CAPTIONS
 FIELDS = "shard:<u4 image:<u8 image_bytes:<u4 prompt:<u8 prompt_bytes:<u4 height:<u2 width:<u2 format:<u1"

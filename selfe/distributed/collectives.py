@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from selfe.device import choose_device, to_device
+from selfe.errors import PeerFailure, UserError
 from selfe.signals import Stopped
-from selfe.types import PeerFailure, UserError
 
 Group = dist.ProcessGroup
 # Global, like the default process group: the store that carries notes, and the group for objects in host memory.

@@ -17,8 +17,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from selfe.distributed import activation_checkpoint, collectives
 from selfe.distributed.activation_checkpoint import ActivationCheckpointing
 from selfe.distributed.collectives import World
+from selfe.errors import UserError
 from selfe.protocols import TensorReader
-from selfe.types import DTYPES, Precision, UserError, check_range
+from selfe.types import DTYPES, Precision, check_range
 
 
 def make_mesh(world: World, shard_size: int | None) -> DeviceMesh:

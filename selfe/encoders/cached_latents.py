@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selfe.errors import UserError
 from selfe.io import feature_cache
 from selfe.protocols import Autoencoder
 from selfe.rng import SampleRNG
-from selfe.types import Packed, UserError, packed
+from selfe.types import Packed, packed
 
 
 class CachedLatents:

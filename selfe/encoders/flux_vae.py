@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from selfe.errors import UserError
 from selfe.io.safetensors_files import AGAIN, SafetensorsFiles, cached
 from selfe.rng import SampleRNG
-from selfe.types import DTYPES, MOST_WIDTH, Packed, Precision, UserError, check_range, packed
+from selfe.types import DTYPES, MOST_WIDTH, Packed, Precision, check_range, packed
 
 SCALE, SHIFT = 0.3611, 0.1159  # FLUX.1 latents: (z - shift) * scale has mean about 0 and standard deviation about 1
 CHANNELS, PATCH = 16, 2

@@ -9,8 +9,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from selfe.errors import UserError
 from selfe.rng import SampleRNG
-from selfe.types import Packed, UserError, check_range, packed
+from selfe.types import Packed, check_range, packed
 
 
 class Identity:

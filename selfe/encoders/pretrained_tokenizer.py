@@ -15,8 +15,8 @@ from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as logging_of_transformers
 
+from selfe.errors import UserError
 from selfe.io.safetensors_files import AGAIN, read_json, refuse_pointer
-from selfe.types import UserError
 
 SENTENCES = ["a photo of two cats on a chair", "a photo of two dogs on a chair"]
 WORD_END = "</w>"  # marks the last piece of a word in CLIP's vocabulary

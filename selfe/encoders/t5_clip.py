@@ -22,10 +22,11 @@ from transformers import (
 
 from selfe.device import to_device
 from selfe.encoders.pretrained_tokenizer import load_tokenizer, plain_errors
+from selfe.errors import UserError
 from selfe.io.safetensors_files import SafetensorsFiles, cached, read_json
 from selfe.protocols import ShardLoader, TensorReader
 from selfe.rng import philox
-from selfe.types import DTYPES, MOST_WIDTH, Precision, TextCond, UserError, check_range, packed
+from selfe.types import DTYPES, MOST_WIDTH, Precision, TextCond, check_range, packed
 
 T5_FOLDER, CLIP_FOLDER = "t5-v1_1-xxl", "clip-vit-large-patch14"
 T5_TOKENIZER, CLIP_TOKENIZER = ("spiece.model",), ("vocab.json", "merges.txt")

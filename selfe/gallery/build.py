@@ -19,8 +19,8 @@ from urllib.parse import quote
 
 from PIL import Image
 
+from selfe.errors import UserError
 from selfe.io import image_encode
-from selfe.types import UserError
 
 EMBED_BYTES = 24 * 2**20  # jobs up to this size are embedded in the page
 MOST = 20_000  # maximum number of images for a gallery that is built automatically

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Literal
 
 from selfe.balance import pack_greedy
+from selfe.errors import UserError
 from selfe.inference.prompts import Request, SamplingDefaults, shorten, sweep
 from selfe.io import image_encode
 from selfe.io.folder_lock import FolderLock
 from selfe.protocols import Sampler
-from selfe.types import UserError
 
 Weights = Literal["ema", "live"]
 Layout = Literal["flat", "geneval", "npz"]

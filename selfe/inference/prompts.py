@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from selfe import config
+from selfe.errors import UserError
 from selfe.io import text_files
 from selfe.io.sampling_limits import check_multiple, check_range, check_size, check_text, normal_prompt
 from selfe.protocols import Sampler
 from selfe.samplers.renoise import Renoise
-from selfe.types import UserError
 
 TEXT_KEYS = ("prompt", "negative_prompt", "aspect", "sampler", "path")  # TSV columns that are plain text, not JSON
 GENEVAL_KEYS = ("tag", "include", "exclude")

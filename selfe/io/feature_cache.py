@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from selfe import compare
-from selfe.types import BadSample, UserError
+from selfe.errors import BadSample, UserError
 
 FIELDS = "high:<u8 low:<u8 offset:<u8 shard:<u4 width:<u4 rows:<u2 columns:<u2"  # high and low: the 128-bit key
 RECORD = np.dtype([tuple(field.split(":")) for field in FIELDS.split()])

@@ -15,13 +15,13 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from selfe import log
+from selfe.errors import UserError
 from selfe.signals import process_start
-from selfe.types import UserError
 
 FILE = ".lock"
 BEAT, STALE = 10.0, 120.0  # seconds between two heartbeats; seconds without one after which a holder counts as dead
@@ -139,6 +139,25 @@ class FolderLock:
                     os.utime(self.path)
             except OSError:
                 continue  # a network file system that does not answer for a while
+
+
+@contextmanager
+def removed_on_failure(folder: Path, records: Sequence[str]) -> Iterator[None]:
+    """On an error, remove a folder that did not exist before, if it holds no results: only `records` and empty files.
+
+    Enter it before the lock on the folder.
+    """
+    is_new, has_failed = not folder.exists(), True
+    try:
+        yield
+        has_failed = False
+    finally:
+        if has_failed and is_new and folder.is_dir():
+            paths = list(folder.iterdir())
+            if all(path.is_file() and (path.name in records or not path.stat().st_size) for path in paths):
+                for path in paths:
+                    path.unlink()
+                folder.rmdir()
 
 
 def describe_holder() -> bytes:

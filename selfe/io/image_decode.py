@@ -20,9 +20,9 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
+from selfe.errors import BadSample
 from selfe.io import color_profiles, image_damage, image_headers
 from selfe.io.image_headers import Header
-from selfe.types import BadSample
 
 Image.init()
 # only raster image formats; excludes EPS, which runs an interpreter

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from selfe.types import UserError
+from selfe.errors import UserError
 
 INDEX = ".safetensors.index.json"
 SHARD_BYTES = 4 * 10**9

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from selfe.errors import UserError
 from selfe.io import sampling_limits
-from selfe.types import UserError
 
 BOM = b"\xef\xbb\xbf"
 CONTROL = sampling_limits.CONTROL  # one pattern for captions and prompts

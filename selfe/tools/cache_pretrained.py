@@ -31,8 +31,8 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 from tqdm import tqdm
 
+from selfe.errors import UserError
 from selfe.io.safetensors_files import INDEX, write
-from selfe.types import UserError
 
 RECORD = "fetched.json"
 TOKENIZER = {"config.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"}

@@ -22,9 +22,9 @@ from selfe.data.buckets import Buckets
 from selfe.data.dataset import BYTES_PER_TOKEN
 from selfe.data.manifest_formats import ENCLOSED, Format, Tsv, check_tsv_name, detect, records
 from selfe.data.shards import Sample, describe_unused, matching_files, read_caption, read_samples
+from selfe.errors import BadSample, UserError
 from selfe.io import image_decode
 from selfe.io.text_files import in_csv_quotes
-from selfe.types import BadSample, UserError
 
 BATCH = 64  # lines or samples per task of a worker
 FLAT = 16  # levels of 255; 12-bit samples read as 16-bit ones cover no more

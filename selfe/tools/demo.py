@@ -20,12 +20,13 @@ from PIL import Image
 from selfe import compare, config, device, recorded_run
 from selfe.checkpoint import verify
 from selfe.checkpoint.state import load_weights
+from selfe.errors import UserError
 from selfe.inference import prompts
 from selfe.inference.prompt_cache import PromptCache
 from selfe.inference.prompts import SamplingDefaults
 from selfe.io import image_encode
 from selfe.rng import SampleRNG
-from selfe.types import DTYPES, UserError
+from selfe.types import DTYPES
 
 STRIP = (1, 2, 4, 8)
 SAMPLERS = ("renoise", "euler")

@@ -17,8 +17,8 @@ import torch
 
 from selfe import device
 from selfe.encoders.t5_clip import CLIP_FOLDER, T5_FOLDER
+from selfe.errors import UserError
 from selfe.io.safetensors_files import SafetensorsFiles, cached
-from selfe.types import UserError
 
 GIB = 2**30
 SHARED_MEMORY = 2 * GIB  # enough for the loader workers of a process with the default settings

@@ -26,13 +26,14 @@ from selfe.data.dataset import BucketedDataset, SampleSpec
 from selfe.data.loader import WatchedLoader, share
 from selfe.distributed import collectives
 from selfe.distributed.collectives import World
+from selfe.errors import BadSample, UserError
 from selfe.io import feature_cache
 from selfe.io.feature_cache import FileStamp
 from selfe.io.folder_lock import FolderLock
 from selfe.protocols import Objective
 from selfe.rng import SampleRNG
 from selfe.system import System
-from selfe.types import BadSample, Split, UserError, signed
+from selfe.types import Split, signed
 
 LATENTS_PER_SHARD, CAPTIONS_PER_SHARD = 4096, 512
 SAMPLE = 64  # captions encoded to estimate the size of the text cache

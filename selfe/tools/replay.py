@@ -18,9 +18,10 @@ from selfe import config
 from selfe.checkpoint import state, verify
 from selfe.device import choose_precision
 from selfe.distributed import collectives, fsdp
+from selfe.errors import UserError
 from selfe.rng import SampleRNG
 from selfe.training.metrics import MetricAccumulator
-from selfe.types import UserError, raise_if_not_finite
+from selfe.types import raise_if_not_finite
 
 
 def main(options: argparse.Namespace) -> None:

@@ -19,9 +19,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from selfe import config, launch
+from selfe import config, launch, log
 from selfe.checkpoint import verify
-from selfe.types import UserError
+from selfe.errors import UserError
 
 MEASURED = ("time", "elapsed", "speed/", "memory/")  # by clocks, not reproducible
 
@@ -30,8 +30,8 @@ def main(options: argparse.Namespace) -> None:
     """Entry point of `selfe verify-resume`."""
     path, processes, overrides = launch.parse(options.config, options.rest)
     steps, seed = launch.number("VERIFY_STEPS", 8), launch.number("VERIFY_SEED", random.randrange(10**6))
-    if steps < 2:
-        raise UserError(f"VERIFY_STEPS: {steps} is too small; use at least 2")
+    if steps < 4:
+        raise UserError(f"VERIFY_STEPS: {steps} is too small to resume after the first checkpoint; use at least 4")
 
     folder = Path(config.load(path, overrides)["trainer"]["output_dir"])
     work = folder.with_name(folder.name + "_verify_resume")
@@ -47,14 +47,14 @@ def main(options: argparse.Namespace) -> None:
     ]
     command = [sys.executable, "-m", "selfe", "train", path, str(processes), *overrides, *short, *quiet]
 
-    say(f"{steps} steps on {processes} processes, uninterrupted")
+    say(f"{steps} steps on {log.count(processes, 'process', 'processes')}, uninterrupted")
     seconds = train(command, work / "uninterrupted")
 
     # the same run again, killed and resumed
     share = random.Random(seed).uniform(0, 0.8)
     say(f"second run, killed {share:.0%} of the way from the first checkpoint to the end (VERIFY_SEED={seed})")
     kill(command, work / "killed", share * seconds)
-    done = verify.latest(work / "killed" / "checkpoints")
+    done = resumes_from(work / "killed", steps)
     say(f"resuming from {done.name}")
     train(command, work / "killed")
 
@@ -63,6 +63,18 @@ def main(options: argparse.Namespace) -> None:
         raise UserError(f"the resumed run differs from the uninterrupted one: {problems[0]}; see {work}")
     shutil.rmtree(work)
     say("bitwise identical: weights, EMA, optimizer state and all logged metrics")
+
+
+def resumes_from(folder: Path, steps: int) -> Path:
+    """The checkpoint that a killed run resumes from. Raises UserError if it has none, or no step left to train."""
+    done = verify.latest(folder / "checkpoints")
+    if done is None or verify.read_step(done) >= steps:
+        saved = "before its first checkpoint" if done is None else "after its last step"
+        raise UserError(
+            f"{folder}: the run was killed {saved}, so nothing was resumed; run this command again, or set "
+            "VERIFY_STEPS to more steps"
+        )
+    return done
 
 
 def say(message: str) -> None:

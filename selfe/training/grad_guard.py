@@ -13,7 +13,8 @@ from statistics import median
 from torch import Tensor, nn
 
 from selfe.distributed import fsdp
-from selfe.types import MOST_STEPS, Batch, UserError, check_range
+from selfe.errors import UserError
+from selfe.types import MOST_STEPS, Batch, check_range
 
 
 @dataclass(frozen=True)

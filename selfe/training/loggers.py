@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from selfe.types import UserError
+from selfe.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ import yaml
 from selfe import compare, config, log
 
 CODE = Path(__file__).parents[2]
+# what a start writes before anything is trained
+RECORDS = ("config.yaml", "packages.txt", "changes.diff", "starts.jsonl", "init_from.txt")
 
 
 def describe(folder: Path, settings: dict, command: list[str], processes: int) -> None:

@@ -12,11 +12,12 @@ from selfe.checkpoint.manager import RetentionPolicy
 from selfe.data import loader
 from selfe.distributed.activation_checkpoint import ActivationCheckpointing
 from selfe.distributed.fsdp import GatherConfig
+from selfe.errors import UserError
 from selfe.training.grad_guard import GradGuardConfig
 from selfe.training.loggers import WandbConfig
 from selfe.training.profiling import ProfileConfig
 from selfe.training.visuals import SampleGridConfig
-from selfe.types import MOST_SAMPLES, MOST_STEPS, PrecisionOrAuto, UserError, check_range
+from selfe.types import MOST_SAMPLES, MOST_STEPS, PrecisionOrAuto, check_range
 
 MOST_LR = 10.0
 

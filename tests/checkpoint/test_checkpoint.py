@@ -11,7 +11,7 @@ from selfe.checkpoint import state, verify
 from selfe.checkpoint.manager import CheckpointManager, RetentionPolicy
 from selfe.distributed import fsdp
 from selfe.distributed.collectives import World
-from selfe.types import UserError
+from selfe.errors import UserError
 from tests.distributed.test_fsdp import perturb, small_net
 from tests.helpers.ranks import on_ranks
 

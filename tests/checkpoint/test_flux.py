@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from selfe.backbones.mmdit import MMDiT
 from selfe.checkpoint import flux
 from selfe.checkpoint.flux import FluxStateDict
-from selfe.types import Packed, TextCond, UserError, packed
+from selfe.errors import UserError
+from selfe.types import Packed, TextCond, packed
 from tests.checkpoint.test_warm_start import written
 from tests.method.test_mmdit import small
 

@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from selfe.checkpoint import verify
 from selfe.checkpoint.manager import CheckpointManager, RetentionPolicy
 from selfe.distributed.collectives import World
-from selfe.types import UserError
+from selfe.errors import UserError
 from tests.helpers import train_processes
 from tests.helpers.ranks import on_ranks
 

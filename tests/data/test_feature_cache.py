@@ -13,10 +13,10 @@ import torch
 from selfe import config
 from selfe.data.buckets import balance
 from selfe.distributed.collectives import World
+from selfe.errors import BadSample, UserError
 from selfe.io import feature_cache
 from selfe.rng import SampleRNG
 from selfe.tools import precompute
-from selfe.types import BadSample, UserError
 from tests.helpers.images import make_image, manifest
 from tests.helpers.ranks import on_ranks
 

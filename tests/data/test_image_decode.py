@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from selfe.data.manifest import ManifestData
+from selfe.errors import BadSample
 from selfe.io import image_decode
 from selfe.tools import check_data
-from selfe.types import BadSample, signed
+from selfe.types import signed
 from tests.helpers import image_files
 from tests.helpers.image_files import saved
 from tests.helpers.images import make_image

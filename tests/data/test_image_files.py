@@ -13,9 +13,9 @@ from PIL import Image, ImageCms
 from selfe import cli
 from selfe.data.manifest import ManifestData
 from selfe.data.shards import ShardData
+from selfe.errors import BadSample
 from selfe.io import color_profiles, image_decode
 from selfe.tools import check_data, precompute
-from selfe.types import BadSample
 from tests.helpers import image_files
 
 ROOT = Path(__file__).parents[2]

@@ -13,8 +13,8 @@ from PIL import Image
 from selfe import cli, config, train
 from selfe.data.dataset import plan
 from selfe.data.manifest import RECORD, Manifest, ManifestData
+from selfe.errors import BadSample, UserError
 from selfe.io import image_decode
-from selfe.types import BadSample, UserError
 from tests.helpers.images import make_image, manifest
 
 SMOKE = Path(__file__).parents[2] / "configs/debug/selfe_smoke.yaml"

@@ -12,7 +12,8 @@ from selfe.data import loader
 from selfe.data.loader import MicroBatches, make_loader, raise_if_error
 from selfe.data.shapes import ShapesData
 from selfe.distributed.collectives import World
-from selfe.types import Batch, StoredCaptions, UserError
+from selfe.errors import UserError
+from selfe.types import Batch, StoredCaptions
 
 ALONE = World(0, 1, torch.device("cpu"))
 

@@ -11,7 +11,8 @@ from selfe.data.buckets import Buckets, ResolutionPhase
 from selfe.data.dataset import WeightedManifest
 from selfe.data.manifest import ManifestData
 from selfe.data.shapes import ShapesData
-from selfe.types import UserError, signed
+from selfe.errors import UserError
+from selfe.types import signed
 
 SMOKE = Path(__file__).parents[2] / "debug_data/t2i_smoke"
 

@@ -13,7 +13,7 @@ import torch
 from selfe import cli
 from selfe.data.manifest import ManifestData
 from selfe.data.shards import ShardData, Shards, expand_braces
-from selfe.types import BadSample, UserError
+from selfe.errors import BadSample, UserError
 from tests.helpers.images import make_image, manifest
 
 SIZES = [(32, 32), (24, 48), (48, 24)] * 7

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from selfe.errors import UserError
 from selfe.io import folder_lock
-from selfe.io.folder_lock import FolderLock
-from selfe.types import UserError
+from selfe.io.folder_lock import FolderLock, removed_on_failure
 from tests.helpers.train_processes import Run
 
 
@@ -107,3 +107,26 @@ def test_a_second_run_in_the_same_folder_ends_with_one_line(size, tmp_path):
     first.send(signal.SIGTERM)
     assert first.wait() == [128 + signal.SIGTERM]
     assert not (tmp_path / folder_lock.FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "is_removed"), [({}, True), ({"a.yaml": "x", "empty": ""}, True), ({"a.yaml": "x", "b": "x"}, False)]
+)
+def test_a_folder_that_a_failed_start_has_created_is_removed_unless_it_holds_results(tmp_path, files, is_removed):
+    folder = tmp_path / "run"
+
+    def start() -> None:
+        folder.mkdir(exist_ok=True)
+        for name, text in files.items():
+            (folder / name).write_text(text)
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError), removed_on_failure(folder, ["a.yaml"]):
+        start()
+    assert folder.exists() != is_removed
+
+    # it was there before
+    folder.mkdir(exist_ok=True)
+    with pytest.raises(RuntimeError), removed_on_failure(folder, ["a.yaml"]):
+        start()
+    assert folder.exists()

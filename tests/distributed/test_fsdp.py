@@ -9,10 +9,11 @@ from selfe.backbones.mmdit import MMDiT
 from selfe.distributed import fsdp
 from selfe.distributed.collectives import World
 from selfe.distributed.fsdp import GatherConfig
+from selfe.errors import UserError
 from selfe.objectives.self_evaluation import SelfEvaluation
 from selfe.rng import SampleRNG, philox
 from selfe.training import ema
-from selfe.types import Packed, TextCond, UserError, packed
+from selfe.types import Packed, TextCond, packed
 from tests.helpers.ranks import on_ranks
 
 GRIDS = [(2, 2), (2, 2), (1, 4), (1, 4), (3, 2), (3, 2), (2, 2), (2, 2)]

@@ -10,9 +10,9 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
 from selfe import cli, config
+from selfe.errors import UserError
 from selfe.gallery import build
 from selfe.inference import job
-from selfe.types import UserError
 from tests.helpers import browser
 from tests.helpers.browser import all_of, resize, until
 from tests.helpers.sampling_job import captions, make_job

@@ -18,10 +18,10 @@ from selfe import config, infer
 from selfe.checkpoint import state
 from selfe.checkpoint.manager import CheckpointManager, RetentionPolicy
 from selfe.distributed import collectives
+from selfe.errors import UserError
 from selfe.inference import job
 from selfe.io import image_encode
 from selfe.io.folder_lock import FolderLock
-from selfe.types import UserError
 from tests.distributed.test_fsdp import perturb
 from tests.helpers import infer_processes
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from selfe.encoders.flux_vae import FluxVAE, patchify, starts
+from selfe.errors import UserError
 from selfe.inference import job
 from selfe.inference.job import make_batches, plan, share
 from selfe.inference.prompt_cache import PromptCache
 from selfe.inference.prompts import Request, SamplingDefaults
 from selfe.samplers.euler import Euler
-from selfe.types import TextCond, UserError, packed
+from selfe.types import TextCond, packed
 
 
 def requests(*prompts: str, **settings) -> list[Request]:

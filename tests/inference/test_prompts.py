@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from selfe.errors import UserError
 from selfe.inference.prompts import SamplingDefaults, foreign_syntax, from_file, from_list
 from selfe.samplers.euler import Euler
-from selfe.types import UserError
 
 DEFAULTS = SamplingDefaults(num_steps=(1, 4), height=256, width=256)
 

@@ -19,9 +19,10 @@ from selfe.distributed.collectives import World
 from selfe.encoders import t5_clip
 from selfe.encoders.flux_vae import FluxVAE
 from selfe.encoders.t5_clip import ClipSize, T5Clip, T5Size
+from selfe.errors import UserError
 from selfe.rng import SampleRNG
 from selfe.samplers.euler import Euler
-from selfe.types import Batch, TextCond, UserError, packed, raise_if_not_finite
+from selfe.types import Batch, TextCond, packed, raise_if_not_finite
 from tests.helpers.encoder_files import CAPTIONS, ROOT, write_cache
 from tests.helpers.ranks import on_ranks
 

@@ -8,8 +8,9 @@ from selfe.backbones.mmdit import MMDiT
 from selfe.data.shapes import COLOURS, COMBINATIONS, ShapesData
 from selfe.encoders.identity import Identity
 from selfe.encoders.words import Words
+from selfe.errors import UserError
 from selfe.rng import SampleRNG
-from selfe.types import TextCond, UserError, packed
+from selfe.types import TextCond, packed
 
 CPU = torch.device("cpu")
 

@@ -14,8 +14,8 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from selfe import cli
+from selfe.errors import UserError
 from selfe.tools import cache_pretrained
-from selfe.types import UserError
 from tests.helpers.encoder_files import ROOT, write_cache
 from tests.helpers.fake_hub import COMMIT, Hub
 from tests.method.test_pretrained import assert_equals_reference, loaded

@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from selfe import cli
+from selfe.errors import UserError
 from selfe.gallery import build
 from selfe.io import image_decode
-from selfe.types import UserError
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)

@@ -9,8 +9,8 @@ from PIL import Image
 from selenium.webdriver.common.keys import Keys
 
 from selfe import cli, config
+from selfe.errors import UserError
 from selfe.tools import demo
-from selfe.types import UserError
 from tests.helpers import browser
 from tests.helpers.browser import all_of, until
 from tests.inference.test_infer import SMOKE, STAND_INS, draw, trained  # noqa: F401 - a fixture

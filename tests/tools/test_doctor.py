@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from selfe import cli
+from selfe.errors import UserError
 from selfe.tools import doctor
-from selfe.types import UserError
 
 Usage = namedtuple("Usage", "total used free")
 

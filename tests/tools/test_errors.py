@@ -11,7 +11,7 @@ import pytest
 from safetensors import SafetensorError
 
 from selfe import cli, errors, launch
-from selfe.types import UserError
+from selfe.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 MANIFEST = ROOT / "debug_data/t2i_smoke/manifest.tsv"

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from selfe import cli, config
 from selfe.checkpoint import flux, state, verify
 from selfe.checkpoint.flux import FluxStateDict
+from selfe.errors import UserError
 from selfe.io.sampling_limits import RANGES
 from selfe.tools import demo
 from selfe.tools.export import command
-from selfe.types import UserError
 from tests.helpers.encoder_files import ROOT, write_cache
 
 SMOKE = "configs/debug/selfe_smoke.yaml"

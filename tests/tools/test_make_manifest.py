@@ -11,7 +11,7 @@ import pytest
 from selfe import cli
 from selfe.data.manifest import ManifestData
 from selfe.data.shards import ShardData
-from selfe.types import UserError
+from selfe.errors import UserError
 from tests.helpers.images import make_image
 
 

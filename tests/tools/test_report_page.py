@@ -18,12 +18,12 @@ import pytest
 from PIL import Image
 
 from selfe import cli
+from selfe.errors import UserError
 from selfe.io.folder_lock import FolderLock
 from selfe.tools.report import comparability, page, server, sheets
 from selfe.tools.report.columns import Columns
 from selfe.tools.report.lines import JsonLines
 from selfe.tools.report.run_folder import RunFolder
-from selfe.types import UserError
 from tests.helpers import browser, run_folders
 from tests.helpers.browser import all_of, resize, until
 from tests.helpers.run_folders import append, make_run

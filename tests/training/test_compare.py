@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from selfe import compare, config
-from selfe.types import UserError
+from selfe.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "configs/debug/selfe_smoke.yaml"

@@ -3,9 +3,10 @@
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+import types
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Union, get_args, get_origin
 
 import pytest
 import torch
@@ -13,10 +14,10 @@ import yaml
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from selfe import config
+from selfe import config, signatures
+from selfe.errors import UserError
 from selfe.objectives.self_evaluation import SelfEvaluation
 from selfe.samplers.renoise import Renoise
-from selfe.types import UserError
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = [path for path in sorted(ROOT.glob("configs/*/*.yaml")) if path.name != "short.yaml"]  # laid over others
@@ -66,10 +67,22 @@ def part(**params) -> dict:
 
 
 def error(path: Path, *overrides: str) -> str:
+    """The message of a mistake; the check without imports says the same, or leaves it to the complete check."""
     with pytest.raises(UserError) as caught:
         config.load(path, overrides)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message_without_imports(path, *overrides) in (message, "")
+    return message
+
+
+def message_without_imports(path: Path, *overrides: str) -> str:
+    """What the check before the import of torch says; empty if it finds nothing."""
+    try:
+        config.check(path, overrides, (), files=False)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 # --- what is right
@@ -85,6 +98,8 @@ def test_of_two_types_it_is_the_one_that_it_has(value):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_build_without_weights_or_cache(path, monkeypatch):
     monkeypatch.delenv("SELFE_CACHE_DIR", raising=False)
+    sections = {"train": ("system", "data", "trainer"), "infer": ("system", "inferencer")}
+    config.check(path, (), sections.get(path.parent.name, ("system",)), files=False)
     settings = config.load(path)
     with torch.device("meta"):
         system = config.build(settings, "system")
@@ -194,6 +209,38 @@ def test_ablations_of_table_2_are_overrides():
     assert objective(f"{key}.aux_start_step=0").auxiliary(1)
 
 
+def classes_of(tree: object) -> set[str]:
+    """The classes that settings name."""
+    items = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
+    own = {tree["module"]} if isinstance(tree, dict) and "module" in tree else set()
+    return own.union(*map(classes_of, items))
+
+
+SHIPPED = set(config.SECTIONS.values()).union(*(classes_of(config.resolve(path)) for path in CONFIGS))
+
+
+@pytest.mark.parametrize("dotted", sorted(SHIPPED))
+def test_signatures_read_from_source_are_those_of_the_imported_classes(dotted):
+    """Keys, which of them are required, and types, down to those of sections within sections."""
+    pairs = [(config.imported(dotted), signatures.find(dotted))]
+    for actual, read in pairs:
+        expected, parameters = signatures.of(actual), signatures.of(read)
+        assert list(parameters) == list(expected)
+        for name, parameter in parameters.items():
+            assert parameter.required == expected[name].required, name
+            assert described(parameter.type) == described(expected[name].type), name
+            if is_dataclass(expected[name].type):
+                pairs.append((expected[name].type, parameter.type))
+
+
+def described(kind: object) -> str:
+    """A type as text, the same for a class and for what was read from its source."""
+    if get_args(kind) and get_origin(kind) is not Literal:
+        origin = "Union" if get_origin(kind) in (Union, types.UnionType) else get_origin(kind).__name__
+        return f"{origin}[{', '.join(map(described, get_args(kind)))}]"
+    return kind.__name__ if isinstance(kind, type) else str(kind)
+
+
 # --- what is wrong
 
 
@@ -290,7 +337,7 @@ def test_modules_that_cannot_be_had(tmp_path, module, message):
 
 def test_a_module_that_fails_to_import_is_one_line(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "fails.py").write_text("import nothing_of_this_name")
+    (tmp_path / "fails.py").write_text("import nothing_of_this_name\n\nclass Thing: ...")
     path = write(tmp_path, top={"data": {"module": "fails.Thing"}})
     assert "data.module: cannot import fails.Thing: No module named 'nothing_of_this_name'" in error(path)
 

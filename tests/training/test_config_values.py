@@ -24,6 +24,7 @@ from selfe.encoders.flux_vae import FluxVAE
 from selfe.encoders.identity import Identity
 from selfe.encoders.t5_clip import ClipSize, T5Clip, T5Size
 from selfe.encoders.words import Words
+from selfe.errors import UserError
 from selfe.infer import Inferencer
 from selfe.inference.prompts import SamplingDefaults, from_file
 from selfe.objectives.flow_matching import FlowMatching
@@ -32,7 +33,6 @@ from selfe.samplers.renoise import Renoise
 from selfe.training.grad_guard import GradGuardConfig
 from selfe.training.settings import BatchPhase, TrainerConfig
 from selfe.training.visuals import SampleGridConfig
-from selfe.types import UserError
 
 ROOT = Path(__file__).parents[2]
 MANIFEST = ROOT / "debug_data/t2i_smoke/manifest.tsv"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from selfe.checkpoint import verify
+from selfe.errors import UserError
 from selfe.tools import verify_resume
 from tests.helpers.train_processes import Run, files, finish, lines
 
@@ -136,3 +137,12 @@ def test_verify_resume_sees_what_differs(straight, tmp_path):
     checkpoint_differs, loss_differs = verify_resume.compare(straight[1], twin, 6)
     assert checkpoint_differs == "__0_0.distcp of the last checkpoint differs"
     assert loss_differs.startswith("step 4: train/loss ")
+
+
+def test_verify_resume_fails_if_nothing_was_resumed(straight, tmp_path):
+    """As when the kill came before the first checkpoint, or after the last step."""
+    with pytest.raises(UserError, match=r"killed before its first checkpoint, so nothing was resumed"):
+        verify_resume.resumes_from(tmp_path, 6)
+    with pytest.raises(UserError, match=r"killed after its last step, so nothing was resumed"):
+        verify_resume.resumes_from(straight[1], 6)
+    assert verify_resume.resumes_from(straight[1], 8) == straight[1] / LAST

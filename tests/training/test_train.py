@@ -15,6 +15,7 @@ from selfe.checkpoint import verify
 from selfe.data.loader import MicroBatches
 from selfe.device import choose_precision
 from selfe.distributed.collectives import World
+from selfe.errors import UserError
 from selfe.inference import job
 from selfe.io.folder_lock import FolderLock
 from selfe.training import ema, grad_guard, run_info
@@ -22,7 +23,7 @@ from selfe.training.profiling import ProfileConfig, Profiler
 from selfe.training.settings import BatchPhase, TrainerConfig
 from selfe.training.throughput import StepTimer
 from selfe.training.visuals import SampleGridConfig
-from selfe.types import Batch, TextCond, UserError, packed
+from selfe.types import Batch, TextCond, packed
 from tests.helpers import train_processes
 from tests.helpers.train_processes import TINY
 from tests.training.test_compare import RANDOM

@@ -24,10 +24,11 @@ from selfe.backbones.mmdit import MMDiT
 from selfe.checkpoint import flux, state, verify
 from selfe.encoders.flux_vae import CHANNELS, SCALE, SHIFT, STAGES, FluxVAE
 from selfe.encoders.t5_clip import T5_FOLDER, T5Clip
+from selfe.errors import UserError
 from selfe.io import sampling_limits
 from selfe.io.safetensors_files import INDEX, SafetensorsFiles, cached, write
 from selfe.system import System
-from selfe.types import DTYPES, UserError
+from selfe.types import DTYPES
 
 CODE = Path(__file__).parent / "diffusers_folder"
 

@@ -18,12 +18,12 @@ from pathlib import Path
 
 from selfe import log
 from selfe.data.manifest_formats import Tsv, check_fields, check_tsv_name
+from selfe.errors import BadSample, UserError
 from selfe.io import image_decode
 from selfe.io.text_files import CONTROL
 from selfe.tools import make_shards
 from selfe.tools.make_manifest import sources
 from selfe.tools.make_manifest.sources import Notes, Row
-from selfe.types import BadSample, UserError
 
 NAMED = 5  # examples of each kind of problem in the summary
 PREFIX = "train"  # of tar files

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 from selfe.data.manifest_formats import JSON_LINES, SPACES, caption_of, check_width, choose_columns, read_object
 from selfe.data.shards import IMAGES
-from selfe.types import BadSample, UserError
+from selfe.errors import BadSample, UserError
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".txt": "\t"}
 PARQUET = ".parquet"

@@ -18,13 +18,13 @@ from math import inf
 import torch
 
 from selfe.device import PEAKS
+from selfe.errors import UserError
 from selfe.system import System
 from selfe.tools.plan import page as plan_page
 from selfe.tools.plan.job import Job, PhaseCost, count_words, load, phases, run
 from selfe.tools.plan.ranks import Share, optimizer_bytes, share, traffic
 from selfe.tools.plan.step import META, networks
 from selfe.tools.precompute import BYTES
-from selfe.types import UserError
 
 GPUS = {  # key of `PEAKS`, GiB of memory
     "b200": ("B200", 180),

@@ -13,11 +13,11 @@ from selfe import config
 from selfe.data.dataset import BucketedDataset
 from selfe.distributed.activation_checkpoint import ActivationCheckpointing
 from selfe.encoders.t5_clip import T5Clip
+from selfe.errors import UserError
 from selfe.system import System
 from selfe.tools.plan.ranks import Later
 from selfe.tools.plan.step import META, Step, blank_batch, measure, networks
 from selfe.training.settings import TrainerConfig
-from selfe.types import UserError
 
 Shapes = list[tuple[tuple[int, int], int]]  # (height, width) of images, and their relative frequency
 

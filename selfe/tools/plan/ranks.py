@@ -14,11 +14,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from selfe.distributed import fsdp
 from selfe.distributed.collectives import World
+from selfe.errors import UserError
 from selfe.protocols import TensorReader
 from selfe.system import System
 from selfe.tools.plan.step import Call
 from selfe.training.settings import TrainerConfig
-from selfe.types import DTYPES, UserError
+from selfe.types import DTYPES
 
 GRADIENT_BYTES = 4  # per value: gradients are reduced in fp32
 

@@ -7,7 +7,7 @@ from array import array
 
 import numpy as np
 
-from selfe.types import UserError
+from selfe.errors import UserError
 
 # what a point is plotted over; every other number of a line is a metric
 AXES = ("step", "samples", "elapsed", "time", "epoch")

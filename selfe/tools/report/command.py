@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 
+from selfe.errors import UserError
 from selfe.gallery.build import names
 from selfe.io import image_encode
 from selfe.tools.report import page, server
 from selfe.tools.report.run_folder import RunFolder
-from selfe.types import UserError
 
 
 def main(options: argparse.Namespace) -> None:

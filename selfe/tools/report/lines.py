@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from selfe.types import UserError
+from selfe.errors import UserError
 
 
 class JsonLines:

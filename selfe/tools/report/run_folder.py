@@ -12,13 +12,13 @@ from typing import Any
 import yaml
 
 from selfe import compare, config
+from selfe.errors import UserError
 from selfe.io import folder_lock
 from selfe.protocols import Objective
 from selfe.signals import process_start
 from selfe.tools.report import sheets
 from selfe.tools.report.columns import AXES, Columns
 from selfe.tools.report.lines import JsonLines
-from selfe.types import UserError
 
 MOST_POINTS = 2000  # per metric
 MOST_CELLS = 100  # tables over (t, s) per metric

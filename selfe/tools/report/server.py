@@ -9,9 +9,9 @@ import threading
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from selfe.errors import UserError
 from selfe.tools.report import page, sheets
 from selfe.tools.report.run_folder import RunFolder
-from selfe.types import UserError
 
 ADDRESS = "127.0.0.1"
 FIRST_PORT, NUM_PORTS = 7870, 20  # tried in order without --port

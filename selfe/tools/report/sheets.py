@@ -8,9 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from selfe.errors import UserError
 from selfe.io import image_encode
 from selfe.training.visuals import SampleGridConfig
-from selfe.types import UserError
 
 FOLDERS = {"ema": "samples", "live": "samples_live"}  # weights -> folder of their sheets
 GAP = 2  # pixels between the images of a sheet
