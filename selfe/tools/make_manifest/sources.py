@@ -124,7 +124,7 @@ def import_optional(name: str, source: Path) -> ModuleType:
     try:
         return import_module(name)
     except ImportError as error:
-        remedy = "run ./scripts/setup.sh --extra parquet, or pip install pyarrow"
+        remedy = "run ./scripts/setup.sh --extra parquet, or pip install 'selfe[parquet]'"
         raise UserError(f"{source}: reading it needs pyarrow, which is not installed; {remedy}") from error
 
 
