@@ -27,6 +27,7 @@ from selfe.io import image_decode
 from selfe.io.text_files import in_csv_quotes
 
 BATCH = 64  # lines or samples per task of a worker
+TSV = Tsv(0)
 FLAT = 16  # levels of 255; 12-bit samples read as 16-bit ones cover no more
 
 
@@ -34,10 +35,10 @@ FLAT = 16  # levels of 255; 12-bit samples read as 16-bit ones cover no more
 class Limits:
     """How lines are read, where images are, and which sizes are accepted."""
 
-    format: Format | None  # None: tar shards
     base_dir: Path
     min_side: int
     max_pixels: int
+    format: Format = TSV  # of a manifest
 
 
 @dataclass(frozen=True)
@@ -276,8 +277,8 @@ def main(options: argparse.Namespace) -> None:
         raise UserError(f"--pixels, --multiple, --max-aspect: {error}") from error
 
     in_shards = options.manifest.suffix == ".tar"
-    format = None if in_shards else detect(options.manifest)
-    limits = Limits(format, options.base_dir, options.min_side, options.max_pixels)
+    format = TSV if in_shards else detect(options.manifest)
+    limits = Limits(options.base_dir, options.min_side, options.max_pixels, format)
     report = Report(options.tokenizer, "samples" if in_shards else "lines", isinstance(format, Tsv))
     unused = Counter()
 
