@@ -185,7 +185,7 @@ def odd_inputs(seed: int) -> Iterator[tuple[str, bytes | None]]:
 def check(manifest: Path, base_dir: Path) -> dict[int, check_data.Finding]:
     """The findings of check-data, by line."""
     limits = check_data.Limits(base_dir, min_side=1, max_pixels=10**7)
-    lines = check_data.batched(check_data.read_lines(manifest))
+    lines = check_data.batched(check_data.read_records(manifest, limits.format))
     findings = check_data.findings(lines, manifest.stat().st_size, limits, workers=0)
     return {int(finding.where.removeprefix("line ")): finding for finding in findings}
 
