@@ -1,20 +1,25 @@
 """Manifests in every form, the images they name, and what happens when one is bad."""
 
+import csv
 import gzip
+import io
 import json
 import os
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
 from PIL import Image
 
 from selfe import cli, config, train
+from selfe.data import manifest_formats
 from selfe.data.dataset import plan
 from selfe.data.manifest import RECORD, Manifest, ManifestData
 from selfe.errors import BadSample, UserError
-from selfe.io import image_decode
+from selfe.io import image_decode, text_files
 from tests.helpers.images import make_image, manifest
 
 SMOKE = Path(__file__).parents[2] / "configs/debug/selfe_smoke.yaml"
@@ -123,6 +128,33 @@ def test_tables_are_read_as_their_conversion_to_a_manifest(folder, capsys, name)
     assert [again.prompt(i) for i in (2, 0)] == ["third line", 'a "big" dog, on grass']
     cli.run(["check-data", str(folder / name), "--base-dir", str(folder), "--workers", "0", "--min-side", "32"])
     assert "3 valid lines, 0 with problems" in capsys.readouterr().out
+
+
+CAPTIONS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufeff")).filter(
+    lambda text: text.strip() and not text_files.CONTROL.search(manifest_formats.SPACES.sub(" ", text.strip()))
+)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+@hypothesis.settings(max_examples=100, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(captions=st.lists(CAPTIONS, min_size=1, max_size=5))
+def test_any_caption_is_read_back_from_the_position_of_its_record(tmp_path, suffix, captions):
+    file = io.StringIO(newline="")
+    if suffix == ".csv":
+        csv.writer(file).writerows([("path", "caption"), *(("a.png", caption) for caption in captions)])
+    else:
+        file.writelines(json.dumps({"path": "a.png", "caption": caption}) + "\n" for caption in captions)
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(content := file.getvalue().encode())
+
+    form = manifest_formats.detect(path)
+    with path.open("rb") as opened_file:
+        places = list(manifest_formats.records(opened_file, form))
+    expected = [manifest_formats.SPACES.sub(" ", caption.strip()) for caption in captions]
+    assert [form.parse(record).prompt for _, _, record in places] == expected
+    for offset, number, record in places:
+        assert form.next_record(iter(content[offset:].splitlines(keepends=True))) == record
+        assert number == 1 + content[:offset].count(b"\n")
 
 
 @pytest.mark.parametrize(
