@@ -15,6 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from selfe import cli, device, launch, signals
 from selfe.checkpoint import verify
 from selfe.types import UserError
+from tests.helpers import train_processes
 
 ROOT = Path(__file__).parents[2]
 SMOKE, TINY = str(ROOT / "configs/debug/selfe_smoke.yaml"), str(ROOT / "tests/helpers/tiny.yaml")
@@ -215,7 +216,7 @@ def test_a_killed_launcher_ends_its_processes_which_save(tmp_path):
 
 
 def test_a_process_that_is_killed_ends_the_other_node_with_one_line(tmp_path):
-    """Two launchers on this machine, a process each."""
+    """Two launchers on this machine, a process each, which meet by torchrun's variables and train as one run does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -223,7 +224,7 @@ def test_a_process_that_is_killed_ends_the_other_node_with_one_line(tmp_path):
     command = [sys.executable, "-m", "selfe", "train", TINY, "1", f"trainer.output_dir={tmp_path}"]
     runs = [
         subprocess.Popen(
-            [*command, "trainer.max_steps=100000", "trainer.num_workers=0"],
+            [*command, "trainer.max_steps=100000", "trainer.num_workers=0", "trainer.log_every=1"],
             env=ENV | nodes | {"NODE_RANK": str(node)},
             cwd=ROOT,
             stdout=subprocess.PIPE,
@@ -240,6 +241,10 @@ def test_a_process_that_is_killed_ends_the_other_node_with_one_line(tmp_path):
     assert re.fullmatch(r"selfe: error: process 0 was killed by SIGKILL .*\n", messages[0])
     assert re.fullmatch(r"selfe: error: a process of node 0 was ended \(process 0\); .*\n", messages[1])
     assert gone([*below[0], *below[1]])
+
+    train_processes.finish(tmp_path / "one", 2, "trainer.stop_step=1", "trainer.log_every=1")
+    several, one = (train_processes.lines(folder)[0]["train/loss"] for folder in (tmp_path, tmp_path / "one"))
+    assert several == one
 
 
 def test_the_environment_of_the_processes(monkeypatch):

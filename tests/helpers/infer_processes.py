@@ -27,5 +27,6 @@ def work(rank: int, size: int, store: str, arguments: list[str]) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"SELFE_STORE": store, "TORCHELASTIC_RESTART_COUNT": "0", "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ["SELFE_SKIP_PRETRAINED"] = "1"
     infer.main(arguments)
     os._exit(0)  # not by the interpreter: gloo's threads may still free tensors, and it would abort

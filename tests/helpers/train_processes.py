@@ -22,9 +22,11 @@ CONTEXT = multiprocessing.get_context("forkserver")
 class Run:
     """`size` processes of one run, without a launcher: what they say is in `out`, why they failed in `failures`."""
 
-    def __init__(self, folder: Path, size: int, *overrides: str, env: dict[str, str] | None = None):
+    def __init__(
+        self, folder: Path, size: int, *overrides: str, env: dict[str, str] | None = None, config: Path = TINY
+    ):
         self.work = Path(tempfile.mkdtemp())
-        arguments = [str(TINY), f"trainer.output_dir={folder}", *overrides]
+        arguments = [str(config), f"trainer.output_dir={folder}", *overrides]
         self.processes = [
             CONTEXT.Process(target=_child, args=(rank, size, self.work, arguments, env or {}), daemon=True)
             for rank in range(size)
@@ -108,9 +110,9 @@ def command(*arguments: str, code: int = 0) -> str:
     return out.read_text()
 
 
-def finish(folder: Path, size: int, *overrides: str) -> str:
-    """A run to its end; what it said."""
-    run = Run(folder, size, *overrides)
+def finish(folder: Path, size: int, *overrides: str, config: Path = TINY) -> str:
+    """Train to the end; returns what was printed."""
+    run = Run(folder, size, *overrides, config=config)
     codes = run.wait()
     assert codes == [0] * size, (run.out, run.failures)
     return run.out

@@ -124,6 +124,8 @@ CHANGES = (
     "trainer.health={warmup: 4, max_skips: 1}",
     "trainer.max_steps=30",
     "trainer.log_every=1",
+    "trainer.micro_batch_size=4",
+    "trainer.checkpoint_every=100",  # and where a run stops
 )
 
 
@@ -135,7 +137,7 @@ def test_a_run_whose_loss_batch_and_resolution_change_takes_every_step(tmp_path,
     for stop in (7, 14, 20, 26, 30):
         printed += finish(tmp_path / "one", 1, *changes, f"trainer.stop_step={stop}")
     for folder in ("one", "two"):
-        assert [line["skipped"] for line in lines(tmp_path / folder)] == [0] * 30
+        assert [line["train/skipped"] for line in lines(tmp_path / folder)] == [0] * 30
         assert not (tmp_path / folder / "skipped").exists()
     for step in (6, 12, 18, 24):
         assert printed.count(f"step {step}: now ") == 2
@@ -154,19 +156,21 @@ def poisoned(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_run_skips_both_and_goes_on(poisoned, tmp_path):
+def test_a_run_skips_both_and_continues(poisoned, tmp_path):
     assert [int(path.stem[5:]) for path in sorted((poisoned / "skipped").iterdir())] == [NAN[0], HUGE[0]]
-    by_step = {line["step"]: line for line in lines(poisoned)}
+    by_step = {line["step"] - 1: line for line in lines(poisoned)}
     assert sorted(by_step) == list(range(12))
-    assert "loss" not in by_step[NAN[0]]
-    assert all(math.isfinite(line["loss"]) for step, line in by_step.items() if step not in (NAN[0], HUGE[0]))
-    assert by_step[11]["skipped"] == 2
-    # the same decisions by one process, and a resumed run remembers what is usual
+    assert "train/loss" not in by_step[NAN[0]]
+    learned = {step: line for step, line in by_step.items() if step not in (NAN[0], HUGE[0])}
+    assert all(math.isfinite(line["train/loss"]) for line in learned.values())
+    assert by_step[11]["train/skipped"] == 2
+
+    # one process decides the same, and a resumed run remembers the usual norms
     finish(tmp_path, 1, *POISONED, "trainer.stop_step=8")
     finish(tmp_path, 1, *POISONED)
     for one, two in zip(lines(tmp_path), lines(poisoned), strict=True):
-        assert ("loss" in one) == ("loss" in two)
-        assert one.get("loss", 0) == pytest.approx(two.get("loss", 0), rel=1e-4)
+        assert ("train/loss" in one) == ("train/loss" in two)
+        assert one.get("train/loss", 0) == pytest.approx(two.get("train/loss", 0), rel=1e-4)
 
 
 def test_replay(poisoned):

@@ -1,8 +1,10 @@
-"""The README's two commands on the bundled photographs, on one and two processes, stopped and resumed."""
+"""The smoke config: the README's two commands, other numbers of processes, stopped and resumed.
+
+The commands themselves run once; other processes are forks that need no imports. More of the launcher: test_launch.py.
+"""
 
 import json
 import os
-import socket
 import subprocess
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from PIL import Image
 
 from selfe.device import accelerator_count
-from tests.helpers import train_processes
+from tests.helpers import infer_processes, train_processes
 
 ROOT = Path(__file__).parents[2]
 SMOKE = "configs/debug/selfe_smoke.yaml"
@@ -38,10 +40,7 @@ def train(folder: Path, processes: int, *overrides: str) -> str:
     return done.stdout
 
 
-def infer(folder: Path, output: Path, processes: int, *overrides: str) -> dict[str, np.ndarray]:
-    paths = f"inferencer.ckpt_dir={folder}/checkpoints", f"inferencer.output_dir={output}"
-    done = run("infer.sh", processes, *paths, *overrides)
-    assert done.returncode == 0, done.stderr
+def images(output: Path) -> dict[str, np.ndarray]:
     lines = [json.loads(line) for line in (output / "metadata.jsonl").read_text().splitlines()]
     assert {line["file"] for line in lines} == {path.name for path in output.glob("*.png")}
     return {line["file"]: np.asarray(Image.open(output / line["file"]), dtype=int) for line in lines}
@@ -72,7 +71,7 @@ def one(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    train(folder, 2)
+    train_processes.finish(folder, 2, config=ROOT / SMOKE)
     return folder
 
 
@@ -91,26 +90,10 @@ def test_two_processes_agree_with_one(one, two):
         assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-6 if a["step"] == 1 else 1e-4)
 
 
-def test_two_machines_agree_with_one(two, tmp_path):
-    """One process on each of two "machines", meeting over the loopback device by torchrun's variables."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    env = ENV | {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
-    command = [ROOT / "run.sh", SMOKE, "1", f"trainer.output_dir={tmp_path}", "trainer.stop_step=1"]
-    nodes = [
-        subprocess.Popen(command, cwd=ROOT, env=env | {"NODE_RANK": str(rank)}, stdout=subprocess.DEVNULL)
-        for rank in range(2)
-    ]
-    assert [node.wait(timeout=300) for node in nodes] == [0, 0]
-    (first,) = losses(tmp_path)
-    assert first["train/loss"] == losses(two)[0]["train/loss"]
-
-
 def test_stopped_and_resumed_equals_uninterrupted(two, tmp_path):
     """Other numbers of processes, and a smaller system: test_resume.py."""
-    train(tmp_path, 2, "trainer.stop_step=6")
-    assert "resuming from" in train(tmp_path, 2)
+    train_processes.finish(tmp_path, 2, "trainer.stop_step=6", config=ROOT / SMOKE)
+    assert "resuming from" in train_processes.finish(tmp_path, 2, config=ROOT / SMOKE)
     for a, b in zip(losses(two), losses(tmp_path), strict=True):
         assert a == b
     expected, resumed = (weights(folder / "checkpoints" / "step_00000012") for folder in (two, tmp_path))
@@ -121,17 +104,26 @@ def test_stopped_and_resumed_equals_uninterrupted(two, tmp_path):
 
 
 def test_finished_run_has_nothing_to_do(one):
-    assert "nothing to do" in train(one, 1)
+    assert "nothing to do" in train_processes.finish(one, 1, config=ROOT / SMOKE)
 
 
 def test_images_do_not_depend_on_processes_or_batch(one, tmp_path):
     """By the EMA and the live weights; each of the two on its own: test_infer.py."""
-    expected = infer(one, tmp_path / "a", 1, "inferencer.weights=both")
+    options = f"inferencer.ckpt_dir={one}/checkpoints", "inferencer.weights=both"
+    done = run("infer.sh", 1, *options, f"inferencer.output_dir={tmp_path}/a")
+    assert done.returncode == 0, done.stderr
+    expected = images(tmp_path / "a")
     assert {name[-6:-4] for name in expected} == {"01", "02", "04"}
     assert len({image.tobytes() for image in expected.values()}) == len(expected)
-    images = infer(one, tmp_path / "b", 2, "inferencer.weights=both", "inferencer.batch_size=1")
-    assert images.keys() == expected.keys()
-    assert max(np.abs(expected[file] - images[file]).max() for file in expected) <= 1
+
+    others = f"inferencer.output_dir={tmp_path}/b", "inferencer.batch_size=1"
+    processes = infer_processes.start(2, [str(ROOT / SMOKE), *options, *others])
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0, 0]
+    actual = images(tmp_path / "b")
+    assert actual.keys() == expected.keys()
+    assert max(np.abs(expected[file] - actual[file]).max() for file in expected) <= 1
 
 
 def only_line(done: subprocess.CompletedProcess) -> str:
