@@ -159,7 +159,7 @@ def test_the_generator_makes_the_images_of_the_sampling_job(extended):
             generator.generate(["x"], num_steps=num_steps)
 
 
-@pytest.mark.parametrize("page", ["docs/sampling.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/sampling.md"])
 def test_the_python_of_the_docs_runs(extended, page, monkeypatch, tmp_path):
     (program,) = fragments(page, "python")
     assert 'Generator("runs/' in program
