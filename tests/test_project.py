@@ -1,13 +1,19 @@
 """The house itself: layers, one home for each thing that differs, and no tracked file that holds what it must not."""
 
 import ast
+import importlib.util
+import inspect
 import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+from selfe import config, protocols
+from selfe.data.dataset import BucketedDataset
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "selfe"
@@ -176,22 +182,37 @@ def test_readme_names_only_what_exists():
         assert (ROOT / name).exists(), f"README: {name}"
     for command in re.findall(r"(\./[\w/]+\.sh)", text):
         assert (ROOT / command).stat().st_mode & 0o111, f"README: {command} cannot be run"
-    for config in re.findall(r"(?:run|infer)\.sh (configs/\S+\.yaml)", text):
-        assert (ROOT / config).is_file(), f"README: {config}"
+    for path in re.findall(r"(?:run|infer)\.sh (configs/\S+\.yaml)", text):
+        assert (ROOT / path).is_file(), f"README: {path}"
     (command,) = re.findall(r"^exec (\S+)$", (ROOT / ".ci/run").read_text(), re.MULTILINE)
     assert f"\n{command}\n" in text, "CI runs another command than the README names"
 
 
 def test_the_key_reference_is_current_and_has_every_shipped_part():
     """If this fails, run scripts/make_keys.py."""
-    import importlib.util
-
     spec = importlib.util.spec_from_file_location("make_keys", ROOT / "scripts/make_keys.py")
     make_keys = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make_keys)
     text = make_keys.page()
     assert (ROOT / "docs/keys.md").read_text() == text, "docs/keys.md is not current; run scripts/make_keys.py"
 
-    configs = "".join(text for name, text in texts().items() if name.startswith("configs/"))
-    for module in set(re.findall(r"module: (selfe\.[\w.]+)", configs)):
-        assert f"`{module}`" in text, module
+    offered = {"backbones": "Backbone", "encoders": "TextEncoder", "objectives": "Objective", "samplers": "Sampler"}
+    offered = {folder: [getattr(protocols, name)] for folder, name in offered.items()} | {"data": [protocols.Data]}
+    offered["encoders"].append(protocols.Autoencoder)
+    for path in FILES:
+        if room(path) not in offered:
+            continue
+        module = import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        for name, kind in vars(module).items():
+            if not inspect.isclass(kind) or kind.__module__ != module.__name__ or kind is BucketedDataset:
+                continue
+            if any(offers(kind, protocol) for protocol in offered[room(path)]):
+                assert f"`{module.__name__}.{name}`" in text, f"{module.__name__}.{name} is not in make_keys.PARTS"
+
+
+def offers(kind: type, protocol: type) -> bool:
+    try:
+        config.expect_offers(kind, protocol, "")
+    except config.Problem:
+        return False
+    return True
