@@ -110,9 +110,9 @@ def command(*arguments: str, code: int = 0) -> str:
     return out.read_text()
 
 
-def finish(folder: Path, size: int, *overrides: str, config: Path = TINY) -> str:
+def finish(folder: Path, size: int, *overrides: str, config: Path = TINY, env: dict[str, str] | None = None) -> str:
     """Train to the end; returns what was printed."""
-    run = Run(folder, size, *overrides, config=config)
+    run = Run(folder, size, *overrides, config=config, env=env)
     codes = run.wait()
     assert codes == [0] * size, (run.out, run.failures)
     return run.out

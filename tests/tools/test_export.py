@@ -3,10 +3,8 @@
 import copy
 import json
 import logging
-import os
 import pickle
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -23,24 +21,10 @@ from selfe.errors import UserError
 from selfe.io.sampling_limits import RANGES
 from selfe.tools import demo
 from selfe.tools.export import command
+from tests.helpers import infer_processes, train_processes
 from tests.helpers.encoder_files import ROOT, write_cache
 
 SMOKE = "configs/debug/selfe_smoke.yaml"
-
-
-def run(script: str, processes: int, cache: Path, *overrides: str) -> str:
-    env = {key: value for key, value in os.environ.items() if not key.startswith("SELFE_")}
-    done = subprocess.run(
-        [ROOT / script, SMOKE, str(processes), *overrides],
-        cwd=ROOT,
-        env=env | {"SELFE_CACHE_DIR": str(cache)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "LOAD REPORT" not in done.stderr
-    return done.stdout
 
 
 def write_flux(path: Path) -> Path:
@@ -64,7 +48,9 @@ def trained(tmp_path_factory) -> tuple[Path, Path]:
     steps = "trainer.max_steps=2", "trainer.warmup_steps=1", "trainer.samples.every=2", "trainer.lr=1e-2"
     start = f"trainer.init_from={write_flux(cache / 'flux1-dev.safetensors')}", "trainer.shard_text_encoder=true"
     length = "system.text_encoder.params.max_tokens=24"
-    output = run("run.sh", 2, cache, f"trainer.output_dir={folder}", *steps, *start, length)
+    env = {"SELFE_SKIP_PRETRAINED": "0", "SELFE_CACHE_DIR": str(cache)}
+    output = train_processes.finish(folder, 2, *steps, *start, length, config=ROOT / SMOKE, env=env)
+    assert "LOAD REPORT" not in output
     assert "2 steps done" in output
     assert "tensors loaded, 4 missing, 1 unused" in output
     assert "guidance_in.in_layer.weight" in (folder / "init_from.txt").read_text()
@@ -75,7 +61,10 @@ def trained(tmp_path_factory) -> tuple[Path, Path]:
         '"eta": 0.5, "s_ratio": 0.25}\n'
     )
     paths = f"inferencer.ckpt_dir={folder}/checkpoints", f"inferencer.output_dir={folder}/images"
-    run("infer.sh", 1, cache, *paths, f"inferencer.defaults.prompt_file={folder}/prompts.jsonl", length)
+    prompts = f"inferencer.defaults.prompt_file={folder}/prompts.jsonl"
+    (sampling,) = infer_processes.start(1, [str(ROOT / SMOKE), *paths, prompts, length], env)
+    sampling.join(300)
+    assert sampling.exitcode == 0
     return folder, folder / "images"
 
 
