@@ -1,11 +1,14 @@
 """The verb `selfe make-shards`: pack the images of a manifest into tar files (WebDataset layout).
 
-For storage that is slow on many small files. Existing tar files are kept, so a rerun resumes.
+For storage that is slow on many small files. Existing tar files are kept, so a rerun resumes. PREFIX.json records what
+they were written from, so that a folder never has shards of two manifests.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import tarfile
 from collections.abc import Iterable, Iterator
 from io import BytesIO
@@ -16,6 +19,9 @@ from selfe import log
 from selfe.data.manifest import Manifest
 from selfe.data.shards import CAPTIONS, IMAGES, Shards
 from selfe.io import image_decode
+from selfe.types import UserError
+
+CHUNK = 1 << 24  # bytes read at once
 
 
 class Sample(NamedTuple):
@@ -49,6 +55,30 @@ def samples_of(manifest: Manifest, indices: range) -> Iterator[Sample]:
         yield Sample(index, path.suffix[1:].lower(), path.read_bytes(), manifest.prompt(index))
 
 
+def check_folder(options: argparse.Namespace) -> None:
+    """Record what the shards are written from. Raises UserError if the folder has shards of something else."""
+    digest = hashlib.blake2b(digest_size=16)
+    with options.manifest.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    origin = {"manifest": digest.hexdigest(), "base_dir": str(options.base_dir.resolve()), "samples": options.samples}
+
+    record = options.out / f"{options.prefix}.json"
+    if record.exists():
+        if json.loads(record.read_text()) != origin:
+            raise UserError(
+                f"{options.out}: its shards were written from another manifest, or with another --base-dir or "
+                "--samples; choose another --out, or remove this folder"
+            )
+        return
+    if any(options.out.glob(f"{options.prefix}-*.tar")):
+        raise UserError(f"{options.out}: has shards that are not of this manifest; choose another --out or --prefix")
+
+    partial = record.with_suffix(".partial")
+    partial.write_text(json.dumps(origin) + "\n")
+    partial.rename(record)
+
+
 def open_result(folder: Path, prefix: str) -> None:
     """Open shards as training does, and print how many there are."""
     shards = Shards(folder / f"{prefix}-*.tar", image_decode.MAX_PIXELS)
@@ -59,6 +89,7 @@ def main(options: argparse.Namespace) -> None:
     """Entry point of `selfe make-shards`."""
     options.out.mkdir(parents=True, exist_ok=True)
     manifest = Manifest(options.manifest, options.base_dir, image_decode.MAX_PIXELS, options.out)
+    check_folder(options)
 
     progress = log.Progress("samples", len(manifest))
     for number, first in enumerate(range(0, len(manifest), options.samples)):

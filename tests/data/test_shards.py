@@ -74,6 +74,21 @@ def test_making_shards_goes_on_where_it_was_and_gives_the_same_bytes(made):
     assert [a == b for a, b in zip(after, before, strict=True)] == [True, False, True]
 
 
+def test_shards_of_two_manifests_are_not_mixed(made):
+    path, out = made
+    command = ["make-shards", "--base-dir", str(path.parent), "--out", str(out), "--samples", "8"]
+    changed = path.with_name("changed.tsv")
+    changed.write_text(path.read_text().replace("drawing 0", "drawing X"))
+    before = {tar.name: tar.read_bytes() for tar in out.glob("*.tar")}
+    for arguments in ([*command, str(changed)], [*command[:-1], "4", str(path)]):
+        with pytest.raises(UserError, match="its shards were written from another manifest, or with another"):
+            cli.run(arguments)
+    (out / "train.json").rename(out / "elsewhere.json")
+    with pytest.raises(UserError, match="has shards that are not of this manifest"):
+        cli.run([*command, str(path)])
+    assert {tar.name: tar.read_bytes() for tar in out.glob("*.tar")} == before
+
+
 def test_foreign_tars_are_read_whatever_the_names_and_extras(tmp_path, capsys):
     members = [("./a/0001.txt", b"one"), ("./a/0001.jpg", jpeg(1)), ("./a/0001.json", b"{}"), ("README", b"hello")]
     members += [("b.c/0002.JPEG", jpeg(2)), ("b.c/0002.txt", "zwei\n".encode("utf-8-sig"))]
