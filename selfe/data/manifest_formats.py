@@ -20,7 +20,8 @@ CAPTION = ("caption", "text", "prompt", "description")
 
 JSON_LINES = (".jsonl", ".ndjson")
 CONVERT = "convert the file with selfe make-manifest"
-CONVERTED = (".parquet", ".arrow", ".feather", ".json", ".gz", ".zip", ".xlsx", ".xls", ".ods")  # not read directly
+CONVERTED = (".parquet", ".gz")  # by `selfe make-manifest`
+OTHERS = (".arrow", ".feather", ".json", ".zip", ".xlsx", ".xls", ".ods")
 ENCLOSED = f"captions are enclosed in quotes, which stay part of them; if these are the quotes of CSV, {CONVERT}"
 SPACES = re.compile("[\t\n\x0b\x0c\r\x85\u2028\u2029]+")  # cannot be in a line of TSV; become one space
 
@@ -69,9 +70,11 @@ def detect(path: Path) -> Format:
         raise UserError(f"{path}: is a tar file; tar shards are read by data.module=selfe.data.shards.ShardData")
     if suffix in CONVERTED:
         raise UserError(
-            f"{path}: a manifest is .tsv, .csv or .jsonl; for {suffix}, run selfe make-manifest --help, which lists "
-            "what it converts"
+            f"{path}: is not read directly; convert it with selfe make-manifest {path} --out OUT.tsv, or --shards DIR "
+            "if it stores the images"
         )
+    if suffix in OTHERS:
+        raise UserError(f"{path}: a manifest is .tsv, .csv or .jsonl; save this file as one of them")
     if not path.stat().st_size:
         raise empty(path)
 
@@ -86,7 +89,7 @@ def detect(path: Path) -> Format:
 
 def check_tsv_name(path: Path, option: str) -> None:
     """Raise UserError if a TSV manifest with this name would be read as another format."""
-    if path.suffix.lower() in (".csv", ".tar", *JSON_LINES, *CONVERTED):
+    if path.suffix.lower() in (".csv", ".tar", *JSON_LINES, *CONVERTED, *OTHERS):
         name = path.with_suffix(".tsv")
         raise UserError(f"{option} {path}: a TSV file is written, and would be read as {path.suffix}; use {name}")
 

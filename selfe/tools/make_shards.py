@@ -18,8 +18,8 @@ from typing import NamedTuple
 from selfe import log
 from selfe.data.manifest import Manifest
 from selfe.data.shards import CAPTIONS, IMAGES, Shards
+from selfe.errors import UserError
 from selfe.io import image_decode
-from selfe.types import UserError
 
 CHUNK = 1 << 24  # bytes read at once
 
