@@ -30,8 +30,12 @@ CACHED = {
 
 def describe(name: str, part: Any) -> dict[str, Any]:
     """The class of a part and its `output_settings`, by key path, in YAML types. `name`: the key path of the part."""
-    kind = f"{type(part).__module__}.{type(part).__qualname__}"
-    return {f"{name}.module": kind} | flat(config.plain(part.output_settings()), f"{name}.params")
+    return {f"{name}.module": class_path(part)} | flat(config.plain(part.output_settings()), f"{name}.params")
+
+
+def class_path(part: Any) -> str:
+    """`module.Class` of a part, which identifies it where its parameters alone would not."""
+    return f"{type(part).__module__}.{type(part).__qualname__}"
 
 
 def describe_system(system: dict) -> dict[str, Any]:

@@ -85,12 +85,12 @@ class Inferencer:
         path = collectives.broadcast(verify.find(Path(self.ckpt_dir)) if world.is_main else None, world)
         if world.is_main:
             self.check_run(path, settings)
-        folder = Path(self.output_dir)
         nets, facts = self.load(path, system.backbone, world.device)
 
         # open the output directory, which records the settings that identify its images
         shared = facts | {"precision": self.precision, "format": self.format, "layout": self.layout}
         identity = shared | compare.describe_system(settings["system"])
+        folder = collectives.broadcast(self.choose_folder(identity, todo) if world.is_main else None, world)
         opened = job.opened(folder, identity, todo, self.layout, lost=partial(launch.end, 1))
         new = removed_on_failure(folder, ["job.json"])
         with errors.writing_to(folder), collectives.on_main(new, world), collectives.on_main(opened, world):
@@ -100,15 +100,15 @@ class Inferencer:
             if len(existing) < len(todo):
                 system.text_encoder = PromptCache(system.text_encoder)
                 system.load_encoders(world.device)
-                self.generate_share(system, nets, todo, existing, facts, world)
+                self.generate_share(system, nets, todo, existing, facts, folder, world)
             collectives.barrier()
 
             # write config, metadata and gallery
             if world.is_main:
                 again = {name: value for name, value in settings["inferencer"].items() if name != "prompts"}
-                config.save(settings | {"inferencer": again}, folder / "config.yaml")
+                config.save(settings | {"inferencer": again | {"output_dir": folder}}, folder / "config.yaml")
                 new = len(todo) - len(existing)
-                self.describe(todo, requests, facts | {"checkpoint": str(path)}, any_new=new > 0)
+                self.describe(folder, todo, requests, facts | {"checkpoint": str(path)}, any_new=new > 0)
                 seconds = log.duration(time.monotonic() - begun)
                 images = log.count(len(todo), "image", "images")
                 log.print_line(
@@ -116,6 +116,14 @@ class Inferencer:
                 )
                 if (folder / "gallery.html").is_file():
                     log.print_line(f"open:     {folder / 'gallery.html'}")
+
+    def choose_folder(self, identity: dict, todo: Sequence[ImageSpec]) -> Path:
+        """`output_dir`, or its sub-folder for this job's settings, reported in a line."""
+        output_dir = Path(self.output_dir)
+        folder, difference = job.choose_folder(output_dir, identity, todo, self.layout)
+        if difference:
+            log.print_line(f"{output_dir}: {difference}; the images of this job are in {folder}")
+        return folder
 
     def check_run(self, path: Path, settings: dict) -> None:
         """Raise UserError if the system differs from that of the run whose checkpoint is at `path`."""
@@ -159,6 +167,7 @@ class Inferencer:
         todo: Sequence[ImageSpec],
         existing: set[str],
         facts: dict,
+        folder: Path,
         world: World,
     ) -> None:
         """Generate this process's share of the missing images; shows images per second and remaining time."""
@@ -179,7 +188,8 @@ class Inferencer:
                 for future in saving:
                     future.result()
                 saving = [
-                    thread.submit(self.save, spec, image, facts) for spec, image in zip(batch, images, strict=True)
+                    thread.submit(image_encode.save, image, folder / spec.file, self.format, record(spec, facts))
+                    for spec, image in zip(batch, images, strict=True)
                 ]
 
                 # remaining time by estimated cost, not by count, because sizes and steps differ between batches
@@ -208,13 +218,10 @@ class Inferencer:
         )
         return [image_encode.to_image(image) for image in images]
 
-    def save(self, spec: ImageSpec, image: Image.Image, facts: dict) -> None:
-        """Write the file of an image."""
-        image_encode.save(image, Path(self.output_dir) / spec.file, self.format, record(spec, facts))
-
-    def describe(self, todo: Sequence[ImageSpec], requests: Sequence[Request], facts: dict, any_new: bool) -> None:
+    def describe(
+        self, folder: Path, todo: Sequence[ImageSpec], requests: Sequence[Request], facts: dict, any_new: bool
+    ) -> None:
         """Write the files next to the images: metadata, files that evaluators need, the gallery."""
-        folder = Path(self.output_dir)
         lines = [{"file": spec.file} | record(spec, facts) for spec in todo]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         image_encode.write(folder / "metadata.jsonl", text.encode())

@@ -396,7 +396,7 @@ class Trainer:
         self.saver.wait()  # complete the checkpoint first, so that a failure in sampling loses no step
         self.clock.mark("samples")
         nets = {"samples": self.ema, "samples_live": self.net}
-        for name, sheet in self.cfg.samples.draw(self.system, nets, self.seed, self.world).items():
+        for name, sheet in self.cfg.samples.draw(self.system, nets, self.seed, done, self.world).items():
             loggers.image(done, name, save_sheet(sheet, self.folder / name, done))
         fsdp.reshard(self.net)
         self.clock.mark("other")

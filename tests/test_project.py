@@ -43,8 +43,8 @@ EDGES = {
     "data": PARTS | {"distributed"},  # a loader reads what its rank trains on
     "checkpoint": PARTS | {"distributed", "encoders"},  # FLUX files hold a denoiser and a VAE
     "training": PARTS | {"checkpoint", "compare", "config", "data", "distributed", "samplers", "system"},
-    "inference": PARTS | {"config", "samplers"},
-    "gallery": {"errors", "io", "types"},
+    "inference": PARTS | {"compare", "config", "samplers"},
+    "gallery": {"config", "errors", "inference", "io", "types"},
     "launch": BASE | {"config", "distributed"},  # the failure of one process is published for the others
     "recorded_run": {"compare", "config"},
     "generator": PARTS | {"checkpoint", "compare", "config", "inference", "recorded_run", "system"},

@@ -11,15 +11,19 @@ import base64
 import hashlib
 import json
 import os
+import sysconfig
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote
 
 from PIL import Image
 
+from selfe import config
 from selfe.errors import UserError
+from selfe.inference.prompts import shipped_class
 from selfe.io import image_encode
 
 EMBED_BYTES = 24 * 2**20  # jobs up to this size are embedded in the page
@@ -47,6 +51,7 @@ def build(folders: Sequence[Path], output: Path, embed_bytes: int = EMBED_BYTES)
         for record in job:
             facts = {name: record[name] for name in FACTS}
             facts["parameters"] = {name: record[name] for name in record if name not in NOT_PARAMETERS}
+            facts["sampler_setting"] = sampler_setting(record["sampler"], facts["parameters"])
             facts |= {"folder": number, "prompt": prompts.setdefault(record["prompt"], len(prompts)), "files": {}}
             sweep = sweeps.setdefault((number, json.dumps(facts)), facts)
             path = folder / record["file"]
@@ -104,12 +109,42 @@ def read(folder: Path) -> list[dict]:
     return there
 
 
+def sampler_setting(name: str, parameters: dict) -> str:
+    """The value of `inferencer.defaults.sampler` as JSON."""
+    module = name if "." in name else shipped_class(name)
+    return json.dumps({"module": module, "params": parameters}, ensure_ascii=False)
+
+
+def python_path(config_file: Path, job: Sequence[dict]) -> str:
+    """The folders from which Python imports classes outside of selfe, as a value of PYTHONPATH.
+
+    Empty if there are none, or if Python finds them anyway: installed packages and modules in the working directory.
+    """
+    samplers = {record["sampler"] for record in job if "." in record["sampler"]}
+    parts = config.foreign_modules(config.resolve(config_file)) if config_file.is_file() else []
+    standard = {Path(path).resolve() for path in sysconfig.get_paths().values()} | {Path.cwd()}
+
+    folders: list[str] = []
+    for package in dict.fromkeys(path.partition(".")[0] for path in (*samplers, *parts)):
+        spec = find_spec(package) if package.isidentifier() and package != "selfe" else None
+        if spec is None or not (spec.origin or spec.submodule_search_locations):
+            continue
+        file = (
+            Path(spec.origin) if spec.submodule_search_locations is None else Path(spec.submodule_search_locations[0])
+        )
+        if file.parent.resolve() not in standard:
+            folders.append(str(file.parent.resolve()))
+    return os.pathsep.join(dict.fromkeys(folders))
+
+
 def about(folder: Path, name: str, job: Sequence[dict]) -> dict:
     """The facts of a job that the page shows."""
+    config_file = folder / "config.yaml"
     return {
         "name": name,
         "path": str(folder),
-        "config": str(folder / "config.yaml"),
+        "config": str(config_file),
+        "python_path": python_path(config_file, job),
         "checkpoint": job[0].get("checkpoint", ""),
         "step": job[0]["step"],
     }

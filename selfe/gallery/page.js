@@ -238,23 +238,28 @@ function move(by) {
   setStep(state.at);
 }
 
-// The shell command that generates an image again. Values are escaped for the shell, for YAML and for ${...} interpolation.
+// JSON of a value as YAML of a config: `${` is escaped, as are characters that YAML or a terminal does not accept.
+function yaml(json) {
+  return json.replace(/(\\*)\$\{/g, (_, slashes) => slashes + slashes + "\\\\${")
+    .replace(/[\u007f-\u009f\u2028\u2029\ufeff\ufffe\uffff]/g, (c) => "\\u" + c.charCodeAt(0).toString(16).padStart(4, "0"));
+}
+
+// The shell command that generates an image again.
 function command(sweep, n) {
   const folder = data.folders[sweep.folder];
-  const text = (value) => JSON.stringify(value.replace(/(\\*)\$\{/g, (_, slashes) => slashes + slashes + "\\${"))
-    .replace(/[\u007f-\u009f\u2028\u2029\ufeff\ufffe\uffff]/g, (c) => "\\u" + c.charCodeAt(0).toString(16).padStart(4, "0"));
-  const sampler = `selfe.samplers.${sweep.sampler}.${sweep.sampler[0].toUpperCase()}${sweep.sampler.slice(1)}`;
+  const text = (value) => yaml(JSON.stringify(value));
   const defaults = {
     seed: sweep.seed, first_sample: sweep.sample, num_samples: 1, num_steps: `[${n}]`, cfg_scale: sweep.cfg_scale, s_ratio: sweep.s_ratio,
-    height: sweep.height, width: sweep.width, negative_prompt: text(sweep.negative_prompt),
-    sampler: `{module: ${sampler}, params: ${JSON.stringify(sweep.parameters).replaceAll(":", ": ")}}`,
+    height: sweep.height, width: sweep.width, negative_prompt: text(sweep.negative_prompt), sampler: yaml(sweep.sampler_setting),
   };
   const settings = {
     prompts: `[${text(data.prompts[sweep.prompt])}]`, ckpt_dir: text(folder.checkpoint), weights: sweep.weights, layout: "flat",
     output_dir: text(`${folder.path}/again`), ...Object.fromEntries(Object.entries(defaults).map(([key, value]) => [`defaults.${key}`, value])),
   };
   const quote = (word) => (/^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", `'"'"'`)}'`);
-  return ["./infer.sh", folder.config, "1", ...Object.entries(settings).map(([key, value]) => `inferencer.${key}=${value}`)].map(quote).join(" ");
+  const words = ["./infer.sh", folder.config, "1", ...Object.entries(settings).map(([key, value]) => `inferencer.${key}=${value}`)];
+  const path = folder.python_path && `PYTHONPATH=${quote(folder.python_path)} `;
+  return path + words.map(quote).join(" ");
 }
 
 function viewer() {

@@ -15,14 +15,15 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, fields
+from itertools import chain, count, product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from selfe import config
 from selfe.balance import pack_greedy
 from selfe.errors import UserError
-from selfe.inference.prompts import Request, SamplingDefaults, shorten, sweep
+from selfe.inference.prompts import Request, SamplingDefaults, sampler_name, shorten, sweep
 from selfe.io import image_encode
 from selfe.io.folder_lock import FolderLock
 from selfe.protocols import Sampler
@@ -30,6 +31,8 @@ from selfe.protocols import Sampler
 Weights = Literal["ema", "live"]
 Layout = Literal["flat", "geneval", "npz"]
 MOST = 2_000_000  # maximum number of images of a job
+GROUPS = "*_steps[0-9]*_cfg*"  # the directories of layout geneval; see `ImageSpec.group`
+RESERVED = frozenset(("step", "checkpoint", "fingerprint"))  # facts of the weights in the metadata of an image
 DECODE = 2.0  # cost of encoders and files per image, in denoiser passes; used for load balancing
 
 
@@ -58,12 +61,9 @@ class ImageSpec:
     @property
     def group(self) -> str:
         """Images with the same group may share a batch; also the name of their directory or array."""
-        sampler = "_".join(f"{value:g}" if isinstance(value, float) else str(value) for value in self.sampler_values)
-        return f"{self.weights}_steps{self.num_steps:02d}_cfg{self.cfg_scale:g}_s{self.s_ratio:g}_{sampler}"
-
-    @property
-    def sampler_values(self) -> tuple:
-        return tuple(sampler_record(self.sampler).values())
+        sampler = "_".join(path_text(value) for value in sampler_record(self.sampler).values())
+        guidance, s_ratio = path_text(self.cfg_scale), path_text(self.s_ratio)
+        return f"{self.weights}_steps{self.num_steps:02d}_cfg{guidance}_s{s_ratio}_{sampler}"
 
     def cost(self) -> float:
         """Approximate work, in pixels x denoiser passes; guidance scale 1 needs one pass per step, others two."""
@@ -71,8 +71,28 @@ class ImageSpec:
 
 
 def sampler_record(sampler: Sampler) -> dict:
-    """The module name of the sampler in `selfe.samplers` and its parameters."""
-    return {"sampler": type(sampler).__module__.rpartition(".")[2]} | sampler.output_settings()
+    """The name of the sampler and its parameters, in YAML types.
+
+    Raises:
+        UserError: a parameter has the name of another key of an image's record.
+    """
+    settings = config.plain(sampler.output_settings())
+    if taken := sorted(settings.keys() & RESERVED.union(field.name for field in fields(ImageSpec))):
+        raise UserError(
+            f"sampler {sampler_name(sampler)}: its parameter {taken[0]} has the name of another setting of an image; "
+            "rename the parameter"
+        )
+    return {"sampler": sampler_name(sampler)} | settings
+
+
+def path_text(value: Any) -> str:
+    """A value as part of a directory name; different values have different texts."""
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    if re.fullmatch(r"[\w.-]{1,100}", text, re.ASCII):
+        return text
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
 # ---- plan ----
@@ -192,6 +212,40 @@ def share(batches: Sequence[list[ImageSpec]], processes: int) -> list[list[list[
 # ---- output directory ----
 
 
+@dataclass(frozen=True)
+class Conflict:
+    """Why the images in a directory and those of a job do not belong together."""
+
+    message: str
+    changed: dict[str, list]  # setting -> its values in this job; empty if the job lacks prompts or combinations
+
+
+def choose_folder(folder: Path, facts: dict, todo: Sequence[ImageSpec], layout: Layout) -> tuple[Path, str]:
+    """The directory for the images of a job: `folder`, or a sub-folder if that contains images with other settings.
+
+    The sub-folder is named after the settings that differ, so that the same job continues in the same one. Evaluators
+    expect their layouts in `folder` itself, which `opened` then refuses.
+
+    Returns:
+        The directory, and the difference to the images in `folder` ("" if there is none).
+    """
+    conflict = find_conflict(folder, facts, todo, layout)
+    if conflict is None or layout != "flat":
+        return folder, ""
+
+    name = folder_name(conflict.changed)
+    names = chain([name], (f"{name}_{number}" for number in count(2)))
+    path = next(folder / name for name in names if find_conflict(folder / name, facts, todo, layout) is None)
+    return path, conflict.message
+
+
+def folder_name(changed: dict[str, list]) -> str:
+    """`cfg_scale_3` for {"cfg_scale": [3.0]}; `prompts` without changed settings, `settings` if there are too many."""
+    words = ["_".join([key.rpartition(".")[2], *map(path_text, values)]) for key, values in changed.items()]
+    name = "_".join(words) or "prompts"
+    return name if len(name) <= 60 else "settings"
+
+
 @contextmanager
 def opened(
     folder: Path, facts: dict, todo: Sequence[ImageSpec], layout: Layout, lost: Callable[[str], None]
@@ -209,30 +263,46 @@ def opened(
     """
     with FolderLock(folder, "inferencer.output_dir", lost):
         # partial files of an interrupted job
-        for place in (".", "thumbs", "*_steps*/*", "*_steps*/*/samples"):
+        for place in (".", "thumbs", f"{GROUPS}/*", f"{GROUPS}/*/samples"):
             for leftover in folder.glob(f"{place}/*{image_encode.PARTIAL}"):
                 if leftover.is_file():  # a directory of that name is not ours
                     leftover.unlink()
 
         # the same weights and shared settings as before
-        path = folder / "job.json"
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if changed := differences(known, facts):
-            raise UserError(f"{folder}: contains images with {changed}; set another inferencer.output_dir, or revert")
-        check_leftovers(folder, todo, layout)
-        image_encode.write(path, (json.dumps(known | facts, indent=1, ensure_ascii=False) + "\n").encode())
+        if conflict := find_conflict(folder, facts, todo, layout):
+            raise UserError(
+                f"{folder}: {conflict.message}; set another inferencer.output_dir, or revert the change "
+                "(prompts and list entries can be added, not removed)"
+            )
+        stored = json.dumps(read_facts(folder) | facts, indent=1, ensure_ascii=False)
+        image_encode.write(folder / "job.json", f"{stored}\n".encode())
 
         yield
 
 
-def differences(there: dict, here: dict) -> str:
-    """Describe the keys whose values differ; keys that only one side has are ignored."""
-    names = [name for name in there if name in here and there[name] != here[name]]
-    return ", ".join(f"{name} {there[name]!r}, this job has {here[name]!r}" for name in names)
+def read_facts(folder: Path) -> dict:
+    """What the images of a directory have in common; empty without `job.json`."""
+    path = folder / "job.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def check_leftovers(folder: Path, todo: Sequence[ImageSpec], layout: Layout) -> None:
-    """Reject existing images that are not part of the job; the message names the setting that changed."""
+def differences(there: dict, here: dict) -> dict[str, tuple]:
+    """Both values of the keys that differ; keys that only one side has are ignored."""
+    return {name: (there[name], here[name]) for name in there if name in here and there[name] != here[name]}
+
+
+def find_conflict(folder: Path, facts: dict, todo: Sequence[ImageSpec], layout: Layout) -> Conflict | None:
+    """The first image or common setting of a directory that is not part of the job, and the setting that changed."""
+
+    def changes_text(changes: dict[str, tuple]) -> str:
+        return ", ".join(f"{key} {before!r}, this job has {now!r}" for key, (before, now) in changes.items())
+
+    # the weights and shared settings
+    if changes := differences(read_facts(folder), facts):
+        keys = ["step"] if "step" in changes else list(changes)
+        return Conflict(f"contains images with {changes_text(changes)}", {key: [changes[key][1]] for key in keys})
+
+    # the settings of single images
     planned = {spec.file: spec.record() for spec in todo}
     for file in existing_images(folder):
         if file in planned and layout != "geneval":
@@ -244,16 +314,19 @@ def check_leftovers(folder: Path, todo: Sequence[ImageSpec], layout: Layout) -> 
         # report the difference to the most similar image of the job
         prompt = record.get("prompt")
         changes = [differences(record, other) for other in planned.values() if other["prompt"] == prompt]
-        change = min(changes, key=len, default=f"prompt {shorten(str(prompt), 60)!r}, which this job lacks")
-        raise UserError(
-            f"{folder}: {file} exists with {change}; set another inferencer.output_dir, or revert the change "
-            "(prompts and list entries can be added, not removed)"
-        )
+        if not changes:
+            lacking = shorten(str(prompt), 60)
+            return Conflict(f"{file} exists with prompt {lacking!r}, which this job lacks", {})
+        nearest = min(changes, key=len)
+        values = {key: list(dict.fromkeys(spec[key] for spec in planned.values() if key in spec)) for key in nearest}
+        return Conflict(f"{file} exists with {changes_text(nearest) or 'other settings'}", values)
+
+    return None
 
 
 def existing_images(folder: Path) -> Iterator[str]:
     """The image files in an output directory, as relative paths."""
-    for pattern in ("*_steps*", "*_steps*/*/samples/*"):
+    for pattern in ("*_steps*", f"{GROUPS}/*/samples/*"):
         for path in folder.glob(pattern):
             if path.suffix in image_encode.SUFFIXES.values() and path.stat().st_size:
                 yield path.relative_to(folder).as_posix()

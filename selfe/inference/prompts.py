@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from selfe import config
+from selfe import compare, config
 from selfe.errors import UserError
 from selfe.io import text_files
 from selfe.io.sampling_limits import check_multiple, check_range, check_size, check_text, normal_prompt
@@ -41,6 +41,7 @@ class SamplingDefaults:
     s_ratio: float | tuple[float, ...] = 0.0
     # how images are sampled
     sampler: Sampler = Renoise()  # noqa: RUF009 - it has no state
+    samplers: dict[str, Sampler] = field(default_factory=dict)  # further samplers, by the name that a prompt line uses
 
     def __post_init__(self):
         for name in ("num_steps", "num_samples", "first_sample", "seed", "cfg_scale", "s_ratio"):
@@ -81,7 +82,7 @@ class Line:
     aspect: str | None = None  # "16:9", width to height, with the area of the defaults
     cfg_scale: tuple[float, ...] | None = None
     s_ratio: tuple[float, ...] | None = None
-    sampler: str | None = None  # euler, renoise: a module of selfe.samplers
+    sampler: str | None = None  # see `sampler_of`
     eta: float | None = None
     path: str | None = None  # column of a training manifest; ignored
 
@@ -152,7 +153,7 @@ def request(where: str, keys: dict, defaults: SamplingDefaults, multiple: int) -
         given.pop(name, None)
     name, eta = given.pop("sampler", None), given.pop("eta", None)
     if name is not None or eta is not None:
-        given["sampler"] = sampler_of(name, eta, defaults.sampler)
+        given["sampler"] = sampler_of(name, eta, defaults)
     if aspect := given.pop("aspect", None):
         if "height" in given or "width" in given:
             raise ValueError("aspect: give either aspect, or height and width")
@@ -183,23 +184,53 @@ def foreign_syntax(requests: Sequence[Request]) -> Iterator[str]:
             )
 
 
-def sampler_of(name: str | None, eta: float | None, default: Sampler) -> Sampler:
-    """The sampler that a line names, or the default sampler with another eta."""
-    kind = type(default)
-    if name is not None:
-        try:
-            if not re.fullmatch("[a-z][a-z0-9_]*", name):
-                raise config.Problem("sampler", name)
-            kind = config.named(f"selfe.samplers.{name}.{name.title().replace('_', '')}", "sampler")
-        except config.Problem as error:
-            raise config.Problem("sampler", f"no sampler {name!r}; euler and renoise come with Self-E") from error
+def sampler_name(sampler: Sampler) -> str:
+    """`renoise` for `selfe.samplers.renoise.Renoise`; `module.Class` for a class outside of that folder."""
+    path = compare.class_path(sampler)
+    name = path.removeprefix("selfe.samplers.").partition(".")[0]
+    return name if path == shipped_class(name) else path
 
-    # keep the parameters of the default sampler if the type is the same
-    parameters = dict(vars(default)) if kind is type(default) else {}
+
+def shipped_class(name: str) -> str:
+    return f"selfe.samplers.{name}.{name.title().replace('_', '')}"
+
+
+def sampler_of(name: str | None, eta: float | None, defaults: SamplingDefaults) -> Sampler:
+    """The sampler that a line names; None: the default sampler. `eta` replaces its parameter of that name.
+
+    A name is a key of `defaults.samplers`, the `sampler_name` of one of the config's samplers, or a module of
+    `selfe.samplers`. A prompt file cannot name other classes, because importing a module runs its code.
+    """
+    sampler = defaults.sampler if name is None else named_sampler(name, defaults)
+    if eta is None:
+        return sampler
+
+    parameters = sampler.output_settings() | {"eta": eta}
     try:
-        return config.call(kind, parameters | ({} if eta is None else {"eta": eta}), "sampler", build=True)
+        return config.call(type(sampler), parameters, "sampler", build=True)
     except config.Problem as error:
-        raise config.Problem("eta", f"{kind.__name__.lower()} does not take eta {eta!r} ({error})") from error
+        raise config.Problem("eta", f"{sampler_name(sampler)} does not take eta {eta!r} ({error})") from error
+
+
+def named_sampler(name: str, defaults: SamplingDefaults) -> Sampler:
+    """See `sampler_of`."""
+    if name in defaults.samplers:
+        return defaults.samplers[name]
+    for sampler in (defaults.sampler, *defaults.samplers.values()):
+        if name == sampler_name(sampler):
+            return sampler
+
+    try:
+        if not re.fullmatch("[a-z][a-z0-9_]*", name):
+            raise config.Problem("sampler", name)
+        return config.call(config.named(shipped_class(name), "sampler"), {}, "sampler", build=True)
+    except config.Problem as error:
+        own = dict.fromkeys([sampler_name(defaults.sampler), *defaults.samplers])
+        valid = ", ".join(dict.fromkeys([*own, "euler", "renoise"]))
+        raise config.Problem(
+            "sampler",
+            f"no sampler {name!r}; valid: {valid}; list samplers of your own in inferencer.defaults.samplers",
+        ) from error
 
 
 def size_of(aspect: str, pixels: int, multiple: int) -> dict[str, int]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import unicodedata
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 Format = Literal["png", "jpeg", "webp"]
@@ -49,11 +51,97 @@ def grid(rows: Sequence[Sequence[Image.Image]], gap: int = 2) -> Image.Image:
     return sheet
 
 
+def sample_sheet(
+    rows: Sequence[Sequence[Image.Image]], prompts: Sequence[str], num_steps: Sequence[int], title: str
+) -> Image.Image:
+    """Images on white: a row per prompt, a column per number of steps, both labelled. Their pixels are unchanged.
+
+    The positions of the images are in `info["selfe"]`, which `save_sheet` stores in the file: `prompts`, `num_steps`,
+    `title`, and `cell`: left and top of the first image, width and height of an image, and the horizontal and vertical
+    distance from one image to the next, in pixels.
+    """
+    width = max(image.width for row in rows for image in row)
+    height = max(image.height for row in rows for image in row)
+
+    # the font grows with the images; columns and rows are at least as large as their labels
+    font = ImageFont.load_default(size=min(max(height / 14, 11), 28))
+    line = math.ceil(font.size * 1.3)
+    heads = ["1 step" if count == 1 else f"{count} steps" for count in num_steps]
+    across = max(width, *(math.ceil(font.getlength(head)) for head in heads)) + line // 3
+    down = max(height, line) + line // 3
+    margin = math.ceil(max(font.size * 12, min(width, font.size * 18)))  # width of the prompts
+    left, top = margin + line, 2 * line + line // 2
+
+    size = max(left + across * len(heads), math.ceil(font.getlength(title)) + line), top + down * len(rows) + line // 3
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((line // 2, line // 3), title, fill="black", font=font)
+    for x, head in enumerate(heads):
+        draw.text((left + x * across, line + line // 3), head, fill="dimgray", font=font)
+
+    for y, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        label = wrap(prompt, font, margin, max_lines=max(height // line, 1))
+        draw.multiline_text((line // 2, top + y * down), label, fill="black", font=font, spacing=line * 0.15)
+        for x, image in enumerate(row):
+            sheet.paste(image, (left + x * across, top + y * down))
+
+    cell = [left, top, width, height, across, down]
+    layout = {"title": title, "prompts": list(prompts), "num_steps": list(num_steps), "cell": cell}
+    sheet.info["selfe"] = json.dumps(layout, ensure_ascii=False)
+    return sheet
+
+
+def sheet_images(sheet: Image.Image) -> list[list[Image.Image]]:
+    """The images of a sheet of `sample_sheet`, by row and column.
+
+    Raises:
+        ValueError: the sheet has no valid layout in its metadata.
+    """
+    try:
+        layout = json.loads(sheet.info["selfe"])
+        left, top, width, height, across, down = layout["cell"]
+        rows, columns = len(layout["prompts"]), len(layout["num_steps"])
+    except (KeyError, TypeError) as error:
+        raise ValueError("not a sheet of samples: no layout in its metadata") from error
+
+    def cell(y: int, x: int) -> Image.Image:
+        corner = left + x * across, top + y * down
+        return sheet.crop((*corner, corner[0] + width, corner[1] + height))
+
+    return [[cell(y, x) for x in range(columns)] for y in range(rows)]
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: float, max_lines: int) -> str:
+    """Text in at most `max_lines` lines of `width` pixels; what does not fit is replaced by an ellipsis.
+
+    Accents are left out: Pillow's font has the characters of ASCII only.
+    """
+    text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+
+    if len(lines) > max_lines:
+        lines[max_lines - 1] += "..."
+    for i, line in enumerate(lines[:max_lines]):
+        while font.getlength(lines[i]) > width and len(line) > 1:
+            line = line.removesuffix("...")[:-1]
+            lines[i] = line + "..."
+    return "\n".join(lines[:max_lines])
+
+
 def save_sheet(sheet: Image.Image, folder: Path, done: int) -> Path:
-    """Save an image grid as `step_N.png` after `done` training steps; returns the path."""
+    """Save a sheet as `step_N.png` after `done` training steps; returns the path."""
     path = folder / f"step_{done:08d}.png"
     path.parent.mkdir(exist_ok=True)
-    sheet.save(path)
+    chunks = PngImagePlugin.PngInfo()
+    if layout := sheet.info.get("selfe"):
+        chunks.add_itxt("selfe", layout)
+    sheet.save(path, pnginfo=chunks)
     return path
 
 
@@ -135,15 +223,43 @@ def heat(table: Tensor, size: int = 160) -> Image.Image:
 
 
 def heat_maps(tables: dict[str, Tensor], columns: int = 4) -> Image.Image:
-    """A grid of heat maps of tables [t, s], each with its name and value range; t increases to the right, s upwards."""
-    panels = []
-    for name, table in tables.items():
-        known = table[~table.isnan()]
-        extent = f"{known.min():.3g} .. {known.max():.3g}" if len(known) else "no samples"
+    """Labelled heat maps of tables [t, s], `columns` to a row; t increases to the right, s upwards."""
+    width, height = 284, 226  # of a panel
+    rows = math.ceil(len(tables) / columns)
+    sheet = Image.new("RGB", (width * min(columns, len(tables)), height * rows), "white")
+    for i, (name, table) in enumerate(tables.items()):
+        sheet.paste(heat_map(name, table, (width, height)), (i % columns * width, i // columns * height))
+    return sheet
 
-        panel = Image.new("RGB", (176, 204), "white")
-        panel.paste(heat(table.T), (8, 36))
-        ImageDraw.Draw(panel).multiline_text((8, 4), f"{name}\n{extent}", fill="black")
-        panels.append(panel)
 
-    return grid([panels[i : i + columns] for i in range(0, len(panels), columns)])
+def heat_map(name: str, table: Tensor, size: tuple[int, int]) -> Image.Image:
+    """A heat map with its name, the axes t and s from 0 to 1, and a colour bar from minimum to maximum."""
+    font = ImageFont.load_default(size=12)
+    panel = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(panel)
+    left, top, side = 32, 26, 160
+    bottom = top + side
+    draw.text((left, 6), wrap(name, font, size[0] - left - 4, max_lines=1), fill="black", font=font)
+
+    panel.paste(heat(table.T, side), (left, top))
+    draw.rectangle((left - 1, top - 1, left + side, bottom), outline="gray")
+    for tick in (0, 0.5, 1):
+        x, y = left + tick * side, bottom - tick * side
+        draw.line((x, bottom, x, bottom + 4), fill="gray")
+        draw.line((left - 5, y, left - 1, y), fill="gray")
+        draw.text((x, bottom + 5), f"{tick:g}", fill="black", font=font, anchor="ma")
+        draw.text((left - 7, y), f"{tick:g}", fill="black", font=font, anchor="rm")
+    draw.text((left + side / 4, bottom + 5), "t", fill="black", font=font, anchor="ma")
+    draw.text((left - 7, top + side * 3 / 4), "s", fill="black", font=font, anchor="rm")
+
+    # colour bar
+    known = table[~table.isnan()]
+    bar = left + side + 12
+    if not len(known):
+        draw.text((bar, top), "no\nsamples", fill="black", font=font)
+        return panel
+    panel.paste(heat(torch.linspace(0, 1, side, dtype=torch.float64)[:, None], side).resize((10, side)), (bar, top))
+    draw.rectangle((bar - 1, top - 1, bar + 10, bottom), outline="gray")
+    draw.text((bar + 15, top), f"{known.max():.3g}", fill="black", font=font, anchor="lm")
+    draw.text((bar + 15, bottom), f"{known.min():.3g}", fill="black", font=font, anchor="lm")
+    return panel

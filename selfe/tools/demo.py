@@ -119,9 +119,7 @@ class DemoModel:
                 cfg_scale=float(cfg_scale),
                 seed=int(seed),
                 s_ratio=float(s_ratio),
-                sampler=prompts.sampler_of(
-                    sampler, float(eta) if sampler == "renoise" else None, SamplingDefaults().sampler
-                ),
+                sampler=prompts.sampler_of(sampler, float(eta) if sampler == "renoise" else None, SamplingDefaults()),
             )
         except (TypeError, ValueError, config.Problem) as error:
             raise UserError(str(error)) from error

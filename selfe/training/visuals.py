@@ -18,6 +18,8 @@ from selfe.samplers.renoise import Renoise
 from selfe.system import System
 from selfe.types import MOST_STEPS, check_range
 
+TITLES = {"samples": "EMA weights", "samples_live": "live weights"}  # by the folder of a grid
+
 
 @dataclass(frozen=True)
 class SampleGridConfig:
@@ -48,8 +50,10 @@ class SampleGridConfig:
             system.encode({"cond": list(self.prompts), "null": [""]})
 
     @torch.no_grad()
-    def draw(self, system: System, nets: dict[str, nn.Module], seed: int, world: World) -> dict[str, Image.Image]:
-        """A grid per denoiser, by name, on rank 0; empty on other ranks.
+    def draw(
+        self, system: System, nets: dict[str, nn.Module], seed: int, done: int, world: World
+    ) -> dict[str, Image.Image]:
+        """A labelled grid per denoiser, by name, on rank 0; empty on other ranks. `done`: completed training steps.
 
         Every rank generates the same number of images, because calls of a sharded denoiser are collective.
         """
@@ -78,8 +82,11 @@ class SampleGridConfig:
         everyone: dict[tuple[str, int, int], Image.Image] = {}
         for of_rank in collectives.gather(own, world):
             everyone |= of_rank
-        rows = range(len(self.prompts)) if world.is_main else ()
-        return {
-            name: image_encode.grid([[everyone[name, i, n] for n in self.num_steps] for i in rows])
-            for name in (nets if world.is_main else ())
-        }
+        if not world.is_main:
+            return {}
+        sheets: dict[str, Image.Image] = {}
+        for name in nets:
+            rows = [[everyone[name, i, count] for count in self.num_steps] for i in range(len(self.prompts))]
+            title = f"{TITLES.get(name, name)}, step {done:,}, guidance {self.cfg_scale:g}, s ratio {self.s_ratio:g}"
+            sheets[name] = image_encode.sample_sheet(rows, self.prompts, self.num_steps, title)
+        return sheets

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from selfe import config, infer
+from selfe import config, infer, log
 from selfe.checkpoint import state
 from selfe.checkpoint.manager import CheckpointManager, RetentionPolicy
 from selfe.distributed import collectives
@@ -216,36 +216,85 @@ def test_calls_are_counted(trained, tmp_path):
     assert captions == Counter([*PROMPTS, ""])
 
 
-def test_a_job_may_grow_but_not_change(trained, tmp_path):
+def test_a_job_may_grow_and_other_settings_go_to_a_folder_of_their_own(trained, tmp_path, monkeypatch):
     output = tmp_path / "images"
     one = ["inferencer.prompts=[a b]", "inferencer.defaults.num_steps=[1]"]
     draw(trained, output, *one)
     first = files(output)
     more = ["inferencer.prompts=[c, a b]", "inferencer.defaults.num_steps=[1,2]", "inferencer.weights=both"]
     assert len(draw(trained, output, *more)) == 8
-    assert files(output).items() > first.items()
+    grown = files(output)
+    printed: list[str] = []
+    monkeypatch.setattr(log, "print_line", printed.append)
+    assert grown.items() > first.items()
 
-    def refused(*overrides: str) -> str:
-        with pytest.raises(UserError) as caught:
-            draw(trained, output, *more, *overrides)
-        assert "\n" not in str(caught.value)
-        assert files(output).items() > first.items()
-        return str(caught.value)
+    def sub_folder(*overrides: str) -> tuple[str, str]:
+        """The difference that is reported, and the name of the folder with the images of the job."""
+        printed.clear()
+        infer.main(arguments(trained, output, *more, *overrides))
+        difference, _, path = "\n".join(printed[:-1]).partition("; the images of this job are in ")
+        folder = Path(path)
+        assert folder.parent == output
+        assert files(output) == grown
+        assert set(job.existing_images(folder)) == {line["file"] for line in records(folder)}
+        assert config.load(folder / "config.yaml")["inferencer"]["output_dir"] == folder
+        return difference, folder.name
 
-    assert "cfg_scale 5.0, this job has 3.0" in refused("inferencer.defaults.cfg_scale=3")
-    assert "seed 0, this job has 1" in refused("inferencer.defaults.seed=1")
-    assert "eta 1.0, this job has 0.5" in refused(
-        "inferencer.defaults.sampler={module: selfe.samplers.renoise.Renoise, params: {eta: 0.5}}"
-    )
-    assert "prompt 'c', which this job lacks" in refused("inferencer.prompts=[a b]")
-    assert "precision 'fp32', this job has 'bf16'" in refused("inferencer.precision=bf16")
-    assert "format 'png', this job has 'webp'" in refused("inferencer.format=webp")
-    assert "system.autoencoder.params.latent" in refused("system.autoencoder.params.latent=mean")
+    # other settings, and the same job again, which has nothing left to generate
+    difference, name = sub_folder("inferencer.defaults.cfg_scale=3")
+    assert "cfg_scale 5.0, this job has 3.0" in difference
+    assert name == "cfg_scale_3"
+    before = {path: path.stat().st_mtime_ns for path in output.glob("*/*.png")}
+    assert sub_folder("inferencer.defaults.cfg_scale=3") == (difference, "cfg_scale_3")
+    assert {path: path.stat().st_mtime_ns for path in output.glob("*/*.png")} == before
+
+    # other weights
     other = tmp_path / "other"
     save_checkpoint(other, seed=5)
-    assert "ema_fingerprint" in refused(f"inferencer.ckpt_dir={other}")
-    with FolderLock(output, "inferencer.output_dir", lost=pytest.fail):
-        assert f"another process is writing to it: process {os.getpid()} on " in refused()
+    assert "ema_fingerprint" in sub_folder(f"inferencer.ckpt_dir={other}")[0]
+
+    with (
+        FolderLock(output, "inferencer.output_dir", lost=pytest.fail),
+        pytest.raises(UserError, match=f"another process is writing to it: process {os.getpid()} on "),
+    ):
+        draw(trained, output, *more)
+
+
+def test_two_sampler_classes_of_one_file_make_images_of_their_own(trained, tmp_path):
+    output = tmp_path / "images"
+    output.mkdir()
+    lines: dict[str, list[dict]] = {}
+    for name in ("Forward", "Midpoint"):
+        sampler = f"inferencer.defaults.sampler={{module: tests.helpers.samplers.{name}}}"
+        draw(trained, output / name, "inferencer.prompts=[a]", sampler)
+        table = f"inferencer.defaults.samplers={{one: {{module: tests.helpers.samplers.{name}}}}}"
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text('{"prompt": "a", "sampler": "one"}\n{"prompt": "a", "sampler": "euler"}')
+        prompts = ["inferencer.prompts=[]", f"inferencer.defaults.prompt_file={file}"]
+        lines[name] = draw(trained, output / f"{name} by line", *prompts, table)
+
+    for name in lines:
+        direct = records(output / name)
+        assert [line["sampler"] for line in direct] == [f"tests.helpers.samplers.{name}"] * 3
+        assert [line["sampler"] for line in lines[name]] == [f"tests.helpers.samplers.{name}"] * 3 + ["euler"] * 3
+        assert [line["file"] for line in lines[name][:3]] == [line["file"] for line in direct]
+
+    # Forward is Euler's method under another name; Midpoint is not
+    forward, midpoint = files(output / "Forward by line"), files(output / "Midpoint by line")
+    pixels = [
+        [np.asarray(Image.open(folder / line["file"])) for line in lines[name]]
+        for name, folder in (("Forward", output / "Forward by line"), ("Midpoint", output / "Midpoint by line"))
+    ]
+    assert (len(forward), len(midpoint), len(forward.keys() & midpoint.keys())) == (6, 6, 3)
+    assert all((a == b).all() for a, b in zip(pixels[0][:3], pixels[0][3:], strict=True))
+    assert not any((a == b).all() for a, b in zip(pixels[1][:3], pixels[1][3:], strict=True))
+
+    # the second class into the folder of the first is a job of its own
+    both = output / "Forward"
+    draw(
+        trained, both, "inferencer.prompts=[a]", "inferencer.defaults.sampler={module: tests.helpers.samplers.Midpoint}"
+    )
+    assert files(both / "sampler_tests.helpers.samplers.Midpoint") == files(output / "Midpoint")
 
 
 def test_negative_prompts_settings_of_a_line_and_sizes(trained, tmp_path):

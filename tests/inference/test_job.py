@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from PIL import Image
 
 from selfe.encoders.flux_vae import FluxVAE, patchify, starts
 from selfe.errors import UserError
@@ -11,8 +12,11 @@ from selfe.inference import job
 from selfe.inference.job import make_batches, plan, share
 from selfe.inference.prompt_cache import PromptCache
 from selfe.inference.prompts import Request, SamplingDefaults
+from selfe.io import image_encode
 from selfe.samplers.euler import Euler
+from selfe.samplers.renoise import Renoise
 from selfe.types import TextCond, packed
+from tests.helpers import samplers
 
 
 def requests(*prompts: str, **settings) -> list[Request]:
@@ -35,6 +39,66 @@ def test_names_hold_what_decides_the_pixels():
     assert len({a.file, *others}) == 1 + len(others)
     (again,) = plan(requests(a.prompt, num_steps=4), ["ema"], "flat", ".png")
     assert again.file == a.file
+
+
+def test_file_names_of_shipped_samplers_and_identity_of_others():
+    def spec(sampler) -> job.ImageSpec:
+        return plan(requests("a", num_steps=4, sampler=sampler), ["ema"], "flat", ".png")[0]
+
+    # names as they have always been
+    assert (spec(Renoise()).file, spec(Renoise()).group) == (
+        "a_00_6a19039cec72_steps04.png",
+        "ema_steps04_cfg5_s0_renoise_1",
+    )
+    assert (spec(Euler()).file, spec(Euler()).group) == ("a_00_0397035b3db3_steps04.png", "ema_steps04_cfg5_s0_euler")
+
+    # classes of one file and parameters that are text
+    others = [samplers.Forward(), samplers.Midpoint(), samplers.Named(), samplers.Named("a/b"), samplers.Named("a b")]
+    assert len({spec(sampler).file for sampler in others}) == len({spec(sampler).group for sampler in others}) == 5
+    assert all("/" not in spec(sampler).group for sampler in others)
+    assert spec(samplers.Named("a/b")).record()["schedule"] == "a/b"
+    with pytest.raises(UserError, match=r"samplers.Seeded: its parameter seed has the name of another setting"):
+        spec(samplers.Seeded())
+
+    # values that agree in six digits
+    assert spec(Renoise(eta=0.5)).group != spec(Renoise(eta=0.50000001)).group
+
+
+def test_other_settings_go_to_a_folder_of_their_own(tmp_path):
+    facts = {"step": 12, "ema_fingerprint": "a1", "precision": "fp32", "format": "png", "layout": "flat"}
+
+    def run(changed: dict | None = None, prompts=("a", "b"), layout="flat", **settings) -> tuple[str, str]:
+        """The name of the folder of a job with these changes, and why; writes the job's images."""
+        todo = plan(requests(*prompts, **{"num_steps": (1, 2)} | settings), ["ema"], layout, ".png")
+        folder, difference = job.choose_folder(tmp_path, facts | (changed or {}), todo, layout)
+        with job.opened(folder, facts | (changed or {}), todo, layout, lost=pytest.fail):
+            for spec in todo:
+                image_encode.save(Image.new("RGB", (8, 8)), folder / spec.file, "png", spec.record())
+        return folder.relative_to(tmp_path).as_posix(), difference
+
+    assert run() == run() == (".", "")
+    assert run(prompts=("c", "a", "b"), num_steps=(4, 1, 2)) == (".", "")  # extended
+    all_of_it = {"prompts": ("c", "a", "b"), "num_steps": (4, 1, 2)}
+    for name, changed, settings, difference in (
+        ("cfg_scale_3", {}, {"cfg_scale": 3.0}, "cfg_scale 5.0, this job has 3.0"),
+        ("cfg_scale_3_2.5", {}, {"cfg_scale": (3.0, 2.5)}, "cfg_scale 5.0, this job has 3.0"),
+        ("seed_1_eta_0.5", {}, {"seed": 1, "sampler": Renoise(eta=0.5)}, "seed 0, this job has 1, eta 1.0"),
+        ("prompts", {}, {"prompts": ("a", "b")}, "prompt 'c', which this job lacks"),
+        ("prompts_2", {}, {"prompts": ("d",)}, "which this job lacks"),
+        ("num_steps_8", {}, {"num_steps": 8}, "this job has 8"),
+        ("step_24", {"step": 24, "ema_fingerprint": "b2"}, {}, "step 12, this job has 24"),
+        ("precision_bf16", {"precision": "bf16"}, {}, "precision 'fp32', this job has 'bf16'"),
+    ):
+        for _ in range(2):  # the same job again is in the same folder
+            folder, text = run(changed, **all_of_it | settings)
+            assert folder == name
+            assert difference in text
+
+    assert job.folder_name({"negative_prompt": ["blurry, dark"], "cfg_scale": list(range(100))}) == "settings"
+
+    # what evaluators read is in the folder itself or not at all
+    with pytest.raises(UserError, match=r"layout 'flat', this job has 'geneval'; set another inferencer.output_dir"):
+        run({"layout": "geneval"}, layout="geneval")
 
 
 def test_a_prompt_given_again_is_another_sample():

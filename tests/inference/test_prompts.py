@@ -1,6 +1,7 @@
 """Prompt files: what is read, and one clear line for each of many that cannot be."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import pytest
 from selfe.errors import UserError
 from selfe.inference.prompts import SamplingDefaults, foreign_syntax, from_file, from_list
 from selfe.samplers.euler import Euler
+from selfe.samplers.renoise import Renoise
+from tests.helpers import samplers
 
 DEFAULTS = SamplingDefaults(num_steps=(1, 4), height=256, width=256)
 
@@ -45,6 +48,30 @@ def test_jsonl(tmp_path):
     assert plain.settings == DEFAULTS
     (other,) = read(tmp_path, "p.jsonl", line(eta=0.25))
     assert (type(other.settings.sampler), other.settings.sampler.eta) == (type(DEFAULTS.sampler), 0.25)
+
+
+def test_samplers_of_the_config_by_name(tmp_path):
+    own = replace(
+        DEFAULTS, sampler=samplers.Named("a, b"), samplers={"fine": Renoise(eta=0.25), "mid": samplers.Midpoint()}
+    )
+    path = tmp_path / "p.jsonl"
+
+    def sampler(**keys):
+        path.write_text(line(**keys))
+        return from_file(path, own, 16)[0].settings.sampler
+
+    assert sampler() is sampler(sampler="tests.helpers.samplers.Named") is own.sampler
+    assert sampler(sampler="mid") is sampler(sampler="tests.helpers.samplers.Midpoint") is own.samplers["mid"]
+    assert sampler(sampler="fine").eta == sampler(sampler="renoise").eta == 0.25
+    assert (sampler(sampler="fine", eta=0.5).eta, type(sampler(sampler="euler"))) == (0.5, Euler)
+
+    # a prompt file does not import classes that the config does not name
+    with pytest.raises(
+        UserError, match=r"no sampler 'tests.helpers.samplers.Forward'; valid: .*Named, fine, mid, euler"
+    ):
+        sampler(sampler="tests.helpers.samplers.Forward")
+    with pytest.raises(UserError, match=r"samplers.Named does not take eta 1.0"):
+        sampler(eta=1)
 
 
 def test_tsv(tmp_path):
@@ -126,7 +153,7 @@ MALFORMED = {
     "an aspect that is none": ("p.jsonl", line(aspect="wide"), "expected width:height"),
     "an absurd aspect": ("p.jsonl", line(aspect="1000:1"), "is not between 1:16 and 16:1"),
     "aspect and size": ("p.jsonl", line(aspect="1:1", height=256), "either aspect, or"),
-    "an unknown sampler": ("p.jsonl", line(sampler="eulr"), "no sampler 'eulr'; euler and renoise"),
+    "an unknown sampler": ("p.jsonl", line(sampler="eulr"), "no sampler 'eulr'; valid: renoise, euler"),
     "a sampler from elsewhere": ("p.jsonl", line(sampler="os.system"), "no sampler 'os.system'"),
     "eta for a sampler without": ("p.jsonl", line(sampler="euler", eta=1), "euler does not take eta"),
     "eta out of range": ("p.jsonl", line(eta=2), "eta must be between"),

@@ -64,11 +64,13 @@ def evenly(count: int, most: int) -> list[int]:
 
 
 def read(path: Path) -> Image.Image:
-    """A sheet. Raises UserError if the file is not a complete image."""
+    """A sheet without its labels. Raises UserError if the file is not a complete image."""
     try:
         with Image.open(path) as sheet:
-            return sheet.convert("RGB")
-    except (OSError, SyntaxError) as error:
+            if "selfe" not in sheet.info:
+                return sheet.convert("RGB")
+            return image_encode.grid(image_encode.sheet_images(sheet), GAP)
+    except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path}: not a complete image ({error}); remove the file") from error
 
 
