@@ -17,7 +17,7 @@ import textwrap
 import tokenize
 import types
 from collections.abc import Iterator
-from dataclasses import is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -133,6 +133,8 @@ def name_of(kind: Any, path: str, sections: dict[str, type]) -> str:
         return f"list of {name_of(arguments[0], f'{path}[]', sections)}"
     if origin is tuple:
         return f"[{', '.join(name_of(argument, path, sections) for argument in arguments)}]"
+    if origin is dict:
+        return f"mapping of names to {name_of(arguments[1], f'{path}.NAME', sections)}"
     if is_dataclass(kind):
         sections[path] = kind
         return f"[section](#{re.sub('[^a-z0-9_]', '', path)})"
@@ -147,6 +149,8 @@ def yaml_of(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
+    if value == {}:
+        return "{}"
     if isinstance(value, tuple):
         return f"[{', '.join(map(yaml_of, value))}]"
     if isinstance(value, float):
@@ -169,13 +173,15 @@ def keys_of(kind: type, path: str, sections: dict[str, type]) -> Iterator[Key]:
     """
     described = described_fields(kind) if is_dataclass(kind) else described_arguments(kind.__init__)
     hints = get_type_hints(kind.__init__)
+    made = {field.name: field.default_factory for field in fields(kind)} if is_dataclass(kind) else {}
 
     for name, parameter in inspect.signature(kind).parameters.items():
         if not described.get(name):
             raise SystemExit(f"{kind.__module__}.{kind.__name__}: {name} has no description; see scripts/make_keys.py")
         default = "required"
         if parameter.default is not parameter.empty:
-            text = yaml_of(parameter.default)
+            factory = made.get(name, MISSING)
+            text = yaml_of(parameter.default if factory is MISSING else factory())
             default = f"`{text}`" if text else ""
         yield Key(name, name_of(hints[name], f"{path}.{name}", sections), default, described[name].rstrip("."))
 

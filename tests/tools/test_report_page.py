@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from PIL import Image
 
 from selfe import cli
 from selfe.errors import UserError
+from selfe.io import image_encode
 from selfe.io.folder_lock import FolderLock
 from selfe.tools.report import comparability, page, server, sheets
 from selfe.tools.report.columns import Columns
@@ -112,6 +114,34 @@ def test_sheets_are_embedded_evenly_and_without_loss(runs):
     image = Image.open(io.BytesIO(base64.b64decode(table["live"][1]["source"].partition(",")[2])))
     assert tuple(table["live"][1]["size"]) == (24, 16)
     assert image.getpixel((2 * (24 + sheets.GAP) + 23, 1 * (16 + sheets.GAP) + 15)) == (100, 160, 31)
+
+
+def test_labels_are_cut_off_a_sheet(tmp_path):
+    colours = [["red", "lime", "blue"], ["black", "gray", "yellow"]]
+    rows = [[Image.new("RGB", (24, 16), colour) for colour in row] for row in colours]
+    prompts = ["a bird", "a very long prompt " * 20]
+    sheet = image_encode.sample_sheet(rows, prompts, [1, 2, 4], "EMA weights, step 12")
+    path = image_encode.save_sheet(sheet, tmp_path / "samples", 12)
+
+    # the file has labels, the unchanged pixels of the images, and their positions
+    with Image.open(path) as image:
+        layout = json.loads(image.text["selfe"])
+        left, top, width, height, across, down = layout.pop("cell")
+        assert layout == {"title": "EMA weights, step 12", "prompts": prompts, "num_steps": [1, 2, 4]}
+        assert (width, height) == (24, 16)
+        for y, x in product(range(2), range(3)):
+            corner = (left + x * across, top + y * down)
+            cell = image.crop((*corner, corner[0] + 24, corner[1] + 16))
+            assert cell.tobytes() == rows[y][x].tobytes()
+        for labels in ((0, 0, image.width, top - 4), (0, top, left - 4, image.height)):
+            assert len(image.crop(labels).getcolors()) > 1
+
+    assert sheets.read(path).tobytes() == image_encode.grid(rows, sheets.GAP).tobytes()
+    for text in ("[]", "{}", '{"cell": [1], "prompts": [], "num_steps": []}', "no JSON"):
+        sheet.info["selfe"] = text
+        image_encode.save_sheet(sheet, tmp_path / "samples", 12)
+        with pytest.raises(UserError, match="not a complete image"):
+            sheets.read(path)
 
 
 def test_large_images_are_reduced_and_sheets_of_another_size_have_no_labels(tmp_path):

@@ -1,15 +1,33 @@
 """Metrics read as one run after a resume, in every logger, with the same names and steps."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from selfe.io.image_encode import heat_maps
+from selfe.io.image_encode import heat, heat_maps
 from selfe.training.loggers import JsonLines, Loggers, WandbConfig
 
 RECORD = {"seed": 0, "trainer": {"lr": 1e-3, "output_dir": "run"}}
+
+
+def test_a_heat_map_has_its_axes_and_range():
+    table = torch.linspace(0, 1, 64, dtype=torch.float64).view(8, 8)
+    table[0, 7] = math.nan
+    sheet = heat_maps({"loss": table, "other": table + 1, "none": table * math.nan}, columns=2)
+    assert sheet.size == (2 * 284, 2 * 226)
+    pixels = np.asarray(sheet)
+    cells = pixels[26 + 10 : 26 + 160 : 20, 32 + 10 : 32 + 160 : 20]
+    assert (cells == np.asarray(heat(table.T, 8))).all()
+    assert (cells[0, 0] == 255).all()  # t to the right, s upwards: t = 0, s = 7 / 8 has no samples
+    assert (
+        pixels[26 + 159, 32 + 160 + 15] == heat(torch.tensor([[0.0, 1.0]]).double(), 2).getpixel((0, 0))
+    ).all()  # colour bar
+    assert (pixels[26, 32 + 160 + 15] == heat(torch.tensor([[0.0, 1.0]]).double(), 2).getpixel((1, 0))).all()
+    assert (pixels[:226, 284:] != pixels[:226, :284]).any()
 
 
 def test_metrics_of_steps_that_run_again_are_replaced(tmp_path):
