@@ -56,6 +56,8 @@ def build(folders: Sequence[Path], output: Path, embed_bytes: int = EMBED_BYTES)
             sweep = sweeps.setdefault((number, json.dumps(facts)), facts)
             path = folder / record["file"]
             sweep["files"][record["num_steps"]] = inline(path) if embed else relative(path, output)
+            if embed:
+                sweep.setdefault("names", {})[record["num_steps"]] = path.name
             if path in thumbs:
                 sweep.setdefault("thumbs", {})[record["num_steps"]] = relative(thumbs[path], output)
 

@@ -11,7 +11,7 @@ const make = (tag, name, text) => {
 
 const steps = [...new Set(data.sweeps.flatMap((sweep) => Object.keys(sweep.files).map(Number)))].sort((a, b) => a - b);
 const words = (n) => `${n} ${n === 1 ? "step" : "steps"}`;
-const state = { at: Math.max(steps.findIndex((n) => n >= 4), 0), query: "", hidden: new Set(), open: null };
+const state = { at: Math.max(steps.findIndex((n) => n >= 4), 0), query: "", hidden: new Set(), open: null, zoom: 0, ab: null };
 const current = () => steps[state.at];
 
 // Settings in which the images of a prompt may differ, and their labels.
@@ -28,7 +28,10 @@ const sides = [
 ].map(([name, of]) => ({ name, of, values: [...new Set(data.sweeps.map(of))] })).filter((side) => side.values.length > 1);
 const rows = data.prompts.map((prompt) => ({ prompt, sweeps: [] }));
 for (const sweep of data.sweeps) rows[sweep.prompt].sweeps.push(sweep);
-const visible = (sweep) => sides.every((side) => !state.hidden.has(`${side.name}\n${side.of(sweep)}`));
+const isHidden = (side, value) => state.hidden.has(`${side.name}\n${value}`);
+// With A/B on, both images of a pair are in the page and one of them is hidden: 0 or 1, and -1 for other values.
+const abIndex = (sweep) => (state.ab ? state.ab.values.indexOf(state.ab.side.of(sweep)) : 0);
+const visible = (sweep) => sides.every((side) => !isHidden(side, side.of(sweep))) && abIndex(sweep) >= 0;
 
 // ---- rows: empty placeholders, filled while they are near the viewport ----
 
@@ -62,7 +65,7 @@ function layout() {
 
   // cards if every prompt shows one image, columns otherwise
   const strips = document.body.classList.contains("strips");
-  const most = shells.reduce((most, shell) => Math.max(most, shell.sweeps.length), 1);
+  const most = shells.reduce((most, shell) => Math.max(most, shell.sweeps.filter((sweep) => abIndex(sweep) === 0).length), 1);
   document.body.classList.toggle("cards", most === 1 && !strips);
   document.body.style.setProperty("--n", strips ? steps.length : Math.min(most, 6));
   shells.forEach((shell) => near.observe(shell));
@@ -98,6 +101,7 @@ function cell(sweep) {
     sides.forEach((side, i) => caption.append(make(i ? "span" : "b", "", side.of(sweep))));
     figure.append(caption);
   }
+  if (state.ab) figure.dataset.ab = abIndex(sweep);
   figure.sweep = sweep;
   return figure;
 }
@@ -113,7 +117,7 @@ function shot(sweep, n) {
   }
 
   const image = make("img", sweep.width <= 64 ? "tiny" : "");
-  image.loading = "lazy";
+  image.loading = state.ab ? "eager" : "lazy";
   image.decoding = "async";
   image.alt = `${data.prompts[sweep.prompt]}, ${words(n)}`;
   image.src = (sweep.thumbs || sweep.files)[n];
@@ -138,7 +142,7 @@ function setStep(at) {
   if (!document.body.classList.contains("strips")) {
     for (const figure of document.querySelectorAll(".cell")) figure.firstChild.replaceChildren(shot(figure.sweep, current()));
   }
-  if (state.open && state.open.files[current()]) show(state.open, current());
+  if (state.open?.files[current()]) show(state.open, current());
 }
 
 function controls() {
@@ -174,6 +178,8 @@ function controls() {
     $("chips").append(group);
   }
   $("chips").hidden = !sides.length;
+  compareControls();
+  sizeControl();
 
   $("strips").addEventListener("click", () => {
     $("strips").setAttribute("aria-pressed", document.body.classList.toggle("strips"));
@@ -188,13 +194,64 @@ function controls() {
   $("theme").addEventListener("click", () => dark());
 }
 
+// A/B: two values of a setting in the same place. The first two that no chip hides are compared.
+function compareControls() {
+  if (!sides.length) return;
+  const group = make("fieldset");
+  const select = make("select");
+  const button = make("button");
+  select.id = "ab";
+  button.id = "switch";
+  button.title = "Switch between A and B (b)";
+  button.hidden = true;
+  select.append(...["off", ...sides.map((side) => side.name)].map((name) => make("option", "", name)));
+  select.setAttribute("aria-label", "Setting to compare in place");
+  group.append(make("legend", "", "A/B"), select, button);
+  $("chips").append(group);
+
+  select.addEventListener("change", () => {
+    const side = sides[select.selectedIndex - 1];
+    state.ab = side ? { side, at: 0, values: side.values.filter((value) => !isHidden(side, value)).slice(0, 2) } : null;
+    button.hidden = !side;
+    labelSwitch();
+    layout();
+  });
+  button.addEventListener("click", switchSides);
+}
+
+function labelSwitch() {
+  if (state.ab) {
+    document.body.dataset.ab = state.ab.at;
+    $("switch").textContent = `${"AB"[state.ab.at]}: ${state.ab.values[state.ab.at]}`;
+  } else delete document.body.dataset.ab;
+}
+
+function switchSides() {
+  if (!state.ab) return;
+  state.ab.at = state.ab.values.length - 1 - state.ab.at;
+  labelSwitch();
+}
+
+// Size of the images: that of the style sheet until the slider is moved. Small images have no captions.
+function sizeControl() {
+  const set = (pixels) => {
+    document.body.style.setProperty("--cell", pixels);
+    document.body.style.setProperty("--tile", pixels);
+    document.body.classList.toggle("compact", parseInt(pixels, 10) < 120);
+  };
+  $("size").value = 260;
+  $("size").addEventListener("input", () => set(`${$("size").value}px`));
+  $("size").addEventListener("dblclick", () => { set(""); $("size").value = 260; });
+}
+
 // ---- image viewer ----
 
 function show(sweep, n) {
   state.open = sweep;
   state.at = steps.indexOf(n);
-  $("full").className = sweep.width <= 64 ? "tiny" : "";
   $("full").src = sweep.files[n];
+  zoom(state.zoom);
+  links(sweep, n);
   $("full").alt = $("words").textContent = data.prompts[sweep.prompt];
 
   // thumbnails of all step counts
@@ -225,12 +282,68 @@ function show(sweep, n) {
   if (!$("viewer").open) {
     $("viewer").showModal();
     document.body.classList.add("busy");
+    zoom(0);
     setStep(state.at);
   }
 }
 
+// The image to save or to open. Browsers do not open embedded images in a tab.
+function links(sweep, n) {
+  const file = sweep.files[n];
+  const embedded = file.startsWith("data:");
+  $("download").href = $("original").href = file;
+  $("download").download = embedded ? sweep.names[n] : decodeURIComponent(file.split("/").pop());
+  $("original").hidden = embedded;
+
+  const other = counterpart(sweep, n);
+  $("flip").hidden = !other;
+  if (other) $("flip").textContent = `Switch to ${other.side.of(other.sweep)}`;
+}
+
+// The image of the same prompt that differs in one setting: that of A/B, otherwise the first that varies.
+function counterpart(sweep, n) {
+  for (const side of state.ab ? [state.ab.side] : sides) {
+    const values = state.ab ? state.ab.values : side.values;
+    const alike = rows[sweep.prompt].sweeps.filter((other) => other.files[n] && values.includes(side.of(other))
+      && sides.every((each) => each === side || each.of(other) === each.of(sweep)));
+    const next = alike[(alike.indexOf(sweep) + 1) % alike.length];
+    if (next && next !== sweep) return { sweep: next, side };
+  }
+  return null;
+}
+
+function flip() {
+  const other = counterpart(state.open, current());
+  if (other) show(other.sweep, current());
+}
+
+// Scale in pixels of the screen per pixel of the image; 0 fits the image into the window. The centre stays, or a point.
+function zoom(scale, x = $("stage").clientWidth / 2, y = $("stage").clientHeight / 2) {
+  const [stage, image, sweep] = [$("stage"), $("full"), state.open];
+  const before = image.getBoundingClientRect();
+  const frame = stage.getBoundingClientRect();
+  const place = [(frame.left + x - before.left) / before.width || 0.5, (frame.top + y - before.top) / before.height || 0.5];
+
+  state.zoom = scale;
+  stage.classList.toggle("zoomed", scale > 0);
+  image.style.width = scale ? `${(sweep.width * scale) / devicePixelRatio}px` : "";
+  image.style.marginTop = scale ? `${Math.max(0, (stage.clientHeight - (sweep.height * scale) / devicePixelRatio) / 2)}px` : "";
+  image.className = sweep.width <= 64 || scale >= 2 ? "tiny" : "";
+  $("zoom").textContent = scale ? `${Math.round(scale * 100)} %` : "fit";
+
+  const after = image.getBoundingClientRect();
+  stage.scrollLeft += after.left + place[0] * after.width - frame.left - x;
+  stage.scrollTop += after.top + place[1] * after.height - frame.top - y;
+}
+
+function zoomBy(factor, x, y) {
+  const scale = state.zoom || ($("full").clientWidth * devicePixelRatio) / state.open.width;
+  zoom(Math.min(Math.max(scale * factor, 0.05), 32), x, y);
+}
+
 function move(by) {
-  const shown = [...document.querySelectorAll(".row")].flatMap((shell) => shell.sweeps);
+  const shown = [...document.querySelectorAll(".row")].flatMap((shell) => shell.sweeps)
+    .filter((sweep) => !state.ab || sweep === state.open || abIndex(sweep) === abIndex(state.open));
   const next = shown[shown.indexOf(state.open) + by];
   if (!next) return;
   const has = steps.filter((n) => next.files[n]);
@@ -270,9 +383,30 @@ function viewer() {
   $("close").addEventListener("click", () => $("viewer").close());
   $("previous").addEventListener("click", () => move(-1));
   $("next").addEventListener("click", () => move(1));
+  $("flip").addEventListener("click", flip);
+  $("in").addEventListener("click", () => zoomBy(1.5));
+  $("out").addEventListener("click", () => zoomBy(1 / 1.5));
+  $("fit").addEventListener("click", () => zoom(0));
+  $("actual").addEventListener("click", () => zoom(1));
+  pointer();
   $("copy").addEventListener("click", () => {
     getSelection().selectAllChildren($("command"));
     $("copy").textContent = document.execCommand("copy") ? "Copied" : "Press Ctrl-C";
+  });
+}
+
+// Zoom with the wheel and a double click, pan by dragging with the mouse; touch screens scroll and zoom by themselves.
+function pointer() {
+  const stage = $("stage");
+  const at = (event) => [event.clientX - stage.getBoundingClientRect().left, event.clientY - stage.getBoundingClientRect().top];
+  stage.addEventListener("wheel", (event) => {
+    event.preventDefault();
+    zoomBy(Math.exp(-event.deltaY / 400), ...at(event));
+  }, { passive: false });
+  stage.addEventListener("dblclick", (event) => zoom(state.zoom ? 0 : 1, ...at(event)));
+  stage.addEventListener("dragstart", (event) => event.preventDefault());
+  stage.addEventListener("pointermove", (event) => {
+    if (event.pointerType === "mouse" && event.buttons === 1) stage.scrollBy(-event.movementX, -event.movementY);
   });
 }
 
@@ -288,8 +422,9 @@ function keyboard() {
     shell.querySelector(".shot:enabled")?.focus({ preventScroll: true });
   };
   const anywhere = { ArrowLeft: () => setStep(state.at - 1), ArrowRight: () => setStep(state.at + 1), t: () => $("theme").click() };
-  const outside = { "/": () => $("search").focus(), a: () => $("strips").click(), j: () => rowBy(1), k: () => rowBy(-1) };
-  const inside = { ArrowUp: () => move(-1), ArrowDown: () => move(1), j: () => move(1), k: () => move(-1) };
+  const outside = { "/": () => $("search").focus(), a: () => $("strips").click(), j: () => rowBy(1), k: () => rowBy(-1), b: switchSides };
+  const inside = { ArrowUp: () => move(-1), ArrowDown: () => move(1), j: () => move(1), k: () => move(-1), b: flip,
+    0: () => zoom(0), 1: () => zoom(1), "+": () => zoomBy(1.5), "=": () => zoomBy(1.5), "-": () => zoomBy(1 / 1.5) };
   addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.target === $("search")) {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import socket
 import time
 from collections.abc import Iterator
@@ -29,7 +30,17 @@ from selfe.rng import SampleRNG
 from selfe.types import DTYPES
 
 STRIP = (1, 2, 4, 8)
-SAMPLERS = ("renoise", "euler")
+SHIPPED = ("renoise", "euler")  # samplers that every system offers
+SMALL = 128  # images up to this side are enlarged with visible pixels
+STYLE = """
+#image img { width: 100%; height: 100%; object-fit: contain; }
+footer { display: none !important; }
+@media (max-width: 640px) {
+  #strip .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; }
+  .gradio-container { padding: 8px !important; }
+}
+"""
+PIXELATED = "#image img, #strip img { image-rendering: pixelated; }"
 
 
 class DemoModel:
@@ -62,17 +73,50 @@ class DemoModel:
 
         # reject an invalid size before any weight is loaded
         height, width = size or settings.get("trainer", {}).get("samples", {}).get("size") or (256, 256)
-        self.defaults = SamplingDefaults(height=height, width=width)
+        self.defaults = sampling_defaults(settings, height, width)
         self.check("an image", self.defaults)
 
         accelerator = device.choose_device(0)
+        self.weights, self.dtype = weights, DTYPES[device.choose_precision(precision, accelerator)]
         self.net = self.system.backbone.to_empty(device=accelerator).requires_grad_(False)
-        self.title = f"{path}, {'EMA' if weights == 'ema' else 'live'} weights of step "
-        self.title += f"{load_weights(path, self.net, weights):,}"
-        self.net.to(DTYPES[device.choose_precision(precision, accelerator)])
-
+        self.load(path)
         self.system.text_encoder = PromptCache(self.system.text_encoder)
         self.system.load_encoders(accelerator)
+
+        # the first calls compile kernels and allocate memory, which would be part of the first times shown
+        for cfg_scale in (1.0, 2.0):
+            self.draw("warm-up", replace(self.defaults, cfg_scale=cfg_scale), 2)
+
+    def load(self, path: Path) -> None:
+        """Load the weights of a checkpoint."""
+        self.net.float()
+        self.step = load_weights(path, self.net, self.weights)
+        self.net.to(self.dtype)
+        self.path = path
+
+    @property
+    def title(self) -> str:
+        return f"{self.path}, {'EMA' if self.weights == 'ema' else 'live'} weights of step {self.step:,}"
+
+    def checkpoints(self) -> list[str]:
+        """The names of the complete checkpoints of the run, newest first."""
+        return [path.name for path in verify.list_checkpoints(self.path.parent) if verify.is_complete(path)]
+
+    def choose(self, name: str) -> None:
+        """Load the weights of another checkpoint of the run, if they are not loaded already.
+
+        Raises:
+            UserError: there is no such checkpoint, for example because training has deleted it meanwhile.
+        """
+        if name == self.path.name:
+            return
+        if name not in self.checkpoints():
+            raise UserError(f"{self.path.parent}: no complete checkpoint {name!r}; choose another one")
+        self.load(self.path.parent / name)
+
+    def samplers(self) -> list[str]:
+        """The names of the samplers to choose from: those of the run's config and those of selfe."""
+        return list(dict.fromkeys([prompts.sampler_name(self.defaults.sampler), *self.defaults.samplers, *SHIPPED]))
 
     def check(self, prompt: str, settings: SamplingDefaults) -> str:
         """The normalized prompt; raises a UserError if prompt or settings are invalid."""
@@ -80,8 +124,10 @@ class DemoModel:
         return request.prompt
 
     def draw(self, prompt: str, settings: SamplingDefaults, num_steps: int) -> tuple[Image.Image, float]:
-        """The generated image, and the seconds it took."""
-        prompt, start = self.check(prompt, settings), time.perf_counter()
+        """The generated image, and the seconds it took without encoding the prompt."""
+        prompt = self.check(prompt, settings)
+        self.system.encode({"cond": [prompt], "null": [settings.negative_prompt]})  # cached, and not part of the time
+        start = time.perf_counter()
         (image,) = self.system.generate(
             self.net,
             [prompt],
@@ -93,7 +139,8 @@ class DemoModel:
             s_ratio=settings.s_ratio,
             negative_prompts=[settings.negative_prompt],
         )
-        return image_encode.to_image(image), time.perf_counter() - start
+        pixels = image_encode.to_image(image)  # waits for the device
+        return pixels, time.perf_counter() - start
 
     def show(
         self,
@@ -105,13 +152,22 @@ class DemoModel:
         sampler: str,
         eta: float,
         s_ratio: float,
+        checkpoint: str | None = None,
     ) -> Iterator[tuple[Image.Image, str, list[tuple[Image.Image, str]]]]:
         """Yields image, time and strip as they become available; the strip has the same noise in 1, 2, 4 and 8 steps.
+
+        Args:
+            eta: of samplers that have this parameter.
+            checkpoint: its name; None: the current one.
 
         Raises:
             UserError: a value is out of range.
         """
+        self.choose(checkpoint or self.path.name)
         try:
+            chosen = prompts.sampler_of(sampler, None, self.defaults)
+            if "eta" in chosen.output_settings():
+                chosen = prompts.sampler_of(sampler, float(eta), self.defaults)
             settings = replace(
                 self.defaults,
                 negative_prompt=negative_prompt,
@@ -119,7 +175,7 @@ class DemoModel:
                 cfg_scale=float(cfg_scale),
                 seed=int(seed),
                 s_ratio=float(s_ratio),
-                sampler=prompts.sampler_of(sampler, float(eta) if sampler == "renoise" else None, SamplingDefaults()),
+                sampler=chosen,
             )
         except (TypeError, ValueError, config.Problem) as error:
             raise UserError(str(error)) from error
@@ -139,50 +195,91 @@ def steps(count: int) -> str:
     return "1 step" if count == 1 else f"{count} steps"
 
 
+def sampling_defaults(settings: dict, height: int, width: int) -> SamplingDefaults:
+    """The defaults of a run's inferencer for one image of this size."""
+    values = settings.get("inferencer", {}).get("defaults", {})
+    defaults = config.call(SamplingDefaults, values, "inferencer.defaults", build=True)
+    return replace(defaults, prompt_file=None, num_samples=1, first_sample=0, height=height, width=width)
+
+
 def page(model: DemoModel) -> Any:
     """The gradio page."""
     import gradio as gr
 
+    defaults = model.defaults
+    eta_default = defaults.sampler.output_settings().get("eta", 1)
+
     def show(*values: Any) -> Iterator[tuple]:
+        """Title, image, time, strip and error; what is known so far is kept when an error occurs."""
+        unchanged = gr.skip()
         try:
-            yield from model.show(*values)
+            for image, summary, strip in model.show(*values):
+                yield model.title, image, summary, strip, gr.update(value="", visible=False)
         except UserError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            yield model.title, unchanged, unchanged, unchanged, gr.update(value=str(error), visible=True)
+        except torch.OutOfMemoryError:
+            message = "out of memory; start selfe demo with a smaller --size"
+            yield model.title, unchanged, unchanged, unchanged, gr.update(value=message, visible=True)
 
     # controls on the left, the image on the right, the strip below
     with gr.Blocks(title="Self-E", analytics_enabled=False) as blocks:
         gr.Markdown("# Self-E: any number of steps")
-        gr.Textbox(model.title, show_label=False, interactive=False, container=False)
+        title = gr.Textbox(model.title, show_label=False, interactive=False, container=False)
         with gr.Row():
-            with gr.Column(scale=2):
+            with gr.Column(scale=2, min_width=300):
                 prompt = gr.Textbox("a red bird on a branch", label="Prompt", lines=2, elem_id="prompt")
                 num_steps = gr.Slider(1, 50, value=4, step=1, label="Steps", elem_id="num_steps")
-                cfg_scale = gr.Slider(1, 10, value=5, step=0.1, label="Guidance")
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0)
-                with gr.Accordion("More", open=False):
-                    negative_prompt = gr.Textbox("", label="Negative prompt")
-                    sampler = gr.Radio(list(SAMPLERS), value="renoise", label="Sampler")
-                    eta = gr.Slider(0, 1, value=1, step=0.05, label="eta: share of fresh noise (renoise)")
-                    s_ratio = gr.Slider(
-                        0, 1, value=0, step=0.05, label="s ratio: 0 few steps, 0.5 one step, 1 flow matching"
+                guidance = prompts.sweep(defaults.cfg_scale)[0]
+                cfg_scale = gr.Slider(0, max(10, guidance), value=guidance, step=0.1, label="Guidance (1: none)")
+                with gr.Row():
+                    seed = gr.Number(
+                        prompts.sweep(defaults.seed)[0],
+                        label="Seed",
+                        precision=0,
+                        minimum=0,
+                        min_width=120,
+                        elem_id="seed",
                     )
+                    shuffle = gr.Button("Random seed", min_width=120, elem_id="shuffle")
                 button = gr.Button("Generate", variant="primary", elem_id="draw")
-            with gr.Column(scale=3):
+                with gr.Accordion("More", open=False):
+                    checkpoint = gr.Dropdown(
+                        model.checkpoints(), value=model.path.name, label="Checkpoint", elem_id="checkpoint"
+                    )
+                    negative_prompt = gr.Textbox(defaults.negative_prompt, label="Negative prompt")
+                    names = model.samplers()
+                    sampler = gr.Radio(names, value=names[0], label="Sampler", elem_id="sampler")
+                    eta = gr.Slider(0, 1, value=eta_default, step=0.05, label="eta: share of fresh noise (renoise)")
+                    s_ratio = gr.Slider(
+                        *(0, 1),
+                        value=prompts.sweep(defaults.s_ratio)[0],
+                        step=0.05,
+                        label="s ratio: 0 few steps, 0.5 one step, 1 flow matching",
+                    )
+            with gr.Column(scale=3, min_width=300):
+                problem = gr.Textbox(label="Error", visible=False, interactive=False, elem_id="problem")
                 image = gr.Image(
-                    label="Image", format="png", height=440, buttons=["download", "fullscreen"], elem_id="image"
+                    label="Image", format="png", height=520, buttons=["download", "fullscreen"], elem_id="image"
                 )
-                seconds = gr.Textbox(label="Time", interactive=False, elem_id="time")
+                seconds = gr.Textbox(label="Time, without encoding the prompt", interactive=False, elem_id="time")
         strip = gr.Gallery(
             label="The same noise in 1, 2, 4 and 8 steps",
             columns=4,
             height="auto",
             format="png",
+            object_fit="contain",
             buttons=["download", "fullscreen"],
             elem_id="strip",
         )
 
-        inputs = [prompt, negative_prompt, num_steps, cfg_scale, seed, sampler, eta, s_ratio]
-        gr.on([button.click, prompt.submit], show, inputs, [image, seconds, strip], api_name=False)
+        inputs = [prompt, negative_prompt, num_steps, cfg_scale, seed, sampler, eta, s_ratio, checkpoint]
+        outputs = [title, image, seconds, strip, problem]
+        gr.on([button.click, prompt.submit], show, inputs, outputs, api_name=False)
+        drawn = shuffle.click(lambda: secrets.randbelow(2**31), None, seed, api_name=False)
+        drawn.then(show, inputs, outputs, api_name=False)
+
+        # a run that still trains has saved further checkpoints when the page is loaded again
+        blocks.load(lambda: gr.update(choices=model.checkpoints()), None, checkpoint, api_name=False)
     return blocks
 
 
@@ -210,7 +307,17 @@ def serve(model: DemoModel, port: int | None, everywhere: bool, block: bool) -> 
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
     name = check_address(port, everywhere)
     blocks = page(model)
-    blocks.launch(server_name=name, server_port=port, share=False, quiet=True, prevent_thread_lock=True, ssr_mode=False)
+    small = max(model.defaults.height, model.defaults.width) <= SMALL
+    blocks.launch(
+        server_name=name,
+        server_port=port,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        ssr_mode=False,
+        show_error=True,
+        css=STYLE + (PIXELATED if small else ""),
+    )
     print(f"open {blocks.local_url}", flush=True)
     if block:
         blocks.block_thread()

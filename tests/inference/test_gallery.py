@@ -1,5 +1,6 @@
 """The gallery in a real browser: slider, search, click, keys, comparison. Prompts are text; nothing is fetched."""
 
+import base64
 import json
 import re
 import shlex
@@ -180,6 +181,104 @@ def test_keys_in_the_large_view(driver, folders):
 
 
 @browser.needed
+def test_zoom_and_the_file_itself(driver, folders, tmp_path):
+    resize(driver, 1440, 900)
+    show(driver, folders[0] / "gallery.html")
+    all_of(driver, ".shot")[0].click()
+    until(driver, "document.getElementById('full').naturalWidth == 64")
+
+    def width() -> float:
+        return driver.execute_script("return document.getElementById('full').getBoundingClientRect().width")
+
+    fitted = width()
+    assert (fitted > 700, text(driver, "#zoom")) == (True, "fit")
+    all_of(driver, "#actual")[0].click()
+    assert (width(), text(driver, "#zoom")) == (64, "100 %")
+    press(driver, "+", "+")
+    assert (width(), text(driver, "#zoom")) == (144, "225 %")
+    press(driver, Keys.ARROW_RIGHT)  # another image, in the same size
+    assert width() == 144
+    press(driver, "-", "-", "0")
+    assert (width(), text(driver, "#zoom")) == (fitted, "fit")
+
+    # the wheel keeps the point under the pointer
+    stage = all_of(driver, "#stage")[0]
+    press(driver, "1", *"+++++++++")
+    where = "const i = document.getElementById('full').getBoundingClientRect(); return (400 - i.left) / i.width"
+    before = driver.execute_script(where)
+    wheel = "arguments[0].dispatchEvent(new WheelEvent('wheel', {deltaY: -200, clientX: 400, clientY: 300}))"
+    driver.execute_script(wheel, stage)
+    assert driver.execute_script(where) == pytest.approx(before, abs=0.002)
+
+    # embedded: the link holds the file, byte for byte, under its name
+    (link,) = all_of(driver, "#download")
+    assert not all_of(driver, "#original")[0].is_displayed()
+    content = base64.b64decode(link.get_attribute("href").partition(",")[2])
+    assert content == (folders[0] / link.get_attribute("download")).read_bytes()
+    quiet(driver, folders[0])
+
+    # not embedded: the link leads to the file
+    build.build([folders[0]], tmp_path / "page.html", embed_bytes=0)
+    show(driver, tmp_path / "page.html")
+    all_of(driver, ".shot")[0].click()
+    assert all_of(driver, "#original")[0].get_attribute("href") == all_of(driver, "#full")[0].get_attribute("src")
+    assert (folders[0] / all_of(driver, "#download")[0].get_attribute("download")).is_file()
+
+
+@browser.needed
+def test_a_and_b_in_the_same_place(driver, folders):
+    resize(driver, 1440, 900)
+    show(driver, folders[0].parent / "compare.html")
+
+    def shown() -> list[str]:
+        return [" ".join(caption.text.split()) for caption in all_of(driver, "figcaption") if caption.is_displayed()]
+
+    choose = "const s = document.getElementById('ab'); s.value = arguments[0]; s.dispatchEvent(new Event('change'))"
+    driver.execute_script(choose, "weights")
+    until(driver, "document.querySelectorAll('.shot img').length")
+    assert text(driver, "#switch") == "A: EMA"
+    assert shown()[:3] == ["first EMA sample 0", "second EMA sample 0", "second EMA sample 1"]
+    place = driver.execute_script("return document.querySelector('.shot').getBoundingClientRect().y")
+    press(driver, "b")
+    assert text(driver, "#switch") == "B: live"
+    assert set(shown()) == {"first live sample 0"}
+    assert next(shot.rect["y"] for shot in all_of(driver, ".shot") if shot.is_displayed()) == place
+    driver.execute_script(choose, "off")
+    until(driver, "document.querySelectorAll('.shot img').length")
+    assert shown()[:2] == ["first EMA sample 0", "first live sample 0"]
+
+    # in the large view: the same prompt, steps and settings from the other folder, and back
+    all_of(driver, ".shot")[0].click()
+    assert text(driver, "#flip") == "Switch to second"
+    first = all_of(driver, "#full")[0].get_attribute("src")
+    press(driver, "b")
+    assert text(driver, "#facts").endswith("foldersecond")
+    assert (text(driver, "#flip"), all_of(driver, "#full")[0].get_attribute("src") == first) == (
+        "Switch to first",
+        False,
+    )
+    press(driver, "b")
+    assert all_of(driver, "#full")[0].get_attribute("src") == first
+    quiet(driver, folders[0].parent)
+
+
+@browser.needed
+def test_many_samples_of_a_prompt_in_a_compact_view(driver, tmp_path):
+    make_job(tmp_path, captions()[:2], num_steps=(4,), num_samples=40)
+    build.build([tmp_path], tmp_path / "gallery.html")
+    resize(driver, 1440, 900)
+    driver.get((tmp_path / "gallery.html").as_uri())
+    set_size = "const s = document.getElementById('size'); s.value = 48; s.dispatchEvent(new Event('input'))"
+    driver.execute_script(set_size)
+    shots = all_of(driver, ".row:first-child .shot")
+    assert (len(shots), {shot.rect["width"] for shot in shots}) == (40, {48})
+    assert len({shot.rect["y"] for shot in shots}) == 2
+    assert not any(caption.is_displayed() for caption in all_of(driver, "figcaption"))
+    driver.execute_script("document.getElementById('size').dispatchEvent(new Event('dblclick'))")
+    assert all_of(driver, ".row:first-child .shot")[0].rect["width"] > 150
+
+
+@browser.needed
 def test_two_folders_side_by_side(driver, folders):
     resize(driver, 1440, 900)
     page = folders[0].parent / "compare.html"
@@ -215,6 +314,18 @@ def test_dark_light_and_a_telephone(driver, folders):
     assert first.rect["y"] == second.rect["y"]
     assert first.rect["width"] > 160
     quiet(driver, folders[0])
+
+    # all filters are inside of the window, and so is Close, however far the large view is scrolled
+    show(driver, folders[0].parent / "compare.html")
+    assert all(chip.rect["x"] + chip.rect["width"] <= 390 for chip in all_of(driver, "#chips button, #chips select"))
+    all_of(driver, ".shot")[0].click()
+    driver.execute_script("document.querySelector('.view').scrollTo(0, 9999)")
+    (close,) = all_of(driver, "#close")
+    box = driver.execute_script("return document.getElementById('close').getBoundingClientRect().toJSON()")
+    assert 0 <= box["top"] < box["bottom"] <= 844
+    close.click()
+    until(driver, "!document.getElementById('viewer').open")
+    quiet(driver, folders[0].parent)
 
 
 @browser.needed
