@@ -34,8 +34,10 @@ SHIPPED = ("renoise", "euler")  # samplers that every system offers
 SMALL = 128  # images up to this side are enlarged with visible pixels
 STYLE = """
 #image img { width: 100%; height: 100%; object-fit: contain; }
+#strip .grid-wrap { padding-top: 36px; overflow: visible; max-height: none; }
 footer { display: none !important; }
 @media (max-width: 640px) {
+  #image { height: 88vw !important; }
   #strip .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; }
   .gradio-container { padding: 8px !important; }
 }
@@ -231,7 +233,7 @@ def page(model: DemoModel) -> Any:
                 num_steps = gr.Slider(1, 50, value=4, step=1, label="Steps", elem_id="num_steps")
                 guidance = prompts.sweep(defaults.cfg_scale)[0]
                 cfg_scale = gr.Slider(0, max(10, guidance), value=guidance, step=0.1, label="Guidance (1: none)")
-                with gr.Row():
+                with gr.Row(equal_height=True):
                     seed = gr.Number(
                         prompts.sweep(defaults.seed)[0],
                         label="Seed",

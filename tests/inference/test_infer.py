@@ -39,7 +39,7 @@ def trained(tmp_path_factory) -> Path:
     return folder
 
 
-def save_checkpoint(folder: Path, seed: int) -> None:
+def save_checkpoint(folder: Path, seed: int, step: int = 12) -> None:
     system = config.build(config.load(SMOKE, STAND_INS), "system")
     net, twin = system.backbone, copy.deepcopy(system.backbone)
     perturb(net, seed), perturb(twin, seed + 1)
@@ -49,7 +49,7 @@ def save_checkpoint(folder: Path, seed: int) -> None:
     optimizer.step()
     with collectives.process_group() as world:
         saver = CheckpointManager(folder, RetentionPolicy(), world)
-        saver.begin(12, state.training_state(net, twin, optimizer))
+        saver.begin(step, state.training_state(net, twin, optimizer))
         saver.finish()
 
 

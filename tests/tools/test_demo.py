@@ -1,5 +1,6 @@
 """The demo: the image that infer.sh draws, a page that works in a real browser, and a door that stays shut."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,17 +14,28 @@ from selfe.errors import UserError
 from selfe.tools import demo
 from tests.helpers import browser
 from tests.helpers.browser import all_of, until
-from tests.inference.test_infer import SMOKE, STAND_INS, draw, trained  # noqa: F401 - a fixture
+from tests.inference.test_infer import SMOKE, STAND_INS, draw, save_checkpoint, trained  # noqa: F401 - a fixture
+
+OWN = (
+    "inferencer.defaults.sampler={module: tests.helpers.samplers.Midpoint}",
+    "inferencer.defaults.samplers={half: {module: selfe.samplers.renoise.Renoise, params: {eta: 0.5}}}",
+    "inferencer.defaults.cfg_scale=[3,5]",
+)
 
 
 @pytest.fixture(scope="module")
-def model(trained):  # noqa: F811
-    settings = config.load(SMOKE, [*STAND_INS, "trainer.samples.size=[32,48]"])
-    config.save(settings, trained.parent / "config.yaml")
-    return demo.DemoModel(trained, None, "ema", "fp32", None)
+def model(trained, tmp_path_factory):  # noqa: F811
+    """A run with two checkpoints of different weights and a sampler of its own in its config."""
+    run = tmp_path_factory.mktemp("demo")
+    settings = config.load(SMOKE, [*STAND_INS, "trainer.samples.size=[32,48]", *OWN])
+    config.save(settings, run / "config.yaml")
+    shutil.copytree(trained / "step_00000012", run / "checkpoints/step_00000012")
+    save_checkpoint(run / "checkpoints", seed=7, step=24)
+    return demo.DemoModel(run / "checkpoints/step_00000012", None, "ema", "fp32", None, trust=True)
 
 
 def test_the_image_is_that_of_the_inferencer(model, trained, tmp_path):  # noqa: F811
+    model.choose("step_00000012")
     shown = list(model.show("a cat", "a dog", 2, 3, 7, "renoise", 0.5, 0.25))
     image, said, strip = shown[-1]
     assert said.startswith("2 steps in ")
@@ -42,6 +54,29 @@ def test_the_image_is_that_of_the_inferencer(model, trained, tmp_path):  # noqa:
     for line, (drawn, _) in zip(lines, strip, strict=True):
         expected = np.asarray(Image.open(tmp_path / "images" / line["file"]), dtype=int)
         assert np.abs(expected - np.asarray(drawn)).max() <= 1
+
+
+def test_samplers_and_checkpoints_of_the_run(model):
+    def image(sampler: str, checkpoint: str | None = None, eta: float = 1.0):
+        return next(model.show("a cat", "", 2, 3, 7, sampler, eta, 0, checkpoint))[0].tobytes()
+
+    assert model.samplers() == ["tests.helpers.samplers.Midpoint", "half", "renoise", "euler"]
+    assert model.checkpoints() == ["step_00000024", "step_00000012"]
+    assert demo.prompts.sweep(model.defaults.cfg_scale) == (3.0, 5.0)
+
+    # eta only changes samplers that have it
+    images = {name: image(name) for name in ("tests.helpers.samplers.Midpoint", "renoise", "euler")}
+    assert len(set(images.values())) == 3
+    assert image("half", eta=0.25) == image("renoise", eta=0.25) != images["renoise"]
+    assert image("tests.helpers.samplers.Midpoint", eta=0.25) == images["tests.helpers.samplers.Midpoint"]
+
+    # another checkpoint and back
+    other = image("euler", "step_00000024")
+    assert (other != images["euler"], model.path.name) == (True, "step_00000024")
+    assert image("euler", "step_00000012") == images["euler"]
+    with pytest.raises(UserError, match=r"no complete checkpoint '../elsewhere'; choose another one"):
+        image("euler", "../elsewhere")
+    assert image("euler") == images["euler"]
 
 
 @pytest.mark.parametrize(
@@ -78,11 +113,37 @@ def test_the_page_in_a_browser(model, tmp_path):
             all_of(driver, "#draw")[0].click()
             until(driver, "document.querySelector('#image img')?.naturalWidth == 48")
             until(driver, "document.querySelectorAll('#strip img').length >= 4")
+            shown = all_of(driver, "#image img")[0].rect
+            assert min(shown["width"], shown["height"]) > 500  # 48 x 32 pixels, enlarged
             assert "4 steps in" in all_of(driver, "#time textarea, #time input")[0].get_property("value")
             assert [
                 url for url in browser.requests(driver) if not url.startswith((blocks.local_url, "data:", "blob:"))
             ] == []
             assert [line for line in browser.console(driver) if "SEVERE" in line or "alert" in line] == []
+
+            # another seed, another image
+            seed = "document.querySelector('#seed input').value"
+            before = all_of(driver, "#image img")[0].get_attribute("src")
+            all_of(driver, "#shuffle")[0].click()
+            until(driver, f"Number({seed}) > 0")
+            until(driver, f"document.querySelector('#image img').src != '{before}'")
+
+            # a mistake is shown in the page, and gone with the next image
+            box.send_keys(Keys.CONTROL, "a", Keys.DELETE, Keys.NULL, Keys.TAB)
+            all_of(driver, "#draw")[0].click()
+            until(driver, "document.querySelector('#problem textarea, #problem input')")
+            (problem,) = all_of(driver, "#problem textarea, #problem input")
+            assert problem.get_property("value") == "inferencer.prompts[0]: prompt: must not be empty"
+            box.send_keys("a cat", Keys.TAB)
+            all_of(driver, "#draw")[0].click()
+            until(driver, "!document.querySelector('#problem textarea, #problem input')")
+
+            # on a phone, all images of the strip are inside of the window
+            browser.resize(driver, 390, 844)
+            until(driver, "document.querySelectorAll('#strip img').length >= 4")
+            until(driver, "document.documentElement.scrollWidth <= 390")
+            inside = "(image) => { const b = image.getBoundingClientRect(); return b.left >= 0 && b.right <= 390; }"
+            until(driver, f"[...document.querySelectorAll('#image img, #strip img')].every({inside})")
     finally:
         blocks.close()
 
