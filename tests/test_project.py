@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import inspect
 import re
+import runpy
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -14,6 +15,7 @@ import pytest
 
 from selfe import config, protocols
 from selfe.data.dataset import BucketedDataset
+from selfe.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "selfe"
@@ -186,6 +188,16 @@ def test_readme_names_only_what_exists():
         assert (ROOT / path).is_file(), f"README: {path}"
     (command,) = re.findall(r"^exec (\S+)$", (ROOT / ".ci/run").read_text(), re.MULTILINE)
     assert f"\n{command}\n" in text, "CI runs another command than the README names"
+
+
+@pytest.mark.parametrize("script", ["bench/plot_growth.py", "studies/miniature/page.py"])
+def test_scripts_that_plot_are_imported_without_matplotlib(script, monkeypatch):
+    """So that --help works; the missing package is reported by the first plot."""
+    path = ROOT / "scripts" / script
+    monkeypatch.syspath_prepend(str(path.parent))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r"matplotlib is not installed; run scripts/setup\.sh --dev"):
+        runpy.run_path(str(path), run_name="imported")["pyplot"]()
 
 
 def test_the_key_reference_is_current_and_has_every_shipped_part():

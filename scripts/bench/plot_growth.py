@@ -13,17 +13,14 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-
-import matplotlib
+from types import ModuleType
 
 from selfe import launch
 from selfe.distributed.fsdp import GatherConfig
+from selfe.errors import UserError
 from selfe.log import Progress
 from selfe.tools.plan.job import count_words, load, run
 from selfe.tools.plan.ranks import share, traffic
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 RANKS = tuple(2**power for power in range(11))
 NODE = 8  # ranks per machine
@@ -34,6 +31,22 @@ TITLES = {
     "batch": "images of 144 tokens",
     "width": "width (4 images)",
 }
+
+
+def pyplot() -> ModuleType:
+    """`matplotlib.pyplot`, drawing to files. Imported here, so that `--help` works without it.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError("matplotlib is not installed; run scripts/setup.sh --dev") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
 
 
 def planned(path: str) -> list[dict]:
@@ -57,7 +70,7 @@ def planned(path: str) -> list[dict]:
 
 def draw(measured: dict, rows: list[dict], path: Path) -> None:
     """Save the figure: three columns of measured values, one of planned values."""
-    figure, axes = plt.subplots(2, 4, figsize=(15, 6.4), layout="constrained")
+    figure, axes = pyplot().subplots(2, 4, figsize=(15, 6.4), layout="constrained")
 
     # measured: time above, memory below, on logarithmic axes with a proportional line
     for column, (axis, points) in zip(axes.T, measured["figures"].items(), strict=False):
@@ -95,6 +108,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("config", nargs="?", default="configs/train/selfe.yaml")
     parser.add_argument("--out", type=Path, default=Path("docs/growth.png"))
     options = parser.parse_args(arguments)
+    pyplot()  # planning takes minutes: a missing package is reported first
 
     rows = planned(options.config)
     draw(json.loads(options.measured.read_text()), rows, options.out)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 
-import matplotlib
 import numpy as np
 from cells import MILD, RATIOS, STEPS, SWEEP
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from selfe.errors import UserError
 
 LABELS = {
     "flow_matching": "flow matching",
@@ -195,8 +194,25 @@ def claim_table(claims: list[dict]) -> str:
 # ---- plots ----
 
 
+def pyplot() -> ModuleType:
+    """`matplotlib.pyplot`, drawing to files. Imported here, so that `--help` works without it.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError("matplotlib is not installed; run scripts/setup.sh --dev") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
 def plots(study, everything: dict, target: Path) -> None:
     """One sheet: ok and FD over steps, ok against FD, the rule for s, and the two terms over (t, s)."""
+    plt = pyplot()
     figure, axes = plt.subplots(2, 3, figsize=(11, 6.4), layout="constrained")
     for config, label in LABELS.items():
         if study.seeds(config):

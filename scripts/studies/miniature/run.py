@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from cells import Cell, cells
+from page import pyplot
 from report import report
 from score import COMBINATIONS, score, trained_scorer
 
@@ -30,6 +31,7 @@ from selfe import config, log
 from selfe.checkpoint import state, verify
 from selfe.data.shapes import ShapesData
 from selfe.device import choose_precision
+from selfe.errors import UserError
 from selfe.flow import interpolate, predict_x0
 from selfe.rng import SampleRNG
 from selfe.samplers.renoise import Renoise
@@ -228,6 +230,10 @@ def main() -> None:
     parser.add_argument("--docs", action="store_true", help="write docs/ even with --quick")
     parser.add_argument("--report-only", action="store_true", help="write the report from existing results only")
     given = parser.parse_args()
+    try:
+        pyplot()  # the plots come last: a missing package is reported before hours of training
+    except UserError as error:
+        parser.error(str(error))
 
     out = ROOT / "runs" / ("miniature_quick" if given.quick else "miniature")
     seeds, count = given.seeds or (1 if given.quick else 3), given.count or (512 if given.quick else 1024)
