@@ -146,16 +146,18 @@ class Trainer:
         micro_batches = loader.make_loader(self.part("train"), order, cfg.num_workers)
 
         for step in range(self.start, end):
-            launch.STATUS["step"] = step  # reported if this process fails
+            # `step` steps are completed; messages, files and metrics name this one by its number, which is one more
+            done, last = step + 1, step + 1 == end
+            launch.STATUS["step"] = done  # reported if this process fails
             # the first step of a phase may compile for minutes; the timeout of the process group still holds
-            watch.heartbeat(step, "training", limited=not (cfg.compile and self.is_first_of_phase(step)))
+            watch.heartbeat(done, "training", limited=not (cfg.compile and self.is_first_of_phase(step)))
             if cfg.health.compare_every and step % cfg.health.compare_every == 0:
-                fsdp.compare_replicas(self.net, self.world, cfg.shard_size, f"step {step}")
+                fsdp.compare_replicas(self.net, self.world, cfg.shard_size, f"step {done}")
 
             # train; the stop signal is the same on all ranks, so all leave the loop after the same step
             profiler.before(step)
             loss, grad_norm, stop = self.step(step, micro_batches, lambda: stop_signal.received)
-            done, last = step + 1, step + 1 == end or stop > 0
+            last = last or stop > 0
             profiler.after(step, last)
             garbage.after(step)
 
@@ -164,7 +166,7 @@ class Trainer:
             if done % cfg.cells_every == 0:
                 self.write_cells(done, loggers)
             if done % cfg.val_every == 0 and self.data.has_val:
-                watch.heartbeat(step, "validating", limited=False)
+                watch.heartbeat(done, "validating", limited=False)
                 values |= self.validate(step)
             fsdp.reshard(self.net)  # forward passes without a backward pass leave parameters unsharded
             if values:
@@ -174,24 +176,24 @@ class Trainer:
 
             # checkpoint, if there is anything new; written to disk in the background
             if self.has_learned and (done % cfg.checkpoint_every == 0 or last):
-                watch.heartbeat(step, "saving", limited=False)
+                watch.heartbeat(done, "saving", limited=False)
                 self.save(done, values.get("val_plain/loss"))
 
             # sample grids
             if done % cfg.samples.every == 0 and cfg.samples.prompts:
-                watch.heartbeat(step, "sampling", limited=False)
+                watch.heartbeat(done, "sampling", limited=False)
                 self.draw_samples(done, loggers)
             if last:
                 break
 
         # wait for the last checkpoint, then close everything that runs in the background
-        watch.heartbeat(step, "saving", limited=False)
+        watch.heartbeat(done, "saving", limited=False)
         path = self.saver.finish()
         for background in (progress, watch, stop_signal, loggers, garbage):
             background.close()
         if not self.has_learned and not stop:
             raise UserError(
-                f"{self.folder}: nothing was learned, every step from {self.start} to {step} was skipped and no "
+                f"{self.folder}: nothing was learned, every step from {self.start + 1} to {done} was skipped and no "
                 f"checkpoint was saved; {self.last_skip}"
             )
         if main:
@@ -304,7 +306,7 @@ class Trainer:
             self.num_samples += len(cfg.samples_at(step)) // self.world.size
             self.num_tokens += num_tokens
         else:
-            self.skip(step, grad_norm, limit, measured)
+            self.skip(step + 1, grad_norm, limit, measured)
         self.optimizer.zero_grad(set_to_none=True)
         self.num_steps += 1
         clock.mark("other")
@@ -318,25 +320,28 @@ class Trainer:
         ended = self.guard.enter(phase)
         if ended and self.world.is_main:
             other_terms = terms != self.system.objective.phase(step - 1)
-            why = "; the sum of other terms is another loss: its level changes" if other_terms else ""
+            why = "; the loss is a sum of other terms from here on, so its value jumps" if other_terms else ""
             why += ", that of val_plain/loss does not" if other_terms and self.data.has_val else ""
             log.print_line(f"after step {step}: now {phase} (before: {ended}){why}")
 
-    def skip(self, step: int, grad_norm: float, limit: float, measured: MetricAccumulator) -> None:
-        """Log and record a skipped step. The decision is the same on every rank. Raises UserError after too many."""
+    def skip(self, number: int, grad_norm: float, limit: float, measured: MetricAccumulator) -> None:
+        """Log and record a skipped step, the `number`-th of the run.
+
+        The decision is the same on every rank. Raises UserError after too many.
+        """
         # the first non-finite tensor of all ranks, if it is not a spike
         mine = grad_guard.first_non_finite(self.net, self.ema, measured.samples)
         causes = list(filter(None, collectives.gather_on_all(mine, self.world)))
         cause = min(causes)[1] if causes else None
-        self.last_skip = f"step {step}, gradient norm {grad_norm:.4g}, first non-finite: {cause or 'none'}"
+        self.last_skip = f"step {number}, gradient norm {grad_norm:.4g}, first non-finite: {cause or 'none'}"
 
         parts = collectives.gather(measured.describe(), self.world)
         if self.world.is_main:
-            path = grad_guard.record(self.folder / "skipped", step, grad_norm, limit, cause, list(chain(*parts)))
+            path = grad_guard.record(self.folder / "skipped", number, grad_norm, limit, cause, list(chain(*parts)))
             why = f"first non-finite: {cause}" if cause else f"limit {limit:.4g}"
-            lost = len(self.cfg.samples_at(step))
-            log.print_line(f"step {step} skipped: gradient norm {grad_norm:.4g}, {why}; its {lost} samples: {path}")
-        self.guard.check(step, grad_norm, cause)
+            lost = len(self.cfg.samples_at(number - 1))
+            log.print_line(f"step {number} skipped: gradient norm {grad_norm:.4g}, {why}; its {lost} samples: {path}")
+        self.guard.check(number, grad_norm, cause)
 
     def summary(self, step: int, grad_norm: float) -> dict[str, float]:
         """Metrics since the last summary, averaged over all ranks, and throughput."""

@@ -1,8 +1,8 @@
 """The verb `selfe replay`: run the batch of a skipped step again, in one process.
 
 The batch is described by `RUN/skipped/step_STEP.json`; samples, times and noise are those of the recorded step. The
-weights come from the newest checkpoint at or before it, so the losses match the recorded ones only if that checkpoint
-holds the state just before the step.
+weights come from the newest checkpoint before it, so the losses match the recorded ones only if that checkpoint holds
+the state just before the step.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main(options: argparse.Namespace) -> None:
 
     settings = config.load(folder / "config.yaml", options.overrides)
     with collectives.process_group() as world:
-        replay(settings, record, before(folder / "checkpoints", step), world)
+        replay(settings, record, before(folder / "checkpoints", step - 1), world)
 
 
 def before(folder: Path, step: int) -> Path | None:
@@ -50,12 +50,13 @@ def replay(settings: dict, record: dict, checkpoint: Path | None, world: collect
     with torch.device("meta"):
         system = config.build(settings, "system")
     data, trainer = config.build(settings, "data"), config.build(settings, "trainer")
-    seed, step = settings["seed"], record["step"]
+    seed, number = settings["seed"], record["step"]
+    step = number - 1  # completed before it
     precision = choose_precision(trainer.precision, world.device)
     net, ema = fsdp.build_model_and_ema(system.backbone, fsdp.make_mesh(world, None), precision, seed)
     system.load_encoders(world.device)
     done = state.load(checkpoint, net, ema, None, ("model", "ema", "step")) if checkpoint else 0
-    print(f"step {step} with the weights after {done} steps ({checkpoint or 'initial weights'})")
+    print(f"step {number} with the weights after {done} steps ({checkpoint or 'initial weights'})")
 
     # positions and the step select the same samples and the same random numbers as in training
     measured, micro_batches = MetricAccumulator(), record["micro_batches"]

@@ -25,17 +25,18 @@ def start(
     encoders = {"text encoder": system.text_encoder, "autoencoder": system.autoencoder}
     sizes = {name: num_parameters(modules_of(part)) for name, part in encoders.items()}
     frozen = [f"{name} {size / 1e6:,.2f}M parameters, frozen" for name, size in sizes.items() if size]
-    end = cfg.max_steps if cfg.stop_step is None else min(cfg.stop_step, cfg.max_steps)
+    last_step = cfg.max_steps if cfg.stop_step is None else min(cfg.stop_step, cfg.max_steps)
+    state = f"continues after step {step}" if step else "new"
 
     rows = {
-        "run": f"{cfg.output_dir}, {f'resumed after step {step}' if step else 'new'}, to step {end} of {cfg.max_steps}",
+        "run": f"{cfg.output_dir}, {state}, to step {last_step} of {cfg.max_steps}",
         "denoiser": f"{num_parameters([net]) / 1e6:,.2f}M parameters, trained in {cfg.precision}, and their EMA",
         "encoders": "; ".join(frozen) or "not loaded",
         "devices": devices(cfg, world),
         "data": images(data, step),
         "batch": batch(cfg, data, seed, world, step, num_micro),
         "compile": "on: the first steps take minutes" if cfg.compile else "off",
-        "first": first_events(cfg, data, step, end),
+        "first": first_events(cfg, data, step, last_step),
     }
     return "\n".join(f"{name + ':':10}{text}" for name, text in rows.items())
 
@@ -47,7 +48,8 @@ def num_parameters(modules: Iterable[nn.Module]) -> int:
 
 def modules_of(part: Any) -> list[nn.Module]:
     """The modules that an encoder holds; it need not be one itself."""
-    return [part] if isinstance(part, nn.Module) else [m for m in vars(part).values() if isinstance(m, nn.Module)]
+    values = [part] if isinstance(part, nn.Module) else getattr(part, "__dict__", {}).values()
+    return [value for value in values if isinstance(value, nn.Module)]
 
 
 def devices(cfg: TrainerConfig, world: World) -> str:
@@ -76,7 +78,7 @@ def batch(cfg: TrainerConfig, data: Data, seed: int, world: World, step: int, nu
     )
 
 
-def first_events(cfg: TrainerConfig, data: Data, step: int, end: int) -> str:
+def first_events(cfg: TrainerConfig, data: Data, step: int, last_step: int) -> str:
     """The steps after which the first checkpoint, validation and sample grid of this start come."""
     periods = {"checkpoint": cfg.checkpoint_every}
     if data.has_val:
@@ -85,8 +87,8 @@ def first_events(cfg: TrainerConfig, data: Data, step: int, end: int) -> str:
         periods["samples"] = cfg.samples.every
 
     steps = {name: step - step % every + every for name, every in periods.items()}
-    steps["checkpoint"] = min(steps["checkpoint"], end)
-    return ", ".join(f"{name} after step {at}" if at <= end else f"no {name}" for name, at in steps.items())
+    steps["checkpoint"] = min(steps["checkpoint"], last_step)
+    return ", ".join(f"{name} after step {at}" if at <= last_step else f"no {name}" for name, at in steps.items())
 
 
 def end(folder: Path, has_inferencer: bool) -> str:

@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from selfe import cli, device, launch, signals
 from selfe.checkpoint import verify
-from selfe.types import UserError
+from selfe.errors import UserError
 from tests.helpers import train_processes
 
 ROOT = Path(__file__).parents[2]

@@ -1,8 +1,5 @@
 """Configuration: merging, typing and strictness, every mistake one line with file, key path and remedy."""
 
-import os
-import subprocess
-import sys
 import types
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
@@ -381,15 +378,6 @@ def test_a_value_the_constructor_refuses_is_named(tmp_path):
     with pytest.raises(UserError, match=r"inferencer.defaults.sampler.params: eta must be between 0 and 1, got 2.0"):
         config.build(config.load(path), "inferencer")
     assert Renoise(1.0).eta == 1
-
-
-def test_the_program_itself_answers_in_one_line(tmp_path):
-    path = write(tmp_path, top={"trainer": {"output_dir": "x", "max_step": 3}})
-    done = subprocess.run(
-        [sys.executable, "-m", "selfe.train", path], capture_output=True, text=True, cwd=ROOT, env=os.environ
-    )
-    assert done.returncode == 2
-    assert done.stderr == f"selfe: error: {path}: trainer.max_step: unknown key; did you mean max_steps?\n"
 
 
 def test_a_config_beside_weights_may_name_parts_of_this_package_only(tmp_path, monkeypatch):

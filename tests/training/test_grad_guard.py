@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from selfe.errors import UserError
 from selfe.training.grad_guard import GradGuard, GradGuardConfig
-from selfe.types import UserError
 from tests.helpers.poisoned_objective import HUGE, NAN
 from tests.helpers.train_processes import Run, command, finish, lines
 
@@ -146,7 +146,7 @@ def test_a_run_whose_loss_batch_and_resolution_change_takes_every_step(tmp_path,
 def test_a_spike_within_a_phase_is_skipped(tmp_path):
     changes = (*CHANGES, "system.objective.params.spike=17", "trainer.health={warmup: 4, max_skips: 3}")
     finish(tmp_path, 1, *changes, "trainer.stop_step=20")
-    assert [path.name for path in (tmp_path / "skipped").iterdir()] == ["step_00000017.json"]
+    assert [path.name for path in (tmp_path / "skipped").iterdir()] == ["step_00000018.json"]
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def poisoned(tmp_path_factory) -> Path:
 
 
 def test_a_run_skips_both_and_continues(poisoned, tmp_path):
-    assert [int(path.stem[5:]) for path in sorted((poisoned / "skipped").iterdir())] == [NAN[0], HUGE[0]]
+    assert [int(path.stem[5:]) - 1 for path in sorted((poisoned / "skipped").iterdir())] == [NAN[0], HUGE[0]]
     by_step = {line["step"] - 1: line for line in lines(poisoned)}
     assert sorted(by_step) == list(range(12))
     assert "train/loss" not in by_step[NAN[0]]
@@ -176,8 +176,8 @@ def test_a_run_skips_both_and_continues(poisoned, tmp_path):
 def test_replay(poisoned):
     """Losses of the skipped batch again, the one that is not a number included."""
     for step in (NAN[0], HUGE[0]):
-        head, _, *rows, norms = command("replay", str(poisoned), str(step)).splitlines()
-        record = json.loads((poisoned / "skipped" / f"step_{step:08d}.json").read_text())
+        head, _, *rows, norms = command("replay", str(poisoned), str(step + 1)).splitlines()
+        record = json.loads((poisoned / "skipped" / f"step_{step + 1:08d}.json").read_text())
         samples = list(chain(*record["micro_batches"]))
         assert sorted(sample["position"] for sample in samples) == list(range(8))
         for row, sample in zip(rows, samples, strict=True):
@@ -193,4 +193,4 @@ def test_replay(poisoned):
 def test_too_many_in_a_row_stop_the_run(tmp_path):
     run = Run(tmp_path, 1, *POISONED, "trainer.health={warmup: 3, max_skips: 1}")
     assert run.wait() == [2]
-    assert "step 6: 1 steps in a row were skipped, first non-finite: loss of " in run.failures[0]["message"]
+    assert "step 7: 1 steps in a row were skipped, first non-finite: loss of " in run.failures[0]["message"]

@@ -5,6 +5,7 @@ The commands themselves run once; other processes are forks that need no imports
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -21,6 +22,13 @@ ROOT = Path(__file__).parents[2]
 SMOKE = "configs/debug/selfe_smoke.yaml"
 BARE = {key: value for key, value in os.environ.items() if not key.startswith("SELFE_")}
 ENV = BARE | {"SELFE_SKIP_PRETRAINED": "1"}
+
+
+# a line of progress in a log file
+PROGRESS = (
+    r"training \d+/12 loss \d\.\d{4}, lr [\d.e-]+, grad norm [\d.]+, (flow matching|self-evaluation.*), "
+    r"[\d.]+ s/step(, .* left)?"
+)
 
 
 def run(script: str, processes: int, *overrides: str, env: dict | None = None) -> subprocess.CompletedProcess:
@@ -60,12 +68,15 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory) -> Path:
+def run_of_one(tmp_path_factory) -> tuple[Path, str]:
+    """The folder of a run on one process, and what it printed."""
     folder = tmp_path_factory.mktemp("one")
-    output = train(folder, 1)
-    assert f"checkpoint: {folder}/checkpoints/step_00000012" in output
-    assert ("no GPU found" in output) == (accelerator_count() == 0)
-    return folder
+    return folder, train(folder, 1)
+
+
+@pytest.fixture(scope="module")
+def one(run_of_one) -> Path:
+    return run_of_one[0]
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +84,31 @@ def two(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     train_processes.finish(folder, 2, config=ROOT / SMOKE)
     return folder
+
+
+def test_start_progress_and_end_are_told(run_of_one):
+    folder, output = run_of_one
+    for line in (
+        f"run:      {folder}, new, to step 12 of 12",
+        "encoders: text encoder 0.14M parameters, frozen; autoencoder 5.29M parameters, frozen",
+        "data:     33 images of at most 9,216 pixels, sides multiples of 16",
+        "first:    checkpoint after step 6, validation after step 6, samples after step 12",
+        f"12 steps done; checkpoint: {folder}/checkpoints/step_00000012",
+        f"samples:  {folder}/samples",
+        f"report:   .venv/bin/selfe report {folder}",
+        f"images:   .venv/bin/selfe infer {folder}/config.yaml",
+    ):
+        assert line in output.splitlines()
+    assert "batch:    8 images per step = 4 per micro-batch (at most 4) x 2 accumulated x 1 process; " in output
+    assert ("no GPU found" in output) == (accelerator_count() == 0)
+
+    progress = [line for line in output.splitlines() if line.startswith("training ")]
+    assert len(progress) >= 2
+    assert all(re.fullmatch(PROGRESS, line) for line in progress), progress
+    assert "after step 8: now self-evaluation and auxiliary term, " in output
+    assert (
+        "the loss is a sum of other terms from here on, so its value jumps, that of val_plain/loss does not" in output
+    )
 
 
 def test_passes_through_all_phases(one):
@@ -148,6 +184,7 @@ def test_mistakes_before_the_first_step_are_one_line(tmp_path):
     training = train_processes.Run(tmp_path / "run", 2, "trainer.shard_size=3")
     assert training.wait() == [2, 2]
     assert {"groups of 3" in failure["message"] for failure in training.failures.values()} == {True}
+    assert not (tmp_path / "run").exists()
     (tmp_path / "step_00000003").mkdir()
     folders = f"inferencer.output_dir={tmp_path}/images", f"inferencer.ckpt_dir={tmp_path}/step_00000003"
     assert "incomplete" in only_line(run("infer.sh", 1, *folders))

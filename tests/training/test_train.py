@@ -260,8 +260,8 @@ def test_a_run_in_which_every_step_was_skipped_is_a_failure(tmp_path):
     run = train_processes.Run(tmp_path, 2, objective, "trainer.stop_step=3", "trainer.checkpoint_every=1")
     assert run.wait() == [2, 2]
     message = run.failures[0]["message"]
-    assert "nothing was learned, every step from 0 to 2 was skipped" in message
-    assert "step 2, gradient norm nan, first non-finite: loss of " in message
+    assert "nothing was learned, every step from 1 to 3 was skipped" in message
+    assert "step 3, gradient norm nan, first non-finite: loss of " in message
     assert not list(tmp_path.glob("checkpoints/step_*"))
 
 
