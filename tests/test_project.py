@@ -42,7 +42,7 @@ EDGES = {
     "samplers": PARTS,
     "system": PARTS | {"samplers"},  # guidance
     "distributed": BASE | {"backbones"},  # the attention kernels that selective checkpointing keeps
-    "data": PARTS | {"distributed"},  # a loader reads what its rank trains on
+    "data": PARTS | {"compare", "distributed"},  # a loader reads what its rank trains on
     "checkpoint": PARTS | {"distributed", "encoders"},  # FLUX files hold a denoiser and a VAE
     "training": PARTS | {"checkpoint", "compare", "config", "data", "distributed", "samplers", "system"},
     "inference": PARTS | {"compare", "config", "samplers"},

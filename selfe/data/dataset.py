@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from selfe import compare
 from selfe.data.buckets import MAX_SHARE, Buckets, ResolutionPhase
 from selfe.data.shuffle import interleave, permute
 from selfe.errors import BadSample, UserError
@@ -159,7 +160,8 @@ class BucketedDataset:
 
     def facts(self) -> dict[str, str]:
         """Settings that a cache of encoded images depends on, by key path."""
-        facts = {"pixels": sorted(self.buckets), "multiple": self.multiple, "max_aspect": self.max_aspect}
+        facts = {"module": compare.class_path(self), "pixels": sorted(self.buckets)}
+        facts |= {"multiple": self.multiple, "max_aspect": self.max_aspect}
         facts |= {"flip": self.flip, "convert_icc": self.convert_icc}
         for split, sources in self.sources.items():
             facts |= {f"{split}_manifest[{i}]": source.digest() for i, source in enumerate(sources)}

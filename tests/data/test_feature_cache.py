@@ -1,6 +1,7 @@
 """Training from a cache of latents and captions equals training from images, and a stale cache is refused."""
 
 import argparse
+import copy
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ import torch
 
 from selfe import config
 from selfe.data.buckets import balance
+from selfe.data.manifest import ManifestData
 from selfe.distributed.collectives import World
 from selfe.errors import BadSample, UserError
 from selfe.io import feature_cache
@@ -155,6 +157,17 @@ def test_a_stale_cache_says_what_changed(cached, key, value, message):
     folder = Path(cached["data"]["params"]["cache_dir"])
     settings = config.load(folder / "config.yaml", [f"{key}={value}"])
     with pytest.raises(UserError, match=message):
+        build(settings)
+
+
+class Mirrored(ManifestData):
+    """Reads other images than its base class from the same manifest."""
+
+
+def test_another_class_of_data_makes_the_cache_stale(cached):
+    settings = copy.deepcopy(cached)
+    settings["data"]["params"]["source"]["module"] = f"{__name__}.Mirrored"
+    with pytest.raises(UserError, match=rf"data.module was selfe.data.manifest.ManifestData, is now {__name__}.Mirror"):
         build(settings)
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from selfe import cli, config
+from selfe.backbones.mmdit import MMDiT
 from selfe.checkpoint import flux, state, verify
 from selfe.checkpoint.flux import FluxStateDict
 from selfe.errors import UserError
@@ -376,8 +377,18 @@ def test_exported_safetensors_hold_the_weights(trained, tmp_path, monkeypatch):
     assert about["backbone"]["params"]["width"] == 128
 
 
+class Renamed(MMDiT):
+    """A denoiser with the tensors of MMDiT that may compute something else."""
+
+
 def test_mistakes_are_one_line(trained, tmp_path):
     folder, images = trained
+    settings = config.load(folder / "config.yaml")
+    settings["system"]["backbone"]["module"] = f"{__name__}.Renamed"
+    shutil.copytree(folder / "checkpoints", tmp_path / "run/checkpoints")
+    config.save(settings, tmp_path / "run/config.yaml")
+    with pytest.raises(UserError, match=rf"export supports MMDiT only, the run has {__name__}.Renamed"):
+        command.read_run(verify.find(tmp_path / "run/checkpoints"), trust=True)
     with pytest.raises(UserError, match="exists and is not an empty folder"):
         cli.run(["export", str(folder / "checkpoints"), str(images)])
     with pytest.raises(UserError, match="no such checkpoint directory"):

@@ -81,8 +81,10 @@ def read_run(path: Path, trust: bool) -> tuple[dict, System]:
     with torch.device("meta"):
         system = config.build(settings, "system")
     for part, kind in ((system.backbone, MMDiT), (system.text_encoder, T5Clip), (system.autoencoder, FluxVAE)):
-        if not isinstance(part, kind):
-            raise UserError(f"{settings_path}: export supports {kind.__name__} only, the run has {type(part).__name__}")
+        if type(part) is not kind:  # a subclass may compute something else from the same tensors
+            raise UserError(
+                f"{settings_path}: export supports {kind.__name__} only, the run has {compare.class_path(part)}"
+            )
     return settings, system
 
 
