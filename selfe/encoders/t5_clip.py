@@ -161,10 +161,12 @@ class T5Clip:
             **asdict(self.clip_size),
         )
 
-        # T5 one tensor at a time: T5-XXL takes 19 GB in fp32.
+        # T5 one tensor at a time: T5-XXL takes 19 GB in fp32. On the meta device there are no values to draw.
         shapes = t5_shapes(t5)
 
         def read(name: str, rows: slice) -> Tensor:
+            if self.device.type == "meta":
+                return torch.empty(shapes[name], dtype=self.dtype, device="meta")[rows]
             return random_t5(name, shapes[name], t5, self.dtype)[rows]
 
         with torch.random.fork_rng(devices=[]), torch.device("meta" if self.device.type == "meta" else "cpu"):
