@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image, ImageFilter, ImageOps
@@ -9,6 +10,7 @@ from PIL import Image, ImageFilter, ImageOps
 from selfe.inference import job
 from selfe.inference.prompts import Request, SamplingDefaults
 from selfe.io import image_encode
+from selfe.protocols import Sampler
 
 PHOTOS = Path(__file__).parents[2] / "debug_data/t2i_smoke"
 
@@ -27,9 +29,11 @@ def make_job(
     weights: tuple = ("ema",),
     num_samples: int = 1,
     blur: float = 1.0,
+    sampler: Sampler | None = None,
 ) -> list[job.ImageSpec]:
     """Images of (photo, prompt), their `metadata.jsonl` and no gallery. Returns the plan."""
     settings = SamplingDefaults(num_steps=num_steps, num_samples=num_samples, height=size[0], width=size[1])
+    settings = replace(settings, sampler=sampler or settings.sampler)
     requests = [Request(prompt, settings, "made up") for _, prompt in prompts]
     todo = job.plan(requests, weights, "flat", ".png")
     photos = {prompt: ImageOps.fit(Image.open(path).convert("RGB"), size[::-1]) for path, prompt in prompts}

@@ -14,7 +14,7 @@ from selfe import cli, config
 from selfe.errors import UserError
 from selfe.gallery import build
 from selfe.inference import job
-from tests.helpers import browser
+from tests.helpers import browser, samplers
 from tests.helpers.browser import all_of, resize, until
 from tests.helpers.sampling_job import captions, make_job
 from tests.inference.test_infer import SMOKE, STAND_INS
@@ -148,6 +148,39 @@ def test_a_click_shows_the_image_and_the_command_that_draws_it(driver, folders):
         press(driver, Keys.ESCAPE)
         until(driver, "!document.getElementById('viewer').open")
     quiet(driver, folders[0])
+
+
+@browser.needed
+def test_the_command_has_a_sampler_of_ones_own(driver, tmp_path):
+    sampler = samplers.Named("a: b, ${c} \\${d} 'e' \"f\"")
+    (spec,) = make_job(tmp_path, captions()[:1], num_steps=(4,), sampler=sampler)
+    build.build([tmp_path], tmp_path / "gallery.html")
+    show(driver, tmp_path / "gallery.html")
+    all_of(driver, ".shot")[0].click()
+    command = shlex.split(text(driver, "#command"))
+    inferencer = config.build(config.load(SMOKE, [*STAND_INS, *command[3:]]), "inferencer")
+    (again,) = job.plan(inferencer.requests(16), inferencer.kinds, inferencer.layout, ".png")
+    assert again.file == spec.file
+    assert again.record() == spec.record()
+    assert again.record()["schedule"] == sampler.output_settings()["schedule"]
+
+
+def test_the_command_imports_classes_from_where_they_are(tmp_path, monkeypatch):
+    """PYTHONPATH is set for modules that Python does not find by itself, and without importing them."""
+    (tmp_path / "modules/own_package").mkdir(parents=True)
+    (tmp_path / "modules/own_package/__init__.py").write_text("raise SystemExit('imported')")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/own_data.py").write_text("raise SystemExit('imported')")
+    (tmp_path / "config.yaml").write_text("data: {module: own_data.Images, params: {}}\ntrainer: {wandb: null}")
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    monkeypatch.syspath_prepend(tmp_path / "other")
+
+    def path(*names: str) -> str:
+        return build.python_path(tmp_path / "config.yaml", [{"sampler": name} for name in names])
+
+    assert path("own_package.heun.Heun", "renoise") == f"{tmp_path}/modules:{tmp_path}/other"
+    assert path("json.Sampler", "numpy.Sampler", "missing_module.Sampler") == f"{tmp_path}/other"
+    assert build.python_path(tmp_path / "none.yaml", [{"sampler": "tests.helpers.samplers.Named"}]) == ""
 
 
 def made_plan(folder: Path) -> list[job.ImageSpec]:
