@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 
 Format = Literal["png", "jpeg", "webp"]
@@ -26,6 +26,7 @@ OPTIONS: dict[Format, dict] = {
 PARTIAL = ".partial"  # suffix of a file that is not complete yet
 IMAGE_DESCRIPTION, SOFTWARE, EXIF, USER_COMMENT = 0x010E, 0x0131, 0x8769, 0x9286
 ANY_ENCODING = b"\0" * 8  # EXIF character code of UserComment: undefined; the text is UTF-8
+VISIBLE = 64  # pixels; smaller images of a sheet are enlarged
 # colour map from dark (small) to bright (large), monotonic in luminance
 COLOURS = torch.tensor(
     [[20, 12, 70], [60, 75, 140], [40, 140, 140], [110, 200, 95], [250, 230, 60]], dtype=torch.float64
@@ -54,14 +55,17 @@ def grid(rows: Sequence[Sequence[Image.Image]], gap: int = 2) -> Image.Image:
 def sample_sheet(
     rows: Sequence[Sequence[Image.Image]], prompts: Sequence[str], num_steps: Sequence[int], title: str
 ) -> Image.Image:
-    """Images on white: a row per prompt, a column per number of steps, both labelled. Their pixels are unchanged.
+    """Images on white: a row per prompt, a column per number of steps, both labelled.
 
+    A pixel of an image is a square of `zoom` x `zoom` pixels of the sheet; `zoom` is 1 for images of 64 pixels or more.
     The positions of the images are in `info["selfe"]`, which `save_sheet` stores in the file: `prompts`, `num_steps`,
-    `title`, and `cell`: left and top of the first image, width and height of an image, and the horizontal and vertical
-    distance from one image to the next, in pixels.
+    `title`, `zoom`, and `cell`: left and top of the first image, width and height of an image, and the horizontal and
+    vertical distance from one image to the next, in pixels of the sheet.
     """
     width = max(image.width for row in rows for image in row)
     height = max(image.height for row in rows for image in row)
+    zoom = math.ceil(VISIBLE / max(width, height))
+    width, height = zoom * width, zoom * height
 
     # the font grows with the images; columns and rows are at least as large as their labels
     font = ImageFont.load_default(size=min(max(height / 14, 11), 28))
@@ -83,10 +87,10 @@ def sample_sheet(
         label = wrap(prompt, font, margin, max_lines=max(height // line, 1))
         draw.multiline_text((line // 2, top + y * down), label, fill="black", font=font, spacing=line * 0.15)
         for x, image in enumerate(row):
-            sheet.paste(image, (left + x * across, top + y * down))
+            sheet.paste(ImageOps.scale(image, zoom, Image.Resampling.NEAREST), (left + x * across, top + y * down))
 
     cell = [left, top, width, height, across, down]
-    layout = {"title": title, "prompts": list(prompts), "num_steps": list(num_steps), "cell": cell}
+    layout = {"title": title, "prompts": list(prompts), "num_steps": list(num_steps), "zoom": zoom, "cell": cell}
     sheet.info["selfe"] = json.dumps(layout, ensure_ascii=False)
     return sheet
 
@@ -99,14 +103,15 @@ def sheet_images(sheet: Image.Image) -> list[list[Image.Image]]:
     """
     try:
         layout = json.loads(sheet.info["selfe"])
-        left, top, width, height, across, down = layout["cell"]
+        zoom, (left, top, width, height, across, down) = layout["zoom"], layout["cell"]
         rows, columns = len(layout["prompts"]), len(layout["num_steps"])
     except (KeyError, TypeError) as error:
         raise ValueError("not a sheet of samples: no layout in its metadata") from error
 
     def cell(y: int, x: int) -> Image.Image:
         corner = left + x * across, top + y * down
-        return sheet.crop((*corner, corner[0] + width, corner[1] + height))
+        image = sheet.crop((*corner, corner[0] + width, corner[1] + height))
+        return image.resize((width // zoom, height // zoom), Image.Resampling.NEAREST)
 
     return [[cell(y, x) for x in range(columns)] for y in range(rows)]
 

@@ -119,20 +119,21 @@ def test_sheets_are_embedded_evenly_and_without_loss(runs):
 def test_labels_are_cut_off_a_sheet(tmp_path):
     colours = [["red", "lime", "blue"], ["black", "gray", "yellow"]]
     rows = [[Image.new("RGB", (24, 16), colour) for colour in row] for row in colours]
+    rows[1][2].putpixel((5, 7), (1, 2, 3))
     prompts = ["a bird", "a very long prompt " * 20]
     sheet = image_encode.sample_sheet(rows, prompts, [1, 2, 4], "EMA weights, step 12")
     path = image_encode.save_sheet(sheet, tmp_path / "samples", 12)
 
-    # the file has labels, the unchanged pixels of the images, and their positions
+    # the file has labels, the images with every pixel enlarged, and their positions
     with Image.open(path) as image:
         layout = json.loads(image.text["selfe"])
         left, top, width, height, across, down = layout.pop("cell")
-        assert layout == {"title": "EMA weights, step 12", "prompts": prompts, "num_steps": [1, 2, 4]}
-        assert (width, height) == (24, 16)
+        assert layout == {"title": "EMA weights, step 12", "prompts": prompts, "num_steps": [1, 2, 4], "zoom": 3}
+        assert (width, height) == (72, 48)
         for y, x in product(range(2), range(3)):
             corner = (left + x * across, top + y * down)
-            cell = image.crop((*corner, corner[0] + 24, corner[1] + 16))
-            assert cell.tobytes() == rows[y][x].tobytes()
+            cell = image.crop((*corner, corner[0] + 72, corner[1] + 48))
+            assert cell.tobytes() == rows[y][x].resize((72, 48), Image.Resampling.NEAREST).tobytes()
         for labels in ((0, 0, image.width, top - 4), (0, top, left - 4, image.height)):
             assert len(image.crop(labels).getcolors()) > 1
 
