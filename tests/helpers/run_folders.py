@@ -19,9 +19,6 @@ BINS = 4
 def overrides(steps: int) -> list[str]:
     return [
         f"trainer.max_steps={steps}",
-        f"trainer.samples.prompts={json.dumps(PROMPTS)}",
-        "trainer.samples.num_steps=[1,2,4]",
-        "trainer.samples.size=[16,24]",
         f"system.objective.params.start_step={steps // 4}",
         f"system.objective.params.aux_start_step={steps // 2}",
     ]
@@ -70,7 +67,8 @@ def add_sheets(folder: Path, step: int) -> None:
             [Image.new("RGB", (24, 16), (100 * row, 80 * column, (step + i) % 256)) for column in range(3)]
             for row in range(len(PROMPTS))
         ]
-        image_encode.save_sheet(image_encode.grid(images), folder / name, step)
+        sheet = image_encode.sample_sheet(images, PROMPTS, (1, 2, 4), f"step {step}")
+        image_encode.save_sheet(sheet, folder / name, step)
 
 
 def make_run(folder: Path, steps: int = 40, offset: float = 0.0, *changes: str) -> Path:
@@ -79,7 +77,7 @@ def make_run(folder: Path, steps: int = 40, offset: float = 0.0, *changes: str) 
     config.save(config.load(SMOKE, [*overrides(steps), *changes]), folder / "config.yaml")
     start = {
         "time": "2026-01-01T00:00:00Z",
-        "command": ["./run.sh", "configs/debug/selfe_smoke.yaml", f"trainer.name=run {folder.name}"],
+        "command": ["/home/me/selfe/train.py", "configs/debug/selfe_smoke.yaml", f"trainer.name=run {folder.name}"],
         "processes": 1,
         "version": "0.1.0",
         "revision": "0123456789abcdef",

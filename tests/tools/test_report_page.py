@@ -54,7 +54,13 @@ def test_the_page_has_the_numbers_of_the_files(runs):
     assert run["cells"]["steps"] == [10, 20, 30, 40]
     assert run["cells"]["tables"]["loss"][1] == run_folders.cells(20)["loss"]
     assert run["config"]["trainer.lr"] == "0.001"
-    assert run["starts"][0]["command"][-1] == "trainer.name=run first"
+    assert run["starts"][0]["command"] == [
+        "selfe",
+        "train",
+        str(run_folders.SMOKE.relative_to(run_folders.ROOT)),
+        "1",
+        "trainer.name=run first",
+    ]
 
 
 def test_a_point_is_the_mean_of_adjacent_values():
@@ -108,12 +114,14 @@ def test_a_growing_file_is_read_once_and_a_replaced_one_again(tmp_path):
 
 def test_sheets_are_embedded_evenly_and_without_loss(runs):
     table = page.static(runs[:1], 3)["runs"][0]["sheets"]
-    assert (table["prompts"], table["num_steps"]) == (list(run_folders.PROMPTS), [1, 2, 4])
     assert table["totals"] == {"ema": 4, "live": 4}
     assert [sheet["step"] for sheet in table["live"]] == [10, 30, 40]
-    image = Image.open(io.BytesIO(base64.b64decode(table["live"][1]["source"].partition(",")[2])))
-    assert tuple(table["live"][1]["size"]) == (24, 16)
-    assert image.getpixel((2 * (24 + sheets.GAP) + 23, 1 * (16 + sheets.GAP) + 15)) == (100, 160, 31)
+    sheet = table["live"][1]
+    assert (sheet["prompts"], sheet["num_steps"]) == (list(run_folders.PROMPTS), [1, 2, 4])
+    left, top, width, height, across, down = sheet["cell"]
+    assert (width, height) == (24, 16)
+    image = Image.open(io.BytesIO(base64.b64decode(sheet["source"].partition(",")[2])))
+    assert image.getpixel((left + 2 * across + width - 1, top + down + height - 1)) == (100, 160, 31)
 
 
 def test_labels_are_cut_off_a_sheet(tmp_path):
@@ -137,24 +145,27 @@ def test_labels_are_cut_off_a_sheet(tmp_path):
         for labels in ((0, 0, image.width, top - 4), (0, top, left - 4, image.height)):
             assert len(image.crop(labels).getcolors()) > 1
 
-    assert sheets.read(path).tobytes() == image_encode.grid(rows, sheets.GAP).tobytes()
+    source = sheets.embed(path)["source"]
+    image = Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
+    assert image.tobytes() == image_encode.grid(rows, sheets.GAP).tobytes()
     for text in ("[]", "{}", '{"cell": [1], "prompts": [], "num_steps": []}', "no JSON"):
         sheet.info["selfe"] = text
         image_encode.save_sheet(sheet, tmp_path / "samples", 12)
         with pytest.raises(UserError, match="not a complete image"):
-            sheets.read(path)
+            sheets.embed(path)
 
 
-def test_large_images_are_reduced_and_sheets_of_another_size_have_no_labels(tmp_path):
-    samples = {"prompts": ["a", "b"], "num_steps": [1, 4], "size": [300, 600]}
-    layout = sheets.Layout({"trainer": {"samples": samples}})
-    Image.new("RGB", layout.sheet_size(600, 300), (200, 40, 40)).save(tmp_path / "step_00000001.png")
-    embedded = sheets.embed(tmp_path / "step_00000001.png", layout)
+def test_large_images_are_reduced_and_unknown_sheets_have_no_labels(tmp_path):
+    path = tmp_path / "step_00000001.png"
+    large = Image.new("RGB", (600, 300), (200, 40, 40))
+    image_encode.save_sheet(image_encode.sample_sheet([[large, large]], ["a"], [1, 4], "step 1"), tmp_path, 1)
+    embedded = sheets.embed(path)
     image = Image.open(io.BytesIO(base64.b64decode(embedded["source"].partition(",")[2])))
-    assert (image.format, image.size, embedded["size"]) == ("WEBP", (2 * 256 + 2, 2 * 128 + 2), (256, 128))
+    assert (image.format, image.size) == ("WEBP", (2 * 256 + sheets.GAP, 128))
+    assert embedded["cell"] == [0, 0, 256, 128, 256 + sheets.GAP, 128 + sheets.GAP]
 
-    layout.prompts.append("c")
-    assert sheets.embed(tmp_path / "step_00000001.png", layout)["size"] is None
+    large.save(path)
+    assert (sheets.embed(path)["cell"], sheets.embed(path)["prompts"]) == (None, [])
 
 
 def test_the_page_marks_where_objective_and_schedule_change(tmp_path):
@@ -431,7 +442,7 @@ def test_the_page_in_a_browser(runs, driver, tmp_path):
         for row in all_of(driver, "#config-differences tr")
     ]
     assert ["trainer.lr", "0.001", "0.002"] in rows
-    assert all_of(driver, ".command")[0].text == "./run.sh configs/debug/selfe_smoke.yaml 'trainer.name=run first'"
+    assert all_of(driver, ".command")[0].text == "selfe train configs/debug/selfe_smoke.yaml 1 'trainer.name=run first'"
 
     # files
     press(driver, "[data-panel='train/loss'] .tools button:nth-child(3)")

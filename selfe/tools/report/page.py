@@ -46,54 +46,44 @@ def digest(script: str) -> str:
 
 
 def static(runs: Sequence[RunFolder], most_sheets: int) -> dict:
-    """The data of a page that is a file: sheets are embedded, at most `most_sheets` steps of every run."""
+    """The data of a page that is a file: sheets are embedded, of at most `most_sheets` evenly spaced steps of a run."""
     described = []
     for run in runs:
-        embedded = {weights: embedded_sheets(run, weights, most_sheets) for weights in sheets.FOLDERS}
-        described.append(run.describe() | {"sheets": sheet_table(run, embedded)})
-    return everything(runs, described) | {"refresh_seconds": None}
+        table = sheet_totals(run)
+        for weights, by_step in run.sheets.items():
+            steps = list(by_step)
+            kept = [steps[i] for i in sheets.evenly(len(steps), most_sheets)]
+            table[weights] = [{"step": step} | sheets.embed(by_step[step][0]) for step in kept]
+        described.append(run.describe() | {"sheets": table})
+    return common(runs) | {"runs": described, "refresh_seconds": None}
 
 
 def live(runs: Sequence[RunFolder], refresh_seconds: float) -> dict:
-    """The data of a page that is served: sheets are addresses on the same server."""
+    """The data of a page that is served: sheets are addresses on the same server, complete files only."""
     described = []
     for index, run in enumerate(runs):
-        layout = sheets.Layout(run.settings)
-        listed = {
-            weights: [
-                {"step": step, "source": f"sheet/{index}/{weights}/{step}", "size": [layout.width, layout.height]}
-                for step in run.sheet_paths[weights]
+        table = sheet_totals(run)
+        for weights, by_step in run.sheets.items():
+            layouts = {step: sheets.layout_of_file(*file) for step, file in by_step.items()}
+            table[weights] = [
+                # another address when the file changes, for the browser's cache
+                layout | {"step": step, "source": f"sheet/{index}/{weights}/{step}?{by_step[step][1]}"}
+                for step, layout in layouts.items()
+                if layout is not None
             ]
-            for weights in sheets.FOLDERS
-        }
-        described.append(run.describe() | {"sheets": sheet_table(run, listed)})
-    return everything(runs, described) | {"refresh_seconds": refresh_seconds}
+        described.append(run.describe() | {"sheets": table})
+    return common(runs) | {"runs": described, "refresh_seconds": refresh_seconds}
 
 
-def everything(runs: Sequence[RunFolder], described: list[dict]) -> dict:
+def sheet_totals(run: RunFolder) -> dict:
+    return {"totals": {weights: len(files) for weights, by_step in run.sheets.items()}}
+
+
+def common(runs: Sequence[RunFolder]) -> dict:
+    """What pages have besides the runs."""
     return {
         "made": time.time(),
         "version": [run.version for run in runs],
-        "runs": described,
         "states": [run.state() for run in runs],
         "warnings": comparability.warnings(runs),
-    }
-
-
-def embedded_sheets(run: RunFolder, weights: str, most: int) -> list[dict]:
-    """Evenly spaced sheets of a run, as data URLs."""
-    layout, paths = sheets.Layout(run.settings), run.sheet_paths[weights]
-    steps = list(paths)
-    return [{"step": steps[i]} | sheets.embed(paths[steps[i]], layout) for i in sheets.evenly(len(steps), most)]
-
-
-def sheet_table(run: RunFolder, listed: dict[str, list[dict]]) -> dict:
-    """The sheets of a run with their rows and columns."""
-    layout = sheets.Layout(run.settings)
-    return {
-        "prompts": layout.prompts,
-        "num_steps": layout.num_steps,
-        "gap": sheets.GAP,
-        "totals": {weights: len(paths) for weights, paths in run.sheet_paths.items()},
-        **listed,
     }

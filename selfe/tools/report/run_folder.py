@@ -40,7 +40,7 @@ class RunFolder:
         self.objective: Objective | None = None
         self.notes: list[str] = []  # shown with the run
         self.version = 0  # increases whenever something in the folder has changed
-        self.sheet_paths: dict[str, dict[int, Path]] = {}
+        self.sheets: dict[str, dict[int, tuple[Path, int]]] = {}  # weights -> step -> path, time of modification
 
         if not path.is_dir():
             raise UserError(f"{path}: no such folder; pass the output folder of a training run (trainer.output_dir)")
@@ -94,9 +94,9 @@ class RunFolder:
         return changed
 
     def refresh_sheets(self) -> bool:
-        before = self.sheet_paths
-        self.sheet_paths = {weights: sheets.paths(self.path, weights) for weights in sheets.FOLDERS}
-        return self.sheet_paths != before
+        before = self.sheets
+        self.sheets = {weights: sheets.files(self.path, weights) for weights in sheets.FOLDERS}
+        return self.sheets != before
 
     # ---- for the page ----
 
@@ -109,7 +109,7 @@ class RunFolder:
             "marks": self.marks(),
             "cells": self.tables(),
             "config": {key: plain_text(value) for key, value in compare.flat(self.settings).items()},
-            "starts": self.starts,
+            "starts": [start | {"command": typed_command(start)} for start in self.starts],
             "notes": self.notes,
         }
 
@@ -225,6 +225,14 @@ def own_objective(settings: dict) -> Objective | None:
     if foreign := config.foreign_modules([described]):
         raise UserError(f"{foreign[0]} is not part of selfe")
     return config.build_part(described, "system.objective")
+
+
+def typed_command(start: dict) -> list[str]:
+    """The command that starts a run as the recorded one, which is that of a single process: its file and arguments."""
+    command = start.get("command") or []
+    if not command or Path(command[0]).name != "train.py":
+        return command
+    return ["selfe", "train", *command[1:2], str(start.get("processes", 1)), *command[2:]]
 
 
 def plain_text(value: Any) -> str:

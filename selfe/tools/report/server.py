@@ -55,10 +55,10 @@ class Server(ThreadingHTTPServer):
         """The file of a sample sheet, None if there is none."""
         if index >= len(self.runs) or weights not in sheets.FOLDERS:
             return None
-        path = self.runs[index].sheet_paths[weights].get(step)
         try:
-            return path.read_bytes() if path else None
-        except FileNotFoundError:
+            path, _ = self.runs[index].sheets[weights][step]
+            return path.read_bytes()
+        except (KeyError, FileNotFoundError):
             return None
 
 

@@ -14,7 +14,7 @@ const AXES = {
 // the sections of the page
 const ORDER = [
   "runs", "loss", "validation", "self-evaluation", "samples", "maps", "optimisation", "training", "time", "speed",
-  "memory", "other", "configs",
+  "other", "configs",
 ];
 const NOT_METRICS = new Set(["step", "samples", "elapsed", "time", "epoch"]);
 const COARSE = matchMedia("(pointer: coarse)").matches;

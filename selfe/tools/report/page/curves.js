@@ -8,11 +8,13 @@ const GROUPS = [
   { id: "self-evaluation", title: "Self-evaluation", pattern: /^train\/(self_weight|norm_ratio|cosine)$/ },
   { id: "optimisation", title: "Optimisation", pattern: /^train\/(lr|grad_norm|ema_distance|skipped|replaced)$/ },
   { id: "training", title: "Other measurements of training", pattern: /^train\// },
-  { id: "speed", title: "Speed", pattern: /^speed\// },
-  { id: "memory", title: "Memory", pattern: /^memory\// },
+  { id: "speed", title: "Speed and memory", pattern: /^(speed|memory)\// },
   { id: "other", title: "Other metrics", pattern: /^(?!time\/)/ },
 ];
-const FIRST = ["train/loss", "val_plain/loss", "val/loss", "train/lr", "train/grad_norm"];
+const FIRST = [
+  "train/loss", "train/data_loss", "train/self_loss", "train/aux_loss", "val_plain/loss", "val/loss", "train/lr",
+  "train/grad_norm", "speed/seconds_per_step", "speed/images_per_second", "speed/mfu",
+];
 const LOGARITHMIC = new Set(["train/grad_norm", "train/ema_distance"]);
 const WITH_MARKS = new Set(["loss", "validation", "self-evaluation", "optimisation"]);
 const NOTES = {
@@ -167,13 +169,16 @@ class Panel {
   }
 }
 
-/** Layout that all charts over training have in common. */
-function trainingLayout(panel, height) {
+/** Layout that all charts over training have in common, with a legend below if it has entries of `entryWidth` pixels. */
+function trainingLayout(panel, entries, entryWidth) {
+  const perRow = Math.max(1, Math.floor((panel.node.clientWidth - 80) / entryWidth));
+  const legendHeight = 20 * Math.ceil(entries / perRow);
+  const [plotHeight, top, bottom] = [230, 6, 44];
   const axis = { gridcolor: "#ece9e2", zerolinecolor: "#d9d5cb", linecolor: "#cfcabf", ticks: "outside", tickcolor: "#cfcabf" };
   return {
-    height,
+    height: top + plotHeight + bottom + legendHeight,
     autosize: true,
-    margin: { l: 58, r: 12, t: 6, b: 40 },
+    margin: { l: 58, r: 12, t: top, b: bottom + legendHeight },
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "#fff",
     font: { family: "system-ui, sans-serif", size: 11.5, color: "#45423d" },
@@ -191,7 +196,8 @@ function trainingLayout(panel, height) {
       hoverformat: state.axis === "hours" ? ".4~g" : ",.0f",
     },
     yaxis: { ...axis, uirevision: `${state.axis} ${state.resets} ${state.log[panel.id]}`, fixedrange: !state.drag, tickformat: ".4~g" },
-    legend: { orientation: "h", x: 0, y: 0, yref: "container", yanchor: "bottom", font: { size: 11.5 } },
+    showlegend: entries > 0,
+    legend: { orientation: "h", x: 0, y: -bottom / plotHeight, yanchor: "top", font: { size: 11.5 } },
     uirevision: "kept", // which lines were hidden in the legend
   };
 }
@@ -286,10 +292,7 @@ class Curve extends Panel {
 
   layout(traces) {
     const entries = traces.filter((trace) => trace.showlegend !== false).length;
-    const rows = entries > 1 ? Math.ceil(entries / Math.max(1, Math.floor(this.node.clientWidth / 190))) : 0;
-    const layout = trainingLayout(this, 280 + 19 * rows);
-    layout.showlegend = entries > 1;
-    layout.margin.b += 19 * rows;
+    const layout = trainingLayout(this, data.runs.length > 1 || entries > 1 ? entries : 0, 170);
     layout.yaxis.type = this.isLog() ? "log" : "linear";
     if (WITH_MARKS.has(this.spec.group.id)) Object.assign(layout, this.marks());
     return layout;

@@ -43,10 +43,10 @@ class CellMap extends Panel {
     this.button("CSV", "Save the numbers of these maps", () => download(`cells_${metric}.csv`, this.csv()));
   }
 
-  /** Per shown run that has the metric: its newest table at or before the step of the slider. */
+  /** Per shown run with maps: its newest table at or before the step of the slider, null if it has none. */
   tables() {
-    return shownRuns().filter(({ run }) => run.cells.tables[this.metric]).map(({ run }) => {
-      const tables = run.cells.tables[this.metric];
+    return shownRuns().filter(({ run }) => run.cells.steps.length).map(({ run }) => {
+      const tables = run.cells.tables[this.metric] ?? [];
       const place = run.cells.steps.findLastIndex((step, i) => step <= maps.slider.step() && tables[i]);
       return { run, step: run.cells.steps[place], table: place < 0 ? null : tables[place] };
     });
@@ -102,7 +102,7 @@ class CellMap extends Panel {
       const title = (text) => ({ text, standoff: 8, font: { size: 12 } });
       layout[`xaxis${i + 1}`] = { ...ticks, title: title("t") };
       layout[`yaxis${i + 1}`] = i % columns ? { ...ticks, showticklabels: false } : { ...ticks, title: title("s") };
-      const when = step === undefined ? "no table yet" : `step ${count(step)}`;
+      const when = step === undefined ? "no values" : `step ${count(step)}`;
       const text = data.runs.length > 1 ? `${escaped(shortened(run.name, 24))}, ${when}` : when;
       layout.annotations.push({
         text, showarrow: false, xref: `x${i + 1} domain`, yref: `y${i + 1} domain`, x: 0, y: 1, xanchor: "left",

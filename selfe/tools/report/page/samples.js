@@ -62,17 +62,17 @@ function redrawSamples() {
   const shownSheets = shownRuns().flatMap((shown) =>
     WEIGHTS[samples.weights].map((weights) => ({ shown, weights, sheet: sheetAt(shown.run, weights) })))
     .filter(({ sheet }) => sheet);
-  const sources = shownSheets.map(({ shown, weights, sheet }) => [shown.run.name, weights, sheet.step, shown.run.sheets.prompts]);
+  const sources = shownSheets.map(({ shown, weights, sheet }) => [shown.run.name, weights, sheet.step, sheet.source.slice(-80)]);
   if (!hasChanged(samples.list, sources)) return;
 
   const cards = new Map(); // prompt -> strips
   const unlabelled = [];
   for (const { shown, weights, sheet } of shownSheets) {
-    if (!sheet.size) {
+    if (!sheet.cell) {
       unlabelled.push(plainSheet(shown, weights, sheet));
       continue;
     }
-    shown.run.sheets.prompts.forEach((prompt, row) => {
+    sheet.prompts.forEach((prompt, row) => {
       if (!cards.has(prompt)) cards.set(prompt, []);
       cards.get(prompt).push(strip(shown, weights, sheet, row));
     });
@@ -92,23 +92,22 @@ function stripTitle({ run, index }, weights, sheet) {
 
 /** The images of a prompt, labelled with their numbers of sampling steps. */
 function strip(shown, weights, sheet, row) {
-  const { num_steps: numSteps, gap } = shown.run.sheets;
-  const [width, height] = sheet.size;
-  const cells = numSteps.map((steps, column) => {
+  const [left, top, width, height, across, down] = sheet.cell;
+  const cells = sheet.num_steps.map((steps, column) => {
     const canvas = element("canvas", { width, height, className: Math.max(width, height) <= SMALL ? "small" : "" });
     canvas.setAttribute("role", "img");
-    canvas.setAttribute("aria-label", `${shown.run.sheets.prompts[row]}, ${steps} steps`);
+    canvas.setAttribute("aria-label", `${sheet.prompts[row]}, ${steps} steps`);
     loadImage(sheet.source).then((image) => canvas.getContext("2d").drawImage(
-      image, column * (width + gap), row * (height + gap), width, height, 0, 0, width, height));
+      image, left + column * across, top + row * down, width, height, 0, 0, width, height),
+    () => samples.loaded.delete(sheet.source)); // the file is being written, and listed again when it is complete
     return element("figure", {}, canvas, element("figcaption", {}, steps === 1 ? "1 step" : `${steps} steps`));
   });
   return element("div", { className: "strip", data: { run: shown.run.name, weights } }, stripTitle(shown, weights, sheet),
     element("div", { className: "cells", style: { "--columns": cells.length } }, ...cells));
 }
 
-/** A sheet whose size is not that of the recorded config, without labels. */
+/** A sheet that does not record where its images are. */
 function plainSheet(shown, weights, sheet) {
   return element("div", { className: "card prompt strip" }, stripTitle(shown, weights, sheet),
-    element("p", { className: "soft" }, "Not labelled: its size does not follow from config.yaml; prompts or sizes have changed since."),
-    element("img", { src: sheet.source, alt: "" }));
+    element("p", { className: "soft" }, "The file does not record its prompts."), element("img", { src: sheet.source, alt: "" }));
 }

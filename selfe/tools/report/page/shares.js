@@ -45,10 +45,7 @@ class Shares extends Panel {
   }
 
   layout() {
-    const rows = Math.ceil(this.names.length / Math.max(1, Math.floor(this.node.clientWidth / 130)));
-    const layout = trainingLayout(this, 280 + 19 * rows);
-    layout.margin.b += 19 * rows;
-    layout.showlegend = true;
+    const layout = trainingLayout(this, this.names.length, 130);
     layout.legend.traceorder = "normal";
     layout.yaxis.title = { text: "% of time", standoff: 4, font: { size: 11.5 } };
     layout.yaxis.range = [0, 100];
