@@ -302,9 +302,15 @@ def test_the_server_reads_what_is_new(served):
     source = news["runs"][0]["sheets"]["live"][-1]["source"]
     assert get(running, source) == (folder / "samples_live/step_00000040.png").read_bytes()
 
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write("{]\n")
-    assert "line 42 is not JSON" in json.loads(get(running, "data.json"))["error"]
+    # a line that cannot be read is reported until it is corrected; no other line is lost
+    good = (folder / "metrics.jsonl").read_bytes()
+    for bad, words in ((b"{]\n", "line 43 is not JSON"), (b'{"step": 43, "train/loss": ""}\n', "line 43: train/loss")):
+        (folder / "metrics.jsonl").write_bytes(good + json.dumps(run_folders.line(42)).encode() + b"\n" + bad)
+        for _ in range(2):
+            assert words in json.loads(get(running, "data.json"))["error"]
+    (folder / "metrics.jsonl").write_bytes(good)
+    append(folder, "metrics.jsonl", run_folders.line(42), run_folders.line(43))
+    assert json.loads(get(running, "data.json"))["runs"][0]["columns"]["step"] == list(range(1, 44))
 
 
 def test_the_server_answers_only_for_its_own_name_and_files(served):
@@ -387,6 +393,8 @@ def test_the_page_in_a_browser(runs, driver, tmp_path):
     assert "objective.tau_steps: 8 (first), 20 (second)" in all_of(driver, "#loss > .warning")[0].text
     assert len(all_of(driver, "[data-panel='train/loss'] h3 .mark")) == 1
     assert all_of(driver, "[data-panel='val_plain/loss'] h3 .mark") == []
+    chart(driver, "cells loss", "0"), chart(driver, "cells cosine", "0")
+    assert len(all_of(driver, "[data-panel^=cells] h3 .mark")) == 1
     assert all_of(driver, "#optimisation .zeros")[0].text == "Always 0: train/skipped."
     assert chart(driver, "val/loss", "chart.data.map((line) => line.line.dash)") == ["solid", "dot"] * 2
 
@@ -402,6 +410,10 @@ def test_the_page_in_a_browser(runs, driver, tmp_path):
     (a, b), smooth = losses[0][:2], chart(driver, "train/loss", "Array.from(chart.data[1].y).slice(0, 2)")
     assert smooth == pytest.approx([a, (a / 4 + b / 2) / (3 / 4)])
     slide(driver, "#smoothing", 0)
+
+    press(driver, "#log-x")
+    assert chart(driver, "train/loss", "chart.layout.xaxis.type") == "log"
+    press(driver, "#log-x")
 
     # a zoom applies to every chart over training
     chart(driver, "train/loss", "Plotly.relayout(chart, {'xaxis.range[0]': 5, 'xaxis.range[1]': 15}) && 0")

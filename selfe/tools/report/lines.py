@@ -41,13 +41,16 @@ class JsonLines:
                 self.offset, self.count = 0, 0
             self.inode = status.st_ino
             file.seek(self.offset)
-            complete, feed, _ = file.read().rpartition(b"\n")
 
-        # only a line feed ends a line: prompts and commands may contain other line separators of Unicode
-        lines = []
-        for text in complete.split(b"\n") if feed else ():
-            lines.append(self.parse(text, self.count + len(lines) + 1))
-        self.offset += len(complete) + len(feed)
+            # only a line feed ends a line: prompts and commands may contain other line separators of Unicode
+            lines, offset = [], self.offset
+            for text in file:
+                if not text.endswith(b"\n"):
+                    break
+                lines.append(self.parse(text, self.count + len(lines) + 1))
+                offset += len(text)
+
+        self.offset = offset
         self.count += len(lines)
         return replaced, lines
 

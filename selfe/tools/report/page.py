@@ -76,7 +76,7 @@ def live(runs: Sequence[RunFolder], refresh_seconds: float) -> dict:
 
 
 def sheet_totals(run: RunFolder) -> dict:
-    return {"totals": {weights: len(files) for weights, by_step in run.sheets.items()}}
+    return {"totals": {weights: len(by_step) for weights, by_step in run.sheets.items()}}
 
 
 def common(runs: Sequence[RunFolder]) -> dict:

@@ -79,8 +79,13 @@ class RunFolder:
         replaced, lines = file.read_new()
         if replaced:
             self.metrics = Columns()
-        for line in lines:
-            self.metrics.add(line, f"{file.path}: line {self.metrics.num_lines + 1}")
+        try:
+            for line in lines:
+                self.metrics.add(line, f"{file.path}: line {self.metrics.num_lines + 1}")
+        except UserError:
+            # the next call reads the file from the start, whether it was corrected or not
+            self.files["metrics"], self.metrics = JsonLines(file.path), Columns()
+            raise
         return replaced or bool(lines)
 
     def refresh_lists(self) -> bool:

@@ -42,9 +42,10 @@ def layout(sheet: Image.Image) -> dict:
     """
     if "selfe" not in sheet.info:
         return {"prompts": [], "num_steps": [], "cell": None}
-    image_encode.sheet_images(sheet)  # checks the record
-    record = json.loads(sheet.info["selfe"])
-    return {name: record[name] for name in ("prompts", "num_steps", "cell")}
+    record, names = json.loads(sheet.info["selfe"]), ("prompts", "num_steps", "cell")
+    if not isinstance(record, dict) or any(name not in record for name in names) or len(record["cell"]) != 6:
+        raise ValueError("its record of prompts and positions is not valid")
+    return {name: record[name] for name in names}
 
 
 @lru_cache(maxsize=4096)

@@ -21,9 +21,10 @@ const COARSE = matchMedia("(pointer: coarse)").matches;
 
 const state = {
   axis: "step",
+  logX: false,
   smoothing: 0,
   hidden: new Set(), // names of runs
-  zoom: null, // range of the x axis of all charts, in units of state.axis
+  zoom: null, // range of the x axis of all charts, in units of state.axis, logarithms with logX
   resets: 0,
   log: {}, // panel -> whether its y axis is logarithmic, where that was chosen
   drag: !COARSE, // whether dragging in a chart zooms; on a touch screen it scrolls the page

@@ -17,6 +17,7 @@ const FIRST = [
 ];
 const LOGARITHMIC = new Set(["train/grad_norm", "train/ema_distance"]);
 const WITH_MARKS = new Set(["loss", "validation", "self-evaluation", "optimisation"]);
+const WITH_MARK_TEXTS = new Set(["train/loss", "val/loss"]);
 const NOTES = {
   "train/loss": "the objective, mean over the batch",
   "train/data_loss": "flow matching loss of all rows",
@@ -139,6 +140,13 @@ class Panel {
     return button;
   }
 
+  /** A mark in the heading if the runs must not be compared by one of these metrics. */
+  warn(metrics) {
+    this.heading.querySelector(".mark")?.remove();
+    const warning = data.warnings.find((each) => metrics.some((metric) => applies(each, metric)));
+    if (warning) this.heading.prepend(element("span", { className: "mark", title: warning.text }, "⚠"));
+  }
+
   draw() {
     this.stale = false;
     const traces = this.traces();
@@ -188,7 +196,8 @@ function trainingLayout(panel, entries, entryWidth) {
     xaxis: {
       ...axis,
       title: { text: AXES[state.axis].title, standoff: 6, font: { size: 11.5 } },
-      uirevision: `${state.axis} ${state.zoom} ${state.resets}`,
+      type: state.logX ? "log" : "linear",
+      uirevision: `${state.axis} ${state.logX} ${state.zoom} ${state.resets}`,
       range: state.zoom ? [...state.zoom] : undefined,
       autorange: !state.zoom,
       fixedrange: !state.drag,
@@ -259,9 +268,7 @@ class Curve extends Panel {
     }
     this.note.textContent = texts.filter(Boolean).join("; ");
 
-    this.heading.querySelector(".mark")?.remove();
-    const warning = data.warnings.find((each) => metrics.some((metric) => applies(each, metric)));
-    if (warning) this.heading.prepend(element("span", { className: "mark", title: warning.text }, "⚠"));
+    this.warn(metrics);
   }
 
   traces() {
@@ -298,7 +305,7 @@ class Curve extends Panel {
     return layout;
   }
 
-  /** Dotted lines where the objective or the schedule of a run changes; with their texts if they are few. */
+  /** Dotted lines where the objective or the schedule of a run changes; with their texts in the main charts of a single run. */
   marks() {
     const marks = [];
     for (const { run, colour: ink } of shownRuns()) {
@@ -312,8 +319,8 @@ class Curve extends Panel {
       type: "line", x0: x, x1: x, yref: "paper", y0: 0, y1: 1, layer: "below",
       line: { color: several ? ink : "#8a857b", width: 1, dash: "dot" },
     }));
-    const annotations = several ? [] : marks.map(({ x, text }) => ({
-      x, y: 1, yref: "paper", text: escaped(shortened(text, 34)), textangle: -90, showarrow: false, xanchor: "right",
+    const annotations = several || !WITH_MARK_TEXTS.has(this.id) ? [] : marks.map(({ x, text }) => ({
+      x: state.logX ? Math.log10(x) : x, y: 1, yref: "paper", text: escaped(shortened(text, 34)), textangle: -90, showarrow: false, xanchor: "right",
       yanchor: "top", font: { size: 10, color: "#6d6a64" },
     }));
     return { shapes, annotations };

@@ -40,6 +40,12 @@ function connectControls() {
       redraw();
     };
   }
+  byId("log-x").onclick = ({ target }) => {
+    state.logX = !state.logX;
+    state.zoom = null;
+    target.setAttribute("aria-pressed", state.logX);
+    redraw();
+  };
   byId("smoothing").oninput = ({ target }) => {
     state.smoothing = Number(target.value);
     byId("smoothing-value").textContent = target.value;

@@ -43,6 +43,11 @@ class CellMap extends Panel {
     this.button("CSV", "Save the numbers of these maps", () => download(`cells_${metric}.csv`, this.csv()));
   }
 
+  draw() {
+    this.warn([`train/${this.metric}`]);
+    super.draw();
+  }
+
   /** Per shown run with maps: its newest table at or before the step of the slider, null if it has none. */
   tables() {
     return shownRuns().filter(({ run }) => run.cells.steps.length).map(({ run }) => {
