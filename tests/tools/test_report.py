@@ -72,5 +72,5 @@ def test_the_report_reads_what_a_run_writes(run):
         assert described["columns"][name] == [line.get(name, missing) for line in lines]
     assert described["cells"]["steps"] == [3, 6]
     assert [sheet["step"] for sheet in described["sheets"]["live"]] == [3, 6]
-    assert all(sheet["size"] for sheet in described["sheets"]["ema"])
+    assert all(sheet["prompts"] == ["a cat", "a dog"] for sheet in described["sheets"]["ema"])
     assert [mark["text"] for mark in described["marks"]] == ["self-evaluation", "self-evaluation and auxiliary term"]

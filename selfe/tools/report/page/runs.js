@@ -37,7 +37,7 @@ function originOf(run) {
   const origin = [run.path, version, start?.revision?.slice(0, 10), plural(run.starts.length, "start")];
   const texts = [origin.filter(Boolean).join(" · ")];
   if (run.marks.length) {
-    texts.push(`Changes during training: ${run.marks.map(({ step, text }) => `${text} from step ${count(step)}`).join("; ")}.`);
+    texts.push(`Changes during training: ${run.marks.map(({ step, text }) => `${text} after step ${count(step)}`).join("; ")}.`);
   }
   const typed = start?.command
     ? [element("pre", { className: "command", title: "command of the latest start" }, command(start.command))]
