@@ -35,6 +35,7 @@ SMALL = 128  # images up to this side are enlarged with visible pixels
 STYLE = """
 #image img { width: 100%; height: 100%; object-fit: contain; }
 #strip .grid-wrap { padding-top: 36px; overflow: visible; max-height: none; }
+#shuffle { align-self: flex-end; }
 footer { display: none !important; }
 @media (max-width: 640px) {
   #image { height: 88vw !important; }
@@ -233,7 +234,7 @@ def page(model: DemoModel) -> Any:
                 num_steps = gr.Slider(1, 50, value=4, step=1, label="Steps", elem_id="num_steps")
                 guidance = prompts.sweep(defaults.cfg_scale)[0]
                 cfg_scale = gr.Slider(0, max(10, guidance), value=guidance, step=0.1, label="Guidance (1: none)")
-                with gr.Row(equal_height=True):
+                with gr.Row():
                     seed = gr.Number(
                         prompts.sweep(defaults.seed)[0],
                         label="Seed",
