@@ -243,13 +243,15 @@ def test_the_state_of_a_run(tmp_path):
 def test_mistakes_are_one_line(tmp_path):
     folder, out = make_run(tmp_path / "run", 1), ["--out", str(tmp_path / "report.html")]
     (tmp_path / "empty").mkdir()
+    (make_run(tmp_path / "new", 1) / "metrics.jsonl").unlink()
     bad = make_run(tmp_path / "bad", 1)
     append(bad, "metrics.jsonl", {"step": 2, "train/loss": "low"})
     (make_run(tmp_path / "cut", 10) / "samples/step_00000010.png").write_bytes(b"")
 
     for arguments, words in (
         ([tmp_path / "none"], "none: no such folder; pass the output folder"),
-        ([tmp_path / "empty"], r"empty: metrics\.jsonl is missing or empty"),
+        ([tmp_path / "empty"], r"empty: neither config\.yaml nor metrics\.jsonl"),
+        ([tmp_path / "new"], r"new: metrics\.jsonl has no lines; wait for the first logged step"),
         ([folder, folder], "run: given 2 times"),
         ([folder, "--port", "80"], "--port: needs --serve"),
         ([bad], r"bad/metrics\.jsonl: line 2: train/loss is not a number"),
@@ -297,6 +299,13 @@ def test_the_server_reads_what_is_new(served):
     news = json.loads(get(running, f"data.json?{version}"))
     assert news["runs"][0]["columns"]["train/loss"][-1] == run_folders.line(41)["train/loss"]
     assert news["states"][0]["step"] == 41
+
+    # a run that starts again has no lines at first
+    (folder / "new").touch()
+    (folder / "new").replace(folder / "metrics.jsonl")
+    restarted = json.loads(get(running, "data.json"))
+    assert (restarted["runs"][0]["columns"], restarted["states"][0]["step"]) == ({"step": []}, 0)
+    append(folder, "metrics.jsonl", *map(run_folders.line, range(1, 42)))
 
     # a sheet is the file itself
     source = news["runs"][0]["sheets"]["live"][-1]["source"]

@@ -37,8 +37,9 @@ class Columns:
         self.num_lines += 1
 
     def last(self, name: str) -> float | None:
-        """The newest value of a metric, None without one."""
-        return self.metrics[name][1][-1] if name in self.metrics else None
+        """The newest value of an axis or a metric; None without one, or if it is not finite."""
+        values = self.axes[name] if name in self.axes else self.metrics.get(name, ((), ()))[1]
+        return values[-1] if len(values) and math.isfinite(values[-1]) else None
 
     def reduced(self, most: int) -> dict:
         """At most `most` points per metric, for the page.

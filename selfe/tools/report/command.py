@@ -24,6 +24,9 @@ def main(options: argparse.Namespace) -> None:
     if options.serve:
         return server.serve(runs, options.port)
 
+    for run in runs:
+        if not run.metrics.num_lines:
+            raise UserError(f"{run.path}: metrics.jsonl has no lines; wait for the first logged step, or use --serve")
     html = page.page(page.static(runs, options.sheets)).encode()
     image_encode.write(options.out, html)
     count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"

@@ -28,7 +28,7 @@ RECENT = 20  # logged lines from which the current speed is computed
 class RunFolder:
     """A run: its metrics, tables over (t, s), sample sheets, config and starts.
 
-    Raises UserError if the folder is not that of a run that has logged a step.
+    Raises UserError if the folder is not that of a run.
     """
 
     def __init__(self, path: Path, name: str):
@@ -45,10 +45,8 @@ class RunFolder:
         if not path.is_dir():
             raise UserError(f"{path}: no such folder; pass the output folder of a training run (trainer.output_dir)")
         self.refresh()
-        if not self.metrics.num_lines:
-            raise UserError(
-                f"{path}: metrics.jsonl is missing or empty; pass the output folder of a run that has started"
-            )
+        if not self.settings and not self.metrics.num_lines:
+            raise UserError(f"{path}: neither config.yaml nor metrics.jsonl; pass the output folder of a training run")
 
     def refresh(self) -> None:
         """Read what has changed since the last call. Raises UserError for files that cannot be read."""
@@ -160,28 +158,28 @@ class RunFolder:
 
     def state(self) -> dict:
         """What a run does at present, for the line that is shown while it trains."""
-        axes, last = self.metrics.axes, self.metrics.last
-        step, end = int(axes["step"][-1]), self.last_step()
+        last = self.metrics.last
+        step, end = int(last("step") or 0), self.last_step()
         seconds = self.seconds_per_step()
         checkpoint = self.checkpoint()
         running = self.is_running()
         finished = end is not None and step >= end
 
-        memory = [last(name) for name in self.metrics.metrics if name.startswith("memory/")]
+        written = last("time")
         return {
             "state": "running" if running else "finished" if finished else "stopped",
             "step": step,
             "end": end,
             "seconds_per_step": seconds,
             "eta": seconds * (end - step) if running and seconds and end is not None and end > step else None,
-            "elapsed": optional(axes["elapsed"][-1]),
-            "age": optional(time.time() - axes["time"][-1]),
-            "loss": optional(last("train/loss")),
-            "skipped": optional(last("train/skipped")),
+            "elapsed": last("elapsed"),
+            "age": None if written is None else time.time() - written,
+            "loss": last("train/loss"),
+            "skipped": last("train/skipped"),
             "checkpoint": checkpoint,
-            "memory_gib": optional(max(memory, default=None)),
-            "mfu": optional(last("speed/mfu")),
-            "images_per_second": optional(last("speed/images_per_second")),
+            "memory_gib": last("memory/peak_gib"),
+            "mfu": last("speed/mfu"),
+            "images_per_second": last("speed/images_per_second"),
         }
 
     def last_step(self) -> int | None:
@@ -195,7 +193,8 @@ class RunFolder:
         steps, elapsed = (self.metrics.axes[name][-RECENT:] for name in ("step", "elapsed"))
         if len(steps) < 2 or steps[-1] == steps[0]:
             return None
-        return optional((elapsed[-1] - elapsed[0]) / (steps[-1] - steps[0]))
+        seconds = (elapsed[-1] - elapsed[0]) / (steps[-1] - steps[0])
+        return seconds if math.isfinite(seconds) else None
 
     def checkpoint(self) -> dict | None:
         """Step and age in seconds of the newest complete checkpoint."""
@@ -247,8 +246,3 @@ def plain_text(value: Any) -> str:
         .removesuffix("\n...\n")
         .strip()
     )
-
-
-def optional(value: float | None) -> float | None:
-    """None instead of a value that is not finite."""
-    return value if value is not None and math.isfinite(value) else None

@@ -58,7 +58,7 @@ function facts(now) {
   facts.push(["Last checkpoint", saved], ["Skipped steps", figure(now.skipped)]);
   facts.push(["Memory", now.memory_gib === null ? "–" : `${figure(now.memory_gib)} GiB`]);
   facts.push(["MFU", now.mfu === null ? "–" : `${(100 * now.mfu).toFixed(1)} %`]);
-  if (now.state === "running") facts.push(["Last line", `${duration(now.age)} ago`]);
+  if (now.state === "running") facts.push(["Last line", now.age === null ? "–" : `${duration(now.age)} ago`]);
   return facts;
 }
 
