@@ -31,7 +31,7 @@ def start(
     rows = {
         "run": f"{cfg.output_dir}, {state}, to step {last_step} of {cfg.max_steps}",
         "denoiser": f"{num_parameters([net]) / 1e6:,.2f}M parameters, trained in {cfg.precision}, and their EMA",
-        "encoders": "; ".join(frozen) or "not loaded",
+        "encoders": "; ".join(frozen) or "none in memory",
         "devices": devices(cfg, world),
         "data": images(data, step),
         "batch": batch(cfg, data, seed, world, step, num_micro),
