@@ -299,6 +299,17 @@ def test_the_number_of_gpus_on_which_a_run_can_start():
     assert mini("trainer.micro_batch_size=1", gpus=2)["can_start"]["on"] == 0
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/train").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_training_config_starts_on_up_to_128_gpus(path):
+    """All batches of its schedule can be divided; with two blocks, which do not change that."""
+    job = plan_job.load(str(path), SHALLOW)
+    costs = plan_job.phases(job, 1, 76)
+    for gpus in (1, 2, 4, 8, 16, 32, 64, 128):
+        start = plan.can_start(job, gpus, costs)
+        assert (start["on"], start["change"]) == (gpus, "")
+        assert all(0 < micro <= job.trainer.micro_batch_size for micro in start["micro"])
+
+
 def test_phases_follow_objective_batch_and_data(tmp_path):
     path = tmp_path / "later.yaml"
     path.write_text(
