@@ -230,6 +230,92 @@ def test_signatures_read_from_source_are_those_of_the_imported_classes(dotted):
                 pairs.append((expected[name].type, parameter.type))
 
 
+OWN_CLASSES = """
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import KW_ONLY, dataclass, field
+from typing import ClassVar, Optional
+
+import torch
+
+from .sizes import Size, Sizes as Several
+
+try:
+    from fast import Number
+except ImportError:
+    Number = float
+
+class Plain:
+    def __init__(self, size: Size, *, several: "Several", maybe: Optional[int] = None, number: Number = 1, other=3): ...
+
+class Child(Plain): ...
+
+@dataclass
+class Fields:
+    count: ClassVar[int] = 0
+    first: int
+    _: KW_ONLY
+    second: list[str] = field(default_factory=list)
+    third: float = field(init=False)
+    fourth: str = dataclasses.field(metadata={})
+
+@dataclass
+class MoreFields(Fields):
+    fifth: bool = False
+
+class Anything:
+    def __init__(self, **options): ...
+
+class Net(torch.nn.Module): ...
+
+class Both(Plain, Fields): ...
+
+class Meta(metaclass=type):
+    def __init__(self, size: int): ...
+
+def decorated(kind): return kind
+
+@decorated
+class Decorated:
+    def __init__(self, size: int): ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Plain", "size: Size! several: tuple[Size, ...]! maybe: int | None number: Any other: Any"),
+        ("Child", "size: Size! several: tuple[Size, ...]! maybe: int | None number: Any other: Any"),
+        ("Fields", "first: int! second: list[str] fourth: str!"),
+        ("MoreFields", "first: int! second: list[str] fourth: str! fifth: bool"),
+        *((name, None) for name in ("Anything", "Net", "Both", "Meta", "Decorated")),
+    ],
+)
+def test_what_source_does_not_tell_is_left_to_the_import(tmp_path, monkeypatch, name, expected):
+    """`!`: required. None: any arguments may be right."""
+    package = tmp_path / "own_classes"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "parts.py").write_text(OWN_CLASSES)
+    (package / "sizes.py").write_text("class Size: ...\nSizes = tuple[Size, ...]\n")
+    monkeypatch.chdir(tmp_path)
+    signatures.module.cache_clear()
+
+    parameters = signatures.of(signatures.find(f"own_classes.parts.{name}"))
+    if expected is None:
+        assert parameters is None
+    else:
+        texts = (f"{key}: {readable(p.type)}{'!' if p.required else ''}" for key, p in parameters.items())
+        assert " ".join(texts) == expected
+
+
+def readable(kind: object) -> str:
+    text = kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
+    text = "int | None" if text == "typing.Optional[int]" else text
+    return text.replace("own_classes.sizes.", "").replace("typing.", "")
+
+
 def described(kind: object) -> str:
     """A type as text, the same for a class and for what was read from its source."""
     if get_args(kind) and get_origin(kind) is not Literal:
