@@ -194,6 +194,7 @@ def test_the_page_marks_where_objective_and_schedule_change(tmp_path):
             "autoencoder.width: 32 (first), 16 (second)",
         ),
         ("seed=1", "val_plain/loss", "train/loss", "seed: 0 (first), 1 (second)"),
+        ("data.params.train_manifest=other.tsv", "train/loss", "val/loss", "train_manifest: debug_data/t2i_smoke/m"),
         ("trainer.lr=1", None, "train/loss", ""),
         ("system.autoencoder.params.dtype=bf16", None, "train/loss", ""),
     ],

@@ -42,7 +42,11 @@ def warnings(runs: Sequence[RunFolder]) -> list[dict]:
         text = f"These runs have different latents, so their losses are not comparable: {described(latents)}."
         lines.append({"metrics": EVERY_LOSS, "text": text})
 
-    # the images of a validation
+    # the images of training and of validation
+    data = differing(settings, (), suffix="train_manifest")
+    if data:
+        text = f"These runs train on different images, so their training losses are not comparable: {described(data)}."
+        lines.append({"metrics": r"^train/(.*_)?loss$", "text": text})
     data = differing(settings, VALIDATION_KEYS, suffix="val_manifest")
     if data:
         text = f"These runs are validated on different images, times or noise: {described(data)}."

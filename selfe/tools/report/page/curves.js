@@ -177,12 +177,13 @@ class Panel {
   }
 }
 
-/** Layout that all charts over training have in common, with a legend below if it has entries of `entryWidth` pixels. */
+/** Layout that charts over training have in common; the legend below has `entries` of `entryWidth` pixels. */
 function trainingLayout(panel, entries, entryWidth) {
   const perRow = Math.max(1, Math.floor((panel.node.clientWidth - 80) / entryWidth));
   const legendHeight = 20 * Math.ceil(entries / perRow);
   const [plotHeight, top, bottom] = [230, 6, 44];
-  const axis = { gridcolor: "#ece9e2", zerolinecolor: "#d9d5cb", linecolor: "#cfcabf", ticks: "outside", tickcolor: "#cfcabf" };
+  const line = "#cfcabf";
+  const axis = { gridcolor: "#ece9e2", zerolinecolor: "#d9d5cb", linecolor: line, ticks: "outside", tickcolor: line };
   return {
     height: top + plotHeight + bottom + legendHeight,
     autosize: true,
@@ -204,7 +205,12 @@ function trainingLayout(panel, entries, entryWidth) {
       showline: true,
       hoverformat: state.axis === "hours" ? ".4~g" : ",.0f",
     },
-    yaxis: { ...axis, uirevision: `${state.axis} ${state.resets} ${state.log[panel.id]}`, fixedrange: !state.drag, tickformat: ".4~g" },
+    yaxis: {
+      ...axis,
+      uirevision: `${state.axis} ${state.resets} ${state.log[panel.id]}`,
+      fixedrange: !state.drag,
+      tickformat: ".4~g",
+    },
     showlegend: entries > 0,
     legend: { orientation: "h", x: 0, y: -bottom / plotHeight, yanchor: "top", font: { size: 11.5 } },
     uirevision: "kept", // which lines were hidden in the legend
@@ -288,9 +294,11 @@ class Curve extends Panel {
         if (!state.smoothing) {
           traces.push({ ...common, y: raw, hovertemplate: "%{y:.5~g}" });
         } else {
-          traces.push({ ...common, y: raw, mode: "lines", opacity: 0.25, hoverinfo: "skip", showlegend: false, legendgroup: name });
+          const faint = { opacity: 0.25, hoverinfo: "skip", showlegend: false };
+          traces.push({ ...common, ...faint, y: raw, mode: "lines", legendgroup: name });
           const y = smooth(raw, state.smoothing);
-          traces.push({ ...common, y, mode: "lines", customdata: raw, legendgroup: name, hovertemplate: "%{y:.5~g} (logged: %{customdata:.5~g})" });
+          const hovertemplate = "%{y:.5~g} (logged: %{customdata:.5~g})";
+          traces.push({ ...common, y, mode: "lines", customdata: raw, legendgroup: name, hovertemplate });
         }
       }
     }
@@ -305,7 +313,7 @@ class Curve extends Panel {
     return layout;
   }
 
-  /** Dotted lines where the objective or the schedule of a run changes; with their texts in the main charts of a single run. */
+  /** Dotted lines where objective or schedule of a run change; with texts in the main charts of a single run. */
   marks() {
     const marks = [];
     for (const { run, colour: ink } of shownRuns()) {
@@ -320,8 +328,8 @@ class Curve extends Panel {
       line: { color: several ? ink : "#8a857b", width: 1, dash: "dot" },
     }));
     const annotations = several || !WITH_MARK_TEXTS.has(this.id) ? [] : marks.map(({ x, text }) => ({
-      x: state.logX ? Math.log10(x) : x, y: 1, yref: "paper", text: escaped(shortened(text, 34)), textangle: -90, showarrow: false, xanchor: "right",
-      yanchor: "top", font: { size: 10, color: "#6d6a64" },
+      x: state.logX ? Math.log10(x) : x, y: 1, yref: "paper", xanchor: "right", yanchor: "top", showarrow: false,
+      text: escaped(shortened(text, 34)), textangle: -90, font: { size: 10, color: "#6d6a64" },
     }));
     return { shapes, annotations };
   }

@@ -109,5 +109,6 @@ if (data.refresh_seconds) {
   showProblem(null);
   setTimeout(keepUpdating, 1000 * data.refresh_seconds);
 } else {
-  byId("made").textContent = `read on ${new Date(1000 * data.made).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" })}`;
+  const format = { dateStyle: "medium", timeStyle: "short" };
+  byId("made").textContent = `read on ${new Date(1000 * data.made).toLocaleString("en-GB", format)}`;
 }

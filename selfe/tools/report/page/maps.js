@@ -1,6 +1,7 @@
 // Means over cells of (t, s), with a slider over training and one colour scale for all runs.
 
-const maps = { at: Infinity, scale: "training" }; // steps; `training`: one scale for all steps, `step`: that of the step
+// at: step of the slider; scale: one for all steps (`training`), or that of the step shown (`step`)
+const maps = { at: Infinity, scale: "training" };
 
 /** A slider over training steps that follows the newest step as long as it is at its end. */
 function stepSlider(node, label, settings, redrawSection) {
@@ -64,7 +65,8 @@ class CellMap extends Panel {
       : this.tables().map(({ table }) => table);
     const values = chosen.filter(Boolean).flat(2).filter((value) => value !== null);
     if (!values.length) return [0, 1];
-    const [low, high] = values.reduce(([a, b], value) => [Math.min(a, value), Math.max(b, value)], [Infinity, -Infinity]);
+    const low = values.reduce((a, b) => Math.min(a, b));
+    const high = values.reduce((a, b) => Math.max(a, b));
     if (low < 0 && high > 0) return [-Math.max(-low, high), Math.max(-low, high)];
     return low === high ? [low - 0.5, high + 0.5] : [low, high];
   }
@@ -75,8 +77,8 @@ class CellMap extends Panel {
       const edges = Array.from({ length: size + 1 }, (_, k) => k / size);
       const z = Array.from({ length: size }, (_, s) => Array.from({ length: size }, (_, t) => table?.[t][s] ?? null));
       const hovertemplate = "t %{x:.3f}, s %{y:.3f}: %{z:.4~g}<extra></extra>";
-      const axes = { xaxis: `x${i + 1}`, yaxis: `y${i + 1}` };
-      return { type: "heatmap", x: edges, y: edges, z, ...axes, coloraxis: "coloraxis", hovertemplate, xgap: 1, ygap: 1 };
+      const axes = { xaxis: `x${i + 1}`, yaxis: `y${i + 1}`, coloraxis: "coloraxis" };
+      return { type: "heatmap", x: edges, y: edges, z, ...axes, hovertemplate, xgap: 1, ygap: 1 };
     });
   }
 
@@ -103,7 +105,8 @@ class CellMap extends Panel {
       annotations: [],
     };
     this.tables().forEach(({ run, step }, i) => {
-      const ticks = { range: [0, 1], tickvals: [0, 0.25, 0.5, 0.75, 1], fixedrange: true, showgrid: false, zeroline: false };
+      const tickvals = [0, 0.25, 0.5, 0.75, 1];
+      const ticks = { range: [0, 1], tickvals, fixedrange: true, showgrid: false, zeroline: false };
       const title = (text) => ({ text, standoff: 8, font: { size: 12 } });
       layout[`xaxis${i + 1}`] = { ...ticks, title: title("t") };
       layout[`yaxis${i + 1}`] = i % columns ? { ...ticks, showticklabels: false } : { ...ticks, title: title("s") };
@@ -121,7 +124,8 @@ class CellMap extends Panel {
     const rows = [["run", "step", "t_low", "s_low", "bin_width", this.metric]];
     for (const { run } of shownRuns()) {
       (run.cells.tables[this.metric] ?? []).forEach((table, i) => table?.forEach((row, t) => row.forEach((value, s) => {
-        if (value !== null) rows.push([run.name, run.cells.steps[i], t / row.length, s / row.length, 1 / row.length, value]);
+        const width = 1 / row.length;
+        if (value !== null) rows.push([run.name, run.cells.steps[i], t * width, s * width, width, value]);
       })));
     }
     return rows.map((row) => row.map(csvField).join(",") + "\n").join("");
@@ -132,6 +136,7 @@ class CellMap extends Panel {
 
 function buildMaps() {
   const metrics = [...new Set(data.runs.flatMap((run) => Object.keys(run.cells.tables)))];
+  metrics.sort((a, b) => (b === "loss") - (a === "loss")); // the others in their order
   if (!metrics.length) return;
 
   const node = section("maps", "Means over (t, s)");

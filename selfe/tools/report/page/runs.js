@@ -37,7 +37,8 @@ function originOf(run) {
   const origin = [run.path, version, start?.revision?.slice(0, 10), plural(run.starts.length, "start")];
   const texts = [origin.filter(Boolean).join(" · ")];
   if (run.marks.length) {
-    texts.push(`Changes during training: ${run.marks.map(({ step, text }) => `${text} after step ${count(step)}`).join("; ")}.`);
+    const changes = run.marks.map(({ step, text }) => `${text} after step ${count(step)}`);
+    texts.push(`Changes during training: ${changes.join("; ")}.`);
   }
   const typed = start?.command
     ? [element("pre", { className: "command", title: "command of the latest start" }, command(start.command))]
@@ -97,16 +98,23 @@ function configTable(keys) {
     element("th", {}, key(index), ` ${run.name}`)));
   const rows = keys.map((name) => element("tr", {}, element("td", {}, name), ...data.runs.map((run) =>
     element("td", {}, run.config[name] ?? "(none)"))));
-  return element("div", { className: "scroll" }, element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows)));
+  return table(head, rows);
 }
 
 function startsTable() {
   const names = ["run", "time", "processes", "command", "changes of the config"];
+  const head = element("tr", {}, ...names.map((name) => element("th", {}, name)));
   const rows = data.runs.flatMap((run, index) => run.starts.map((start) => element("tr", {},
-    element("td", {}, key(index), ` ${run.name}`), element("td", {}, start.time ?? ""), element("td", {}, String(start.processes ?? "")),
+    element("td", {}, key(index), ` ${run.name}`),
+    element("td", {}, start.time ?? ""),
+    element("td", {}, String(start.processes ?? "")),
     element("td", {}, element("code", {}, command(start.command ?? []))),
     element("td", {}, (start.config_changes ?? []).join("\n")))));
-  return element("div", { className: "card table" }, element("h3", {}, "Starts"), element("div", { className: "scroll" },
-    element("table", { className: "starts" }, element("thead", {}, element("tr", {}, ...names.map((name) => element("th", {}, name)))),
-      element("tbody", {}, ...rows))));
+  return element("div", { className: "card table" }, element("h3", {}, "Starts"), table(head, rows, "starts"));
+}
+
+/** A table that scrolls sideways where it is wider than the page. */
+function table(head, rows, className = "") {
+  return element("div", { className: "scroll" },
+    element("table", { className }, element("thead", {}, head), element("tbody", {}, ...rows)));
 }

@@ -62,7 +62,8 @@ function redrawSamples() {
   const shownSheets = shownRuns().flatMap((shown) =>
     WEIGHTS[samples.weights].map((weights) => ({ shown, weights, sheet: sheetAt(shown.run, weights) })))
     .filter(({ sheet }) => sheet);
-  const sources = shownSheets.map(({ shown, weights, sheet }) => [shown.run.name, weights, sheet.step, sheet.source.slice(-80)]);
+  const sources = shownSheets.map(({ shown, weights, sheet }) =>
+    [shown.run.name, weights, sheet.step, sheet.source.slice(-80)]);
   if (!hasChanged(samples.list, sources)) return;
 
   const cards = new Map(); // prompt -> strips
@@ -87,7 +88,8 @@ function redrawSamples() {
 }
 
 function stripTitle({ run, index }, weights, sheet) {
-  return element("h4", {}, key(index), element("b", {}, run.name), `${WEIGHT_NAMES[weights]}, step ${count(sheet.step)}`);
+  const origin = `${WEIGHT_NAMES[weights]}, step ${count(sheet.step)}`;
+  return element("h4", {}, key(index), element("b", {}, run.name), origin);
 }
 
 /** The images of a prompt, labelled with their numbers of sampling steps. */
@@ -102,12 +104,14 @@ function strip(shown, weights, sheet, row) {
     () => samples.loaded.delete(sheet.source)); // the file is being written, and listed again when it is complete
     return element("figure", {}, canvas, element("figcaption", {}, steps === 1 ? "1 step" : `${steps} steps`));
   });
-  return element("div", { className: "strip", data: { run: shown.run.name, weights } }, stripTitle(shown, weights, sheet),
+  return element("div", { className: "strip", data: { run: shown.run.name, weights } },
+    stripTitle(shown, weights, sheet),
     element("div", { className: "cells", style: { "--columns": cells.length } }, ...cells));
 }
 
 /** A sheet that does not record where its images are. */
 function plainSheet(shown, weights, sheet) {
   return element("div", { className: "card prompt strip" }, stripTitle(shown, weights, sheet),
-    element("p", { className: "soft" }, "The file does not record its prompts."), element("img", { src: sheet.source, alt: "" }));
+    element("p", { className: "soft" }, "The file does not record its prompts."),
+    element("img", { src: sheet.source, alt: "" }));
 }

@@ -5,7 +5,8 @@ const ACTIVITIES = [
   "samples", "other",
 ];
 const ACTIVITY_COLOURS = [
-  "#b8336a", "#a07d00", "#2563a8", "#5d9bd5", "#1d3f66", "#8fb8dd", "#2f8f5b", "#d1581a", "#8e4ab8", "#c79be0", "#b5b0a6",
+  "#b8336a", "#a07d00", "#2563a8", "#5d9bd5", "#1d3f66", "#8fb8dd", "#2f8f5b", "#d1581a", "#8e4ab8", "#c79be0",
+  "#b5b0a6",
 ];
 
 class Shares extends Panel {
