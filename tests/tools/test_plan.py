@@ -16,6 +16,7 @@ from selfe.backbones.packing import PackedLayout
 from selfe.device import choose_precision
 from selfe.distributed import activation_checkpoint, fsdp
 from selfe.distributed.collectives import World
+from selfe.errors import UserError
 from selfe.rng import SampleRNG
 from selfe.tools.plan import command as plan
 from selfe.tools.plan import job as plan_job
@@ -24,7 +25,7 @@ from selfe.tools.plan import ranks as plan_ranks
 from selfe.tools.plan import step as plan_step
 from selfe.tools.plan.step import META
 from selfe.train import Trainer
-from selfe.types import Batch, UserError
+from selfe.types import Batch
 from tests.helpers.ranks import on_ranks
 
 ROOT = Path(__file__).parents[2]
