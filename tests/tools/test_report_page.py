@@ -148,7 +148,8 @@ def test_labels_are_cut_off_a_sheet(tmp_path):
     source = sheets.embed(path)["source"]
     image = Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
     assert image.tobytes() == image_encode.grid(rows, sheets.GAP).tobytes()
-    for text in ("[]", "{}", '{"cell": [1], "prompts": [], "num_steps": []}', "no JSON"):
+    no_zoom = json.dumps({"prompts": prompts, "num_steps": [1, 2, 4], "cell": [left, top, 72, 48, across, down]})
+    for text in ("[]", "{}", '{"cell": [1], "prompts": [], "num_steps": []}', no_zoom, "no JSON"):
         sheet.info["selfe"] = text
         image_encode.save_sheet(sheet, tmp_path / "samples", 12)
         with pytest.raises(UserError, match="not a complete image"):

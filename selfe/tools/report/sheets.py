@@ -70,12 +70,12 @@ def embed(path: Path) -> dict:
         with Image.open(path) as file:
             sheet = file.convert("RGB")
         described = layout(sheet)
+        rows = image_encode.sheet_images(sheet) if described["cell"] else []
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path}: not a complete image ({error}); remove the file") from error
-    if described["cell"] is None:
+    if not rows:
         return described | {"source": data_url(sheet, lossless=max(sheet.size) <= 4 * LARGEST)}
 
-    rows = image_encode.sheet_images(sheet)
     width, height = rows[0][0].size
     scale = min(1.0, LARGEST / max(width, height))
     if scale < 1:

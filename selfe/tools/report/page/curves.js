@@ -192,7 +192,7 @@ function trainingLayout(panel, entries, entryWidth) {
     plot_bgcolor: "#fff",
     font: { family: "system-ui, sans-serif", size: 11.5, color: "#45423d" },
     hovermode: "x unified",
-    hoverlabel: { font: { size: 11.5 }, bgcolor: "rgba(255,255,255,.94)" },
+    hoverlabel: { font: { size: 11.5 }, bgcolor: "rgba(255,255,255,.94)", bordercolor: "#cfcabf" },
     dragmode: state.drag ? "zoom" : false,
     xaxis: {
       ...axis,
