@@ -55,15 +55,15 @@ step quick-start-train ./run.sh configs/mini/quick_start.yaml 1
 step quick-start-infer ./infer.sh configs/mini/quick_start.yaml 1
 step photographs photographs
 step make-manifest .venv/bin/selfe make-manifest photographs --out photographs.tsv
-step check-data .venv/bin/selfe check-data photographs.tsv --base-dir .
+step check-data .venv/bin/selfe check-data photographs.tsv --base-dir photographs
 step train ./run.sh configs/debug/selfe_smoke.yaml 1 trainer.output_dir=runs/photographs trainer.max_steps=20 \
-  data.params.train_manifest=photographs.tsv data.params.base_dir=. data.params.val_manifest=null
+  data.params.train_manifest=photographs.tsv data.params.base_dir=photographs data.params.val_manifest=null
 step report .venv/bin/selfe report runs/selfe_smoke runs/photographs --out report.html
 step infer ./infer.sh configs/debug/selfe_smoke.yaml 1 inferencer.ckpt_dir=runs/photographs/checkpoints \
   inferencer.output_dir=runs/photographs/images
 step gallery .venv/bin/selfe gallery runs/selfe_smoke/images runs/photographs/images --output compare.html
 step demo demo
-for file in report.html compare.html runs/quick_start/images/gallery.html runs/quick_start/samples/step_00001200.png; do
+for file in report.html compare.html runs/quick_start/images/gallery.html runs/quick_start/samples/step_00001000.png; do
   test -s "$file"
 done
 echo "$((SECONDS - started)) s in all, in $folder"
