@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -106,7 +107,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """
     name = arguments[0] if arguments else ""
     if name in ("", "-h", "--help"):
-        print(overview())
+        with suppress(BrokenPipeError):  # of a pager or `head` that has ended
+            print(overview(), flush=True)
         sys.exit(0 if name else 2)
     if name not in VERBS:
         print(f"selfe: error: unknown verb {name!r}; choose one of {', '.join(VERBS)}", file=sys.stderr)
