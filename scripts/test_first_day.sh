@@ -16,17 +16,24 @@ step() { # step NAME COMMAND...
   echo "$((SECONDS - start)) s  $name"
 }
 
-# forty images of one's own with captions beside them: the bundled ones, some of them twice
+# forty images of one's own with captions beside them: the bundled ones, and some of them mirrored
 photographs() {
   mkdir -p photographs
-  local number=0 path caption
-  while [ "$number" -lt 40 ]; do
-    while [ "$number" -lt 40 ] && IFS=$'\t' read -r path caption; do
-      number=$((number + 1))
-      cp "debug_data/t2i_smoke/$path" "photographs/$number.${path##*.}"
-      printf '%s\n' "$caption" >"photographs/$number.txt"
-    done <debug_data/t2i_smoke/manifest.tsv
-  done
+  .venv/bin/python - <<'END'
+from itertools import cycle, islice
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+source = Path("debug_data/t2i_smoke")
+lines = (source / "manifest.tsv").read_text().splitlines()
+for number, line in enumerate(islice(cycle(lines), 40)):
+    path, caption = line.split("\t")
+    image = Image.open(source / path).convert("RGB")
+    mirrored = number >= len(lines)
+    (ImageOps.mirror(image) if mirrored else image).save(f"photographs/{number}.png")
+    Path(f"photographs/{number}.txt").write_text(caption + ", mirrored" * mirrored)
+END
 }
 
 # start the demo, wait for its page, stop it
