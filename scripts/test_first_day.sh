@@ -43,10 +43,10 @@ demo() {
   trap 'kill "$process"' RETURN
   for _ in $(seq 120); do
     if curl --silent --fail http://127.0.0.1:8765/ >demo.html; then
-      grep -q "<title>" demo.html
+      grep -q gradio demo.html
       return
     fi
-    kill -0 "$process"
+    kill -0 "$process" || return 1
     sleep 1
   done
   return 1
@@ -55,7 +55,7 @@ demo() {
 started=$SECONDS
 step clone git clone --quiet "$repository" "$folder/selfe"
 cd "$folder/selfe"
-step set-up ./scripts/setup.sh
+step set-up ./scripts/setup.sh --extra demo
 step smoke-train ./run.sh configs/debug/selfe_smoke.yaml 1
 step smoke-infer ./infer.sh configs/debug/selfe_smoke.yaml 1
 step quick-start-train ./run.sh configs/mini/quick_start.yaml 1
