@@ -40,7 +40,7 @@ END
 demo() {
   .venv/bin/selfe demo runs/photographs/checkpoints --port 8765 &
   local process=$!
-  trap 'kill "$process"' RETURN
+  trap 'kill "$process"; trap - RETURN' RETURN
   for _ in $(seq 120); do
     if curl --silent --fail http://127.0.0.1:8765/ >demo.html; then
       grep -q gradio demo.html
