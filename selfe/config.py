@@ -109,7 +109,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), trust: bool = True) ->
 
 
 def check(path: str | Path, overrides: Sequence[str], sections: Sequence[str], files: bool = True) -> None:
-    """Check a config as far as source files tell: nothing is imported, so this takes a fraction of a second.
+    """Check what can be checked without imports, from source files alone, in a fraction of a second.
 
     Args:
         path: the config file.

@@ -41,7 +41,7 @@ def record_replaced(folder: Path, problems: Sequence[str]) -> None:
 class Progress:
     """A bar on a terminal; otherwise a plain line at most every `seconds`, always including the first and the last.
 
-    With `unit`, lines also tell the time per unit and the remaining time, as the bar does.
+    With `unit`, lines also show the time per unit and the remaining time, as the bar does.
     """
 
     def __init__(self, name: str, total: int, start: int = 0, seconds: float = 10, quiet: bool = False, unit: str = ""):

@@ -39,7 +39,7 @@ class Parameter:
 
 
 def of(target: Callable) -> dict[str, Parameter] | None:
-    """The parameters of a class or function by name; None if its source does not tell."""
+    """The parameters of a class or function by name; None if the source does not define them."""
     if inspect.isclass(target) and issubclass(target, SourceClass):
         return target.parameters()
     hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
@@ -79,7 +79,7 @@ class SourceClass:
 
     @classmethod
     def parameters(cls) -> dict[str, Parameter] | None:
-        """Parameters of the constructor; None if the source does not tell."""
+        """Parameters of the constructor; None if the source does not define them."""
         methods = [node for node in cls.node.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
         constructors = [node for node in methods if node.name in ("__init__", "__new__")]
         decorators = cls.dataclass_decorators()
@@ -166,7 +166,7 @@ class SourceModule:
             self.is_open |= name in ("*", "__getattr__")
 
     def lookup(self, name: str, depth: int = 0) -> Any:
-        """What a name stands for: a type, a `SourceModule`, or `Any` if the source does not tell."""
+        """What a name stands for: a type, a `SourceModule`, or `Any` if the source does not define it."""
         nodes = self.names.get(name, [])
         if not nodes and name in BUILTINS:
             return BUILTINS[name]
@@ -214,7 +214,7 @@ class SourceModule:
         return self.dotted(node.value if isinstance(node, ast.Subscript) else node) in dotted
 
     def evaluate(self, node: ast.expr | None, depth: int = 0) -> Any:
-        """The type that an annotation stands for; `Any` if the source does not tell."""
+        """The type that an annotation stands for; `Any` if the source does not define it."""
         kind = self.resolve(node, depth)
         return Any if isinstance(kind, SourceModule) else kind
 
@@ -311,7 +311,7 @@ def names(module_name: str) -> list[str]:
 
 
 def member(module_name: str, name: str, depth: int = 0) -> Any:
-    """What `from module_name import name` stands for; `Any` if the source does not tell."""
+    """What `from module_name import name` stands for; `Any` if the source does not define it."""
     try:
         owner = module(module_name)
         if owner is not None and name in owner.names:
@@ -322,7 +322,7 @@ def member(module_name: str, name: str, depth: int = 0) -> Any:
 
 
 def find(dotted: str) -> Any:
-    """The class of a dotted path, `Any` if the source does not tell.
+    """The class of a dotted path, `Any` if the source does not define it.
 
     Raises ImportError, AttributeError or ValueError, with the messages of an import, if it does not exist.
     """
