@@ -183,17 +183,21 @@ def check_width(row: Sequence[str], width: int) -> None:
 # ---- formats ----
 
 
-@dataclass(frozen=True)
-class Tsv:
-    """One line per image: path, tab, prompt, optionally followed by tab, width, tab, height. No header, no quotes."""
-
-    start: int
+class RecordPerLine:
+    """The part of a `Format` in which every line is a record."""
 
     def next_record(self, lines: Iterator[bytes]) -> bytes:
         return next(lines, b"")
 
     def is_blank(self, record: bytes) -> bool:
         return not record.strip()
+
+
+@dataclass(frozen=True)
+class Tsv(RecordPerLine):
+    """One line per image: path, tab, prompt, optionally followed by tab, width, tab, height. No header, no quotes."""
+
+    start: int
 
     def parse(self, record: bytes, previous: bytes = b"") -> Line:
         """The fields of a line.
@@ -295,7 +299,7 @@ def next_csv_record(lines: Iterator[bytes]) -> bytes:
 
 
 @dataclass(frozen=True)
-class JsonLines:
+class JsonLines(RecordPerLine):
     """One JSON object per line, as the metadata.jsonl of Hugging Face's imagefolder."""
 
     start: int
@@ -314,12 +318,6 @@ class JsonLines:
         except BadSample as problem:
             raise BadSample(problem.kind, f"{path}, line 1: {problem}") from problem
         return cls(start, *choose_columns(path, list(record), remedy=f"{CONVERT} and pass "))
-
-    def next_record(self, lines: Iterator[bytes]) -> bytes:
-        return next(lines, b"")
-
-    def is_blank(self, record: bytes) -> bool:
-        return not record.strip()
 
     def parse(self, record: bytes, previous: bytes = b"") -> Line:
         """The fields of an object.
