@@ -26,7 +26,7 @@ STAMPS = VENV / ".selfe"  # what has been installed: a file for each set of opti
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/setup.sh", description="Install into .venv what uv.lock lists.")
     parser.add_argument("--dev", action="store_true", help="also the tools that the tests need")
-    parser.add_argument("--extra", action="append", default=[], metavar="NAME", help="demo or tensorboard")
+    parser.add_argument("--extra", action="append", default=[], metavar="NAME", help="of pyproject.toml, such as demo")
     parser.add_argument("--group", action="append", default=[], metavar="NAME", help="bench")
     options = parser.parse_args()
 
