@@ -190,7 +190,7 @@ def test_readme_names_only_what_exists():
     assert f"\n{command}\n" in text, "CI runs another command than the README names"
 
 
-@pytest.mark.parametrize("script", ["bench/plot_growth.py", "studies/miniature/page.py"])
+@pytest.mark.parametrize("script", ["bench/plot_growth.py", "studies/tables.py"])
 def test_scripts_that_plot_are_imported_without_matplotlib(script, monkeypatch):
     """So that --help works; the missing package is reported by the first plot."""
     path = ROOT / "scripts" / script

@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from models import Cell
 
 STEPS = (1, 2, 4, 8, 32)
 SWEEP = (0.75, 1.0, 1.25, 1.5, 2.0, 3.0)  # guidance scales; below 1 the prompt is weakened
 ONE_STEP = 0.75  # r at N = 1 in the paper's form: at s = 0 the evaluator is the identity and gives no training signal
 MILD = {2: (0.85,), 4: (0.8, 0.85)}  # by steps: r close to 1 (s = t) reduces the effect of self-evaluation
 RATIOS = (0.0, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 1.0)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One sampling setting: steps, guidance, eta, and r in s_k = t_{k+1} + r (t_k - t_{k+1})."""
-
-    steps: int
-    guidance: float = 1.0
-    eta: float = 0.0
-    s_ratio: float = 0.0
-
-    @property
-    def name(self) -> str:
-        return f"n{self.steps}_w{self.guidance:g}_eta{self.eta:g}_s{self.s_ratio:g}"
 
 
 def own_ratio(config: str, steps: int) -> float:

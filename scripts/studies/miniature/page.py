@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
-from cells import MILD, RATIOS, STEPS, SWEEP
-
-from selfe.errors import UserError
+from miniature.cells import MILD, RATIOS, STEPS, SWEEP
+from tables import number, pyplot, table
 
 LABELS = {
     "flow_matching": "flow matching",
@@ -46,15 +44,6 @@ CONTRAST = {
     "contrast_selfe": "Self-E (the paper's form)",
     "contrast_floor": "Self-E with the floor",
 }
-
-
-def table(head: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *lines])
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
 
 
 # ---- tables ----
@@ -192,22 +181,6 @@ def claim_table(claims: list[dict]) -> str:
 
 
 # ---- plots ----
-
-
-def pyplot() -> ModuleType:
-    """`matplotlib.pyplot`, drawing to files. Imported here, so that `--help` works without it.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("matplotlib is not installed; run scripts/setup.sh --dev") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt
 
 
 def plots(study, everything: dict, target: Path) -> None:

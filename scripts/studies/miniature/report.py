@@ -11,17 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cells import MILD, STEPS, SWEEP, Cell, own_ratio
-from page import LABELS, page, plots, readme_table
+from miniature.cells import MILD, STEPS, SWEEP, own_ratio
+from miniature.page import LABELS, page, plots, readme_table
+from miniature.score import COMBINATIONS, frechet, held_out, real, score, trained_scorer
+from models import Cell
 from PIL import Image, ImageDraw
-from score import COMBINATIONS, frechet, held_out, real, score, trained_scorer
 
 from selfe.config import load
 from selfe.data.shapes import ShapesData
 from selfe.device import device_name
 from selfe.io.image_encode import grid, to_image
 
-MARKS = "<!-- table written by scripts/studies/miniature/run.py -->", "<!-- end of it -->"
+MARKS = "<!-- table written by scripts/studies/run.py miniature -->", "<!-- end of it -->"
 RESAMPLED = 400  # bootstrap samples over seeds and prompts
 
 

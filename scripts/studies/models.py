@@ -1,0 +1,126 @@
+"""What the studies have in common: models to train, sampling settings to evaluate, training and sampling them."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from selfe import config
+from selfe.checkpoint import state, verify
+from selfe.device import choose_precision
+from selfe.rng import SampleRNG
+from selfe.samplers.renoise import Renoise
+from selfe.system import System
+from selfe.types import DTYPES
+
+ROOT = Path(__file__).parents[2]
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One sampling setting: steps, guidance, eta, and r in s_k = t_{k+1} + r (t_k - t_{k+1})."""
+
+    steps: int
+    guidance: float = 1.0
+    eta: float = 0.0
+    s_ratio: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"n{self.steps}_w{self.guidance:g}_eta{self.eta:g}_s{self.s_ratio:g}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model: a config, a seed, and the sampling settings to evaluate."""
+
+    config: str  # without .yaml
+    seed: int
+    cells: tuple[Cell, ...]
+    configs: str  # folder of the config: configs/mini or configs/emoji
+
+    @property
+    def name(self) -> str:
+        return f"{self.config}_{self.seed}"
+
+    @property
+    def path(self) -> Path:
+        return ROOT / self.configs / f"{self.config}.yaml"
+
+
+def shortened(path: Path, steps: int, batch: int) -> list[str]:
+    """Overrides that shorten a run to `steps` steps of `batch` images, and scale its schedules in proportion."""
+    settings = config.load(path)
+    trainer, objective = settings["trainer"], settings["system"]["objective"].get("params", {})
+
+    scale = steps / trainer["max_steps"]
+    lengths = {f"trainer.{key}": trainer[key] for key in ("max_steps", "decay_start")}
+    lengths |= {
+        f"system.objective.params.{key}": objective[key] for key in ("start_step", "tau_steps") if key in objective
+    }
+    sizes = [f"trainer.{key}={batch}" for key in ("total_batch_size", "micro_batch_size")]
+    return sizes + [f"{key}={round(scale * value)}" for key, value in lengths.items()]
+
+
+def train(run: Run, out: Path, short: tuple[int, int] | None) -> None:
+    """Run `selfe.train` in a subprocess, resuming an interrupted run; accumulates its CPU seconds in a file."""
+    folder = out / run.name
+    if (folder / "cpu_seconds.json").exists() and json.loads((folder / "cpu_seconds.json").read_text())["done"]:
+        return
+
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments = [str(run.path), f"seed={run.seed}", f"trainer.output_dir={folder}"]
+    arguments += shortened(run.path, *short) if short else []
+
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with (folder / "train.log").open("a") as log:
+        done = subprocess.run([sys.executable, "-m", "selfe.train", *arguments], cwd=ROOT, stdout=log, stderr=log)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+
+    # CPU seconds, those of earlier interrupted attempts included
+    path = folder / "cpu_seconds.json"
+    seconds = json.loads(path.read_text())["seconds"] if path.exists() else 0
+    seconds += after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    path.write_text(json.dumps({"seconds": round(seconds, 1), "done": done.returncode == 0}) + "\n")
+    if done.returncode:
+        raise SystemExit(f"{run.name}: training failed; see {folder / 'train.log'}")
+
+
+def load(folder: Path) -> tuple[System, torch.nn.Module]:
+    """System of a finished run, and its denoiser with EMA weights in the precision that the machine is fast in."""
+    settings = config.load(folder / "config.yaml")
+    with torch.device("meta"):
+        system = config.build(settings, "system")
+    net = system.backbone.to_empty(device="cpu").requires_grad_(False)
+    state.load_weights(verify.find(folder / "checkpoints"), net, "ema")
+    system.load_encoders(torch.device("cpu"))
+    return system, net.to(DTYPES[choose_precision("auto", torch.device("cpu"))])
+
+
+def draw(
+    system: System, net: torch.nn.Module, cell: Cell, prompts: Sequence[str], seed: int, size: int
+) -> torch.Tensor:
+    """Images (n, 3, size, size) of n prompts; same noise for all models and settings of a seed."""
+    images = []
+    for start in range(0, len(prompts), BATCH):
+        batch = prompts[start : start + BATCH]
+        rng = SampleRNG.of_images([(seed, prompt, start + i) for i, prompt in enumerate(batch)])
+        images += system.generate(
+            net,
+            batch,
+            [(size, size)] * len(batch),
+            rng,
+            sampler=Renoise(cell.eta),
+            num_steps=cell.steps,
+            cfg_scale=cell.guidance,
+            s_ratio=cell.s_ratio,
+        )
+    return torch.stack(images)
