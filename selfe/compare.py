@@ -58,9 +58,12 @@ def uncached(system: dict) -> dict:
 
 
 def config_beside(checkpoint: Path) -> Path | None:
-    """The config.yaml of the run that a checkpoint belongs to, in RUN/ or RUN/checkpoints/; None if there is none."""
+    """The config.yaml of the run that a checkpoint belongs to, in RUN/ or RUN/checkpoints/; None if there is none.
+
+    An exported folder holds its own.
+    """
     for path in (checkpoint.absolute(), checkpoint.resolve()):
-        for folder in path.parents[:2]:
+        for folder in (path, *path.parents[:2]):
             if (folder / "config.yaml").is_file():
                 return folder / "config.yaml"
     return None

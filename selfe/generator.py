@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from selfe import compare, config, device, recorded_run
-from selfe.checkpoint import state, verify
+from selfe.checkpoint.weights import find_weights, load_weights
 from selfe.errors import UserError
 from selfe.inference import prompts as prompt_lists
 from selfe.inference.prompt_cache import PromptCache
@@ -40,7 +40,7 @@ class Generator:
     ):
         """
         Args:
-            checkpoint: checkpoint directory, or a parent directory (newest is used).
+            checkpoint: checkpoint directory, a parent directory (newest is used), or a folder of `selfe export`.
             config_path: the run's `config.yaml`; None: the one beside the checkpoints.
             precision: of the denoiser; auto: bf16 where the hardware has it, otherwise fp32.
             trust: let the config.yaml beside the checkpoints name modules that are not part of this package, which
@@ -49,7 +49,7 @@ class Generator:
         Raises:
             UserError: there is no complete checkpoint or no config, or one does not fit the other.
         """
-        path = verify.find(Path(checkpoint))
+        path = find_weights(Path(checkpoint))
         settings_path = config_path or compare.config_beside(path)
         if settings_path is None:
             raise UserError(f"{path}: no config.yaml found beside the checkpoints; pass config_path")
@@ -57,12 +57,11 @@ class Generator:
         with torch.device("meta"):
             self.system = config.build(settings, "system")
 
-        # by default, images have the size of the run's sample grids
-        self.size = settings.get("trainer", {}).get("samples", {}).get("size") or (DEFAULTS.height, DEFAULTS.width)
+        self.size = recorded_run.image_size(settings) or (DEFAULTS.height, DEFAULTS.width)
 
         self.device = device.choose_device(0)
         self.net = self.system.backbone.to_empty(device=self.device).requires_grad_(False)
-        self.step = state.load_weights(path, self.net, weights)
+        self.step = load_weights(path, self.net, weights)
         self.net.to(DTYPES[device.choose_precision(precision, self.device)])
         self.system.text_encoder = PromptCache(self.system.text_encoder)
         self.system.load_encoders(self.device)

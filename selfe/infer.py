@@ -23,7 +23,8 @@ from PIL import Image
 from torch import nn
 
 from selfe import compare, config, errors, launch, log
-from selfe.checkpoint import state, verify
+from selfe.checkpoint import state
+from selfe.checkpoint.weights import find_weights, load_weights
 from selfe.device import choose_precision, device_name
 from selfe.distributed import activation_checkpoint, collectives
 from selfe.distributed.collectives import World
@@ -82,7 +83,7 @@ class Inferencer:
             log.print_line(hint)
 
         # one process finds the checkpoint for all, because a training run may be saving newer ones meanwhile
-        path = collectives.broadcast(verify.find(Path(self.ckpt_dir)) if world.is_main else None, world)
+        path = collectives.broadcast(find_weights(Path(self.ckpt_dir)) if world.is_main else None, world)
         if world.is_main:
             self.check_run(path, settings)
         nets, facts = self.load(path, system.backbone, world.device)
@@ -153,7 +154,7 @@ class Inferencer:
         nets, facts = {}, {}
         for kind in self.kinds:
             net = copy.deepcopy(backbone).to_empty(device=device).requires_grad_(False)
-            facts["step"] = state.load_weights(path, net, kind)
+            facts["step"] = load_weights(path, net, kind)
             facts[f"{kind}_fingerprint"] = state.fingerprint(net)
             nets[kind] = net.to(DTYPES[choose_precision(self.precision, device)])
             if self.compile:

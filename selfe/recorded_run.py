@@ -25,3 +25,11 @@ def load_settings(path: Path, trust: bool) -> dict:
             if part["module"] in PRETRAINED:
                 part["params"]["cache_dir"] = folder
     return settings
+
+
+def image_size(settings: dict) -> tuple[int, int] | None:
+    """Height and width of the images that a run's settings ask for: its sample grids, or its inferencer's images."""
+    if size := settings.get("trainer", {}).get("samples", {}).get("size"):
+        return tuple(size)
+    defaults = settings.get("inferencer", {}).get("defaults", {})
+    return (defaults["height"], defaults["width"]) if {"height", "width"} <= defaults.keys() else None

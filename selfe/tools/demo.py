@@ -20,7 +20,7 @@ from PIL import Image
 
 from selfe import compare, config, device, recorded_run
 from selfe.checkpoint import verify
-from selfe.checkpoint.state import load_weights
+from selfe.checkpoint.weights import find_weights, is_export, load_weights
 from selfe.errors import UserError
 from selfe.inference import prompts
 from selfe.inference.prompt_cache import PromptCache
@@ -66,7 +66,7 @@ class DemoModel:
             trust: let the config.yaml beside the checkpoints name modules that are not part of this package, which
                 runs their code.
         """
-        path = verify.find(ckpt)
+        path = find_weights(ckpt)
         settings_path = config_path or compare.config_beside(path)
         if settings_path is None:
             raise UserError(f"{path}: no config.yaml found beside the checkpoints; pass it with --config")
@@ -75,7 +75,7 @@ class DemoModel:
             self.system = config.build(settings, "system")
 
         # reject an invalid size before any weight is loaded
-        height, width = size or settings.get("trainer", {}).get("samples", {}).get("size") or (256, 256)
+        height, width = size or recorded_run.image_size(settings) or (256, 256)
         self.defaults = sampling_defaults(settings, height, width)
         self.check("an image", self.defaults)
 
@@ -103,6 +103,8 @@ class DemoModel:
 
     def checkpoints(self) -> list[str]:
         """The names of the complete checkpoints of the run, newest first."""
+        if is_export(self.path):
+            return [self.path.name]
         return [path.name for path in verify.list_checkpoints(self.path.parent) if verify.is_complete(path)]
 
     def choose(self, name: str) -> None:

@@ -19,6 +19,7 @@ from selfe.backbones.mmdit import MMDiT
 from selfe.checkpoint import flux, state, verify
 from selfe.checkpoint.flux import FluxStateDict
 from selfe.errors import UserError
+from selfe.generator import Generator
 from selfe.io.sampling_limits import RANGES
 from selfe.tools import demo
 from selfe.tools.export import command
@@ -330,7 +331,7 @@ def test_a_failed_export_leaves_nothing(trained, tmp_path, monkeypatch):
     out.mkdir()
     cli.run(arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in out.iterdir()} == {"config.json", "config.yaml", "model.safetensors"}
 
 
 def test_encoders_that_moved_are_read_from_the_cache_dir_of_today(trained, tmp_path, monkeypatch):
@@ -377,6 +378,32 @@ def test_exported_safetensors_hold_the_weights(trained, tmp_path, monkeypatch):
     assert about["backbone"]["params"]["width"] == 128
 
 
+def test_an_exported_folder_draws_the_images_of_the_checkpoint(trained, tmp_path):
+    folder, _ = trained
+    out = tmp_path / "model"
+    cli.run(["export", str(folder / "checkpoints"), str(out), "--dtype", "fp32"])
+
+    images = []
+    for checkpoint in (folder / "checkpoints", out):
+        generator = Generator(checkpoint, precision="fp32")
+        assert generator.step == 2
+        images += generator.generate(["a cup of coffee"], num_steps=2)
+    assert images[0].tobytes() == images[1].tobytes()
+
+    with pytest.raises(UserError, match="has ema weights only, live ones are asked for; set weights to ema"):
+        Generator(out, weights="live")
+
+    # another system, and a damaged file
+    settings = config.load(out / "config.yaml")
+    settings["system"]["backbone"]["params"]["num_single_blocks"] += 1
+    config.save(settings, tmp_path / "other.yaml")
+    with pytest.raises(UserError, match=r"its tensors are not those of system\.backbone"):
+        Generator(out, tmp_path / "other.yaml")
+    (out / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="not written by selfe export"):
+        Generator(out)
+
+
 class Renamed(MMDiT):
     """A denoiser with the tensors of MMDiT that may compute something else."""
 
@@ -387,8 +414,8 @@ def test_mistakes_are_one_line(trained, tmp_path):
     settings["system"]["backbone"]["module"] = f"{__name__}.Renamed"
     shutil.copytree(folder / "checkpoints", tmp_path / "run/checkpoints")
     config.save(settings, tmp_path / "run/config.yaml")
-    with pytest.raises(UserError, match=rf"export supports MMDiT only, the run has {__name__}.Renamed"):
-        command.read_run(verify.find(tmp_path / "run/checkpoints"), trust=True)
+    with pytest.raises(UserError, match=rf"--format safetensors supports MMDiT only, the run has {__name__}.Renamed"):
+        command.read_run(verify.find(tmp_path / "run/checkpoints"), "safetensors", trust=True)
     with pytest.raises(UserError, match="exists and is not an empty folder"):
         cli.run(["export", str(folder / "checkpoints"), str(images)])
     with pytest.raises(UserError, match="no such checkpoint directory"):

@@ -25,6 +25,7 @@ from selfe.checkpoint import flux, state, verify
 from selfe.encoders.flux_vae import CHANNELS, SCALE, SHIFT, STAGES, FluxVAE
 from selfe.encoders.t5_clip import T5_FOLDER, T5Clip
 from selfe.errors import UserError
+from selfe.inference.prompts import SamplingDefaults
 from selfe.io import sampling_limits
 from selfe.io.safetensors_files import INDEX, SafetensorsFiles, cached, write
 from selfe.system import System
@@ -37,7 +38,7 @@ def main(options: argparse.Namespace) -> None:
     """Entry point of `selfe export`."""
     out = options.out.absolute()
     path = verify.find(options.ckpt)
-    settings, system = read_run(path, options.trust)
+    settings, system = read_run(path, options.format, options.trust)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{options.out}: exists and is not an empty folder; choose another or remove it")
 
@@ -45,10 +46,12 @@ def main(options: argparse.Namespace) -> None:
         folder = unfinished / ("transformer" if options.format == "diffusers" else "")
         folder.mkdir(exist_ok=True)
         if options.format == "diffusers":
+            system.autoencoder.dtype = torch.float32
             write_pipeline(unfinished, system)
         else:
             origin = {"step": verify.read_step(path), "weights": options.weights, "dtype": options.dtype}
             write_json(folder / "config.json", origin | {"backbone": config.plain(settings["system"]["backbone"])})
+            config.save(sampling_settings(settings, options.out), folder / "config.yaml")
 
         write_denoiser(path, system.backbone, folder, options.weights, DTYPES[options.dtype], options.format)
     print(f"{path} ({options.weights} weights, {options.dtype}) exported to {options.out}")
@@ -67,7 +70,7 @@ def complete_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def read_run(path: Path, trust: bool) -> tuple[dict, System]:
+def read_run(path: Path, layout: str, trust: bool) -> tuple[dict, System]:
     """Settings of the run that a checkpoint belongs to, and its system on the meta device.
 
     `trust`: the run's config.yaml may name modules that are not part of this package, which runs their code.
@@ -77,15 +80,28 @@ def read_run(path: Path, trust: bool) -> tuple[dict, System]:
         raise UserError(f"{path}: no config.yaml beside it; expected RUN/config.yaml for RUN/checkpoints/step_...")
 
     settings = recorded_run.load_settings(settings_path, trust)
-    settings["system"]["autoencoder"]["params"]["dtype"] = "fp32"
     with torch.device("meta"):
         system = config.build(settings, "system")
-    for part, kind in ((system.backbone, MMDiT), (system.text_encoder, T5Clip), (system.autoencoder, FluxVAE)):
+
+    kinds = {"backbone": MMDiT}
+    if layout == "diffusers":
+        kinds |= {"text_encoder": T5Clip, "autoencoder": FluxVAE}
+    for name, kind in kinds.items():
+        part = getattr(system, name)
         if type(part) is not kind:  # a subclass may compute something else from the same tensors
             raise UserError(
-                f"{settings_path}: export supports {kind.__name__} only, the run has {compare.class_path(part)}"
+                f"{settings_path}: --format {layout} supports {kind.__name__} only, the run has "
+                f"{compare.class_path(part)}"
             )
     return settings, system
+
+
+def sampling_settings(settings: dict, out: Path) -> dict:
+    """A config that samples from an exported folder: the run's system, and the size of its images."""
+    defaults = SamplingDefaults()
+    height, width = recorded_run.image_size(settings) or (defaults.height, defaults.width)
+    folders = {"ckpt_dir": out, "output_dir": Path("outputs") / out.name}
+    return {"system": settings["system"], "inferencer": folders | {"defaults": {"height": height, "width": width}}}
 
 
 def write_denoiser(
