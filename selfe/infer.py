@@ -46,7 +46,7 @@ from selfe.types import DTYPES, MOST_SAMPLES, PrecisionOrAuto, check_range
 class Inferencer:
     """Generates images for prompts from a checkpoint, with every requested number of steps."""
 
-    ckpt_dir: Path  # checkpoint directory, or a parent directory (newest is used)
+    ckpt_dir: Path  # checkpoint directory, a parent directory (newest is used), or an exported folder
     output_dir: Path  # folder for the images; existing images are kept
     # settings of prompts that do not set them
     defaults: SamplingDefaults = SamplingDefaults()  # noqa: RUF009 - frozen
