@@ -256,7 +256,8 @@ def replay(parser: argparse.ArgumentParser) -> None:
 
 
 def demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("ckpt", type=path, help="checkpoint directory, a parent directory (newest is used), or an exported folder")
+    checkpoint = "checkpoint directory, a parent directory (newest is used), or an exported folder"
+    parser.add_argument("ckpt", type=path, help=checkpoint)
     parser.add_argument("--config", type=path, help="the run's config.yaml (default: next to the checkpoints)")
     parser.add_argument("--weights", choices=("ema", "live"), default="ema")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
