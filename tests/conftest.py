@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Iterator
 from functools import partial
 
@@ -12,6 +13,10 @@ from hypothesis import settings
 from selfe.backbones import mmdit
 from selfe.distributed import collectives
 from selfe.distributed.collectives import World
+
+# many tests start programs, which import this package in half the time when bytecode is kept
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # the tests run in two processes, which start others: with more threads these would wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -20,6 +20,14 @@ from tests.helpers import train_processes
 ROOT = Path(__file__).parents[2]
 SMOKE, TINY = str(ROOT / "configs/debug/selfe_smoke.yaml"), str(ROOT / "tests/helpers/tiny.yaml")
 ENV = os.environ | {"SELFE_SKIP_PRETRAINED": "1"}
+# a system whose parts are quickly imported: started processes are not forks
+QUICK = (
+    "system.text_encoder={module: selfe.encoders.words.Words, params: {dim: 16}}",
+    "system.autoencoder={module: selfe.encoders.identity.Identity, params: {patch: 8}}",
+    "system.backbone.params.patch_dim=192",
+    "system.backbone.params.pooled_dim=16",
+    "trainer.max_steps=100000",
+)
 
 
 def test_arguments(monkeypatch):
@@ -128,7 +136,7 @@ def begun(run: subprocess.Popen) -> None:
 def started(folder: Path, **env: str) -> tuple[subprocess.Popen, list[int]]:
     """A run of two processes that has come to its first step, and everything below its shell."""
     run = subprocess.Popen(
-        [ROOT / "run.sh", TINY, "2", f"trainer.output_dir={folder}", "trainer.max_steps=100000"],
+        [ROOT / "run.sh", TINY, "2", f"trainer.output_dir={folder}", *QUICK],
         env=ENV | env,
         cwd=ROOT,
         start_new_session=True,
@@ -145,7 +153,7 @@ def started(folder: Path, **env: str) -> tuple[subprocess.Popen, list[int]]:
 def test_a_scheduler_stops_a_run_that_loads_ahead(tmp_path):
     """SIGTERM reaches the loader's processes too, and they must not die of it before the step is done."""
     command = [sys.executable, "-m", "selfe", "train", TINY, "1", f"trainer.output_dir={tmp_path}"]
-    long = ["trainer.max_steps=100000", "trainer.checkpoint_every=100000", "trainer.num_workers=2"]
+    long = [*QUICK, "trainer.checkpoint_every=100000", "trainer.num_workers=2"]
     run = subprocess.Popen(
         [*command, *long], env=ENV, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -181,7 +189,7 @@ def test_ctrl_c_leaves_no_process_behind(tmp_path):
 def test_a_killed_process_is_started_again_as_often_as_asked_then_ends_the_others_with_one_line(tmp_path):
     run, below = started(tmp_path, MAX_RESTARTS="1")
     for _ in range(600):
-        if (tmp_path / "checkpoints/step_00000006").is_dir():
+        if (tmp_path / "checkpoints/step_00000002").is_dir():
             break
         time.sleep(0.1)
     os.kill(below[-1], signal.SIGKILL)
@@ -202,7 +210,7 @@ def test_a_killed_process_is_started_again_as_often_as_asked_then_ends_the_other
 def test_a_killed_launcher_ends_its_processes_which_save(tmp_path):
     """Nothing is left that would write into the folder from which the next start resumes."""
     command = [sys.executable, "-m", "selfe", "train", TINY, "2", f"trainer.output_dir={tmp_path}"]
-    more = ["trainer.max_steps=100000", "trainer.num_workers=1", "trainer.checkpoint_every=100000"]
+    more = [*QUICK, "trainer.num_workers=1", "trainer.checkpoint_every=100000"]
     run = subprocess.Popen([*command, *more], env=ENV, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     begun(run)
     below = children(run.pid)
@@ -224,7 +232,7 @@ def test_a_process_that_is_killed_ends_the_other_node_with_one_line(tmp_path):
     command = [sys.executable, "-m", "selfe", "train", TINY, "1", f"trainer.output_dir={tmp_path}"]
     runs = [
         subprocess.Popen(
-            [*command, "trainer.max_steps=100000", "trainer.num_workers=0", "trainer.log_every=1"],
+            [*command, *QUICK, "trainer.num_workers=0", "trainer.log_every=1"],
             env=ENV | nodes | {"NODE_RANK": str(node)},
             cwd=ROOT,
             stdout=subprocess.PIPE,
@@ -242,7 +250,7 @@ def test_a_process_that_is_killed_ends_the_other_node_with_one_line(tmp_path):
     assert re.fullmatch(r"selfe: error: a process of node 0 was ended \(process 0\); .*\n", messages[1])
     assert gone([*below[0], *below[1]])
 
-    train_processes.finish(tmp_path / "one", 2, "trainer.stop_step=1", "trainer.log_every=1")
+    train_processes.finish(tmp_path / "one", 2, *QUICK, "trainer.stop_step=1", "trainer.log_every=1")
     several, one = (train_processes.lines(folder)[0]["train/loss"] for folder in (tmp_path, tmp_path / "one"))
     assert several == one
 
