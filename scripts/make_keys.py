@@ -61,9 +61,9 @@ HEAD = """\
 Every key of a config, with its type, default and meaning. This page is written by
 `scripts/make_keys.py` from the code: do not edit it.
 
-A config has the sections `seed` (an integer, 0 by default), `system`, `data`, `trainer` and
-`inferencer`, and `base`, the files that are merged first. `system` has four parts, `backbone`,
-`text_encoder`, `autoencoder` and `objective`; `data` is a part too. A part is
+A config has the sections `seed` (an integer of at least 0, by default 0), `system`, `data`,
+`trainer` and `inferencer`, and `base`, the files that are merged first. `system` has four parts,
+`backbone`, `text_encoder`, `autoencoder` and `objective`; `data` is a part too. A part is
 `{module: dotted.path.Class, params: {...}}`; [extending.md](extending.md) explains how to write one.
 """
 

@@ -36,6 +36,7 @@ DATA = "selfe.protocols.Data"
 PRETRAINED = ("selfe.encoders.t5_clip.T5Clip", "selfe.encoders.flux_vae.FluxVAE")
 ROOT = ("seed", "data", *SECTIONS)
 PLAIN = (int, float, str, bool, Path, types.NoneType)
+LARGEST_SEED = 2**63 - 1
 
 # keys of other programs, and what they are called here
 ALIASES = {
@@ -402,7 +403,10 @@ def visit_root(key: str, value: Any, build: bool, find: Find | None = None) -> A
             raise Problem(key, "unknown section; keys with dots are for the command line, nest them in a file")
         raise Problem(key, f"unknown section{suggest_section(str(key))}")
     if key == "seed":
-        return visit(value, int, key, build)
+        seed = visit(value, int, key, build)
+        if not 0 <= seed <= LARGEST_SEED:
+            raise Problem(key, f"must be between 0 and {LARGEST_SEED}, got {seed}")
+        return seed
     if key == "data":
         return swap(value, named(DATA, key, find), key, build)
     return call(named(SECTIONS[key], key, find), value, key, build)

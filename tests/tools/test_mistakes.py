@@ -26,6 +26,11 @@ OVERRIDES = [
     ("trainer.health.sigma=3", "command line: trainer.health.sigma: unknown key; did you mean sigmas?"),
     # values
     ("trainer.lr=fast", "command line: trainer.lr: expected float, got str 'fast'"),
+    ("seed=abc", "command line: seed: expected int, got str 'abc'"),
+    ("seed=1.5", "command line: seed: expected int, got float 1.5"),
+    ("seed=null", "command line: seed: expected int, got NoneType None"),
+    ("seed=-1", "command line: seed: must be between 0 and 9223372036854775807, got -1"),
+    (f"seed={10**30}", f"command line: seed: must be between 0 and 9223372036854775807, got {10**30}"),
     ("trainer.max_steps=1.5", "command line: trainer.max_steps: expected int, got float 1.5"),
     (
         "trainer.precision=fp16",

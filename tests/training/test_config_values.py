@@ -27,6 +27,7 @@ from selfe.encoders.words import Words
 from selfe.errors import UserError
 from selfe.infer import Inferencer
 from selfe.inference.prompts import SamplingDefaults, from_file
+from selfe.io.sampling_limits import RANGES
 from selfe.objectives.flow_matching import FlowMatching
 from selfe.objectives.self_evaluation import SelfEvaluation
 from selfe.samplers.renoise import Renoise
@@ -157,6 +158,15 @@ def test_numbers_are_refused_or_have_a_meaning(owner, name, hint):
             with pytest.raises((config.Problem, ValueError), match=rf"{name}|shares|unit|{number}") as caught:
                 build(owner, **{name: value})
             assert "\n" not in str(caught.value)
+
+
+def test_training_and_sampling_accept_the_same_seeds():
+    low, high = RANGES["seed"]
+    for seed in (low, high):
+        assert config.visit_root("seed", seed, build=False) == seed
+    for seed in (low - 1, high + 1):
+        with pytest.raises(config.Problem, match="seed: must be between"):
+            config.visit_root("seed", seed, build=False)
 
 
 def test_zero_is_a_value_of_a_phase():
