@@ -2,6 +2,7 @@
 
     .venv/bin/python scripts/studies/run.py miniature            all variants, three seeds
     .venv/bin/python scripts/studies/run.py miniature --quick    one seed, short runs, two negative controls
+    .venv/bin/python scripts/studies/run.py emoji                words to images, see docs/emoji.md
 
 Two models are trained in parallel, one thread each. Results are kept in runs/STUDY; run the same command again to
 resume.
@@ -24,7 +25,7 @@ from tables import pyplot
 from selfe import log
 from selfe.errors import UserError
 
-STUDIES = ("miniature",)
+STUDIES = ("miniature", "emoji")
 
 
 def work(study: str, run: Run, out: Path, count: int, short: tuple[int, int] | None) -> tuple[str, float]:

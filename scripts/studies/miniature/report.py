@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from measures import frechet, interval
 from miniature.cells import MILD, STEPS, SWEEP, own_ratio
 from miniature.page import LABELS, page, plots, readme_table
-from miniature.score import COMBINATIONS, frechet, held_out, real, score, trained_scorer
+from miniature.score import COMBINATIONS, held_out, real, score, trained_scorer
 from models import Cell
 from PIL import Image, ImageDraw
 
@@ -23,7 +24,6 @@ from selfe.device import device_name
 from selfe.io.image_encode import grid, to_image
 
 MARKS = "<!-- table written by scripts/studies/run.py miniature -->", "<!-- end of it -->"
-RESAMPLED = 400  # bootstrap samples over seeds and prompts
 
 
 class Study:
@@ -113,17 +113,6 @@ class Study:
         paths = [self.out / f"{config}_{seed}" / "cpu_seconds.json" for seed in self.seeds(config)]
         seconds = [json.loads(path.read_text())["seconds"] for path in paths if path.exists()]
         return float(np.mean(seconds)) if seconds else None
-
-
-def interval(right: np.ndarray) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of (seeds, prompts), both resampled with replacement."""
-    source = np.random.default_rng(0)
-    seeds, prompts = right.shape
-    means = np.empty(RESAMPLED)
-    for i in range(RESAMPLED):
-        chosen = right[source.integers(seeds, size=seeds)]
-        means[i] = np.mean([row[source.integers(prompts, size=prompts)].mean() for row in chosen])
-    return tuple(np.percentile(means, [2.5, 97.5]))
 
 
 def claims(study: Study) -> list[dict]:

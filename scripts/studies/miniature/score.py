@@ -147,15 +147,6 @@ def score(scorer: Scorer, images: Tensor, which: np.ndarray) -> dict[str, np.nda
     }
 
 
-def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Squared Frechet distance between normal distributions fitted to features (n, 64) and (m, 64)."""
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    values, vectors = np.linalg.eigh(cov_a)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
-    return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
-
-
 def held_out(data: ShapesData) -> np.ndarray:
     """Indices of the combinations held out from training."""
     unseen: tuple[Combination, ...] = data.combinations["val"]

@@ -1,0 +1,247 @@
+"""The judge of the emoji study: a small network, trained on the real images, that names emoji and drawing style.
+
+    .venv/bin/python scripts/studies/emoji/judge.py    train it, write judge.safetensors and judge.json beside this file
+
+It is trained on all real images, held-out ones included: it judges, it does not compete. Noise, blur, small shifts and
+changes of colour in its training keep it from recognising images by details of their rendering.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tarfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from selfe.data.shards import ShardData
+from selfe.log import Progress
+from selfe.types import signed
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+WEIGHTS = HERE / "judge.safetensors"
+SIDE = 32  # pixels
+STYLES = ("noto", "twemoji", "fluent flat", "openmoji")
+SPLITS = {"train": "train-*.tar", "held_out_pairs": "held_out_pairs.tar", "held_out_concepts": "held_out_concepts.tar"}
+FEATURES, EMBEDDING = 160, 96  # channels
+SCALE = 24.0  # of the cosine similarities, before the softmax over all emoji
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images (n, 3, 32, 32) in [-1, 1] with captions, and the indices (n,) of their emoji and styles."""
+
+    pixels: Tensor
+    captions: tuple[str, ...]
+    concepts: Tensor
+    styles: Tensor
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def select(self, rows: Tensor) -> Images:
+        """The images of these rows (m,)."""
+        captions = tuple(self.captions[row] for row in rows.tolist())
+        return Images(self.pixels[rows], captions, self.concepts[rows], self.styles[rows])
+
+
+def joined(sets: Iterable[Images]) -> Images:
+    """The images of several sets, one after another."""
+    sets = list(sets)
+    return Images(
+        torch.cat([images.pixels for images in sets]),
+        tuple(caption for images in sets for caption in images.captions),
+        torch.cat([images.concepts for images in sets]),
+        torch.cat([images.styles for images in sets]),
+    )
+
+
+def unpack(folder: Path) -> None:
+    """Unpack the shards of debug_data/emoji into `folder`, unless they are there."""
+    if not all(list(folder.glob(pattern)) for pattern in SPLITS.values()):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(ROOT / "debug_data/emoji/shards.tar.xz") as archive:
+            archive.extractall(folder, filter="data")
+
+
+def labels() -> list[str]:
+    """The labels of all emoji. Their places are the classes of the judge."""
+    lines = (ROOT / "debug_data/emoji/index.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["label"] for line in lines]
+
+
+def parse(caption: str) -> tuple[str, str]:
+    """A caption "fox, twemoji" -> its label and its style."""
+    label, _, style = caption.rpartition(", ")
+    return label, style
+
+
+def real_images(folder: Path, split: str) -> Images:
+    """All images of a split, as training reads them."""
+    files = folder / SPLITS[split]
+    data = ShardData(files, val_manifest=files, pixels=SIDE * SIDE, multiple=4)
+    everything = range(data.num_images)
+    batch = data.batch(0, 0, everything, everything, "val")
+
+    classes = {label: number for number, label in enumerate(labels())}
+    parsed = [parse(caption) for caption in batch.prompts]
+    return Images(
+        signed(torch.stack(batch.images)),
+        batch.prompts,
+        torch.tensor([classes[label] for label, _ in parsed]),
+        torch.tensor([STYLES.index(style) for _, style in parsed]),
+    )
+
+
+class Judge(nn.Module):
+    """Images (B, 3, 32, 32) -> features (B, 160), unit embeddings (B, 96) of the emoji alone, style logits (B, 4)."""
+
+    def __init__(self, num_concepts: int):
+        super().__init__()
+        widths = (16, 48, 96, FEATURES)
+        layers: list[nn.Module] = []
+        for before, width in zip((3, *widths), widths, strict=False):
+            layers += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            layers += [nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)] if width != FEATURES else []
+        self.trunk = nn.Sequential(*layers)
+        self.embed = nn.Linear(FEATURES * 16, EMBEDDING, bias=False)  # of a 4 x 4 grid, so that positions count
+        self.style = nn.Linear(FEATURES, len(STYLES))
+        self.concepts = nn.Parameter(torch.randn(num_concepts, EMBEDDING))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        grid = self.trunk(images)
+        features = grid.mean(dim=(2, 3))
+        return features, F.normalize(self.embed(grid.flatten(1)), dim=1), self.style(features)
+
+    def similarities(self, embeddings: Tensor) -> Tensor:
+        """Cosine similarities (B, C) with all emoji."""
+        return embeddings @ F.normalize(self.concepts, dim=1).T
+
+
+def distorted(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images (B, 3, 32, 32), each scaled, shifted, rotated, recoloured, blurred and with noise, all slightly."""
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(len(images), *shape, generator=generator)
+
+    # geometry; outside of the image is white
+    angle, scale = uniform(-0.12, 0.12), uniform(0.85, 1.2)
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    shift = uniform(-0.12, 0.12, 2)
+    matrix = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    images = F.grid_sample(images - 1, grid, align_corners=False) + 1
+
+    # colour
+    images = images * uniform(0.85, 1.1, 1, 1, 1) + uniform(-0.08, 0.08, 3, 1, 1)
+
+    # half of the images blurred, half with noise
+    kernel = torch.tensor([0.25, 0.5, 0.25])
+    kernel = (kernel[:, None] * kernel)[None, None].expand(3, 1, 3, 3)
+    blurred = F.conv2d(F.pad(images, (1, 1, 1, 1), "replicate"), kernel, groups=3)
+    images = torch.where(uniform(0, 1, 1, 1, 1) < 0.5, blurred, images)
+    noise = uniform(-0.2, 0.2, 1, 1, 1).clamp_min(0)
+    return images + noise * torch.randn(images.shape, generator=generator)
+
+
+def train(images: Images, steps: int = 4000, batch: int = 128, lr: float = 2e-3) -> Judge:
+    """A judge of these images."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    judge = Judge(len(labels())).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    progress = Progress("judge", steps)
+
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        if len(order) < batch:
+            order = torch.randperm(len(images), generator=generator)
+        rows, order = order[:batch], order[batch:]
+
+        inputs = distorted(images.pixels[rows], generator).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            _, embeddings, styles = judge(inputs)
+        logits = SCALE * judge.similarities(embeddings.float())
+        loss = F.cross_entropy(logits, images.concepts[rows])
+        loss = loss + 0.3 * F.cross_entropy(styles.float(), images.styles[rows])
+
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        progress.advance(1, f"loss {loss.item():.4f}")
+    progress.close()
+    return judge.eval().requires_grad_(False)
+
+
+def load() -> Judge:
+    """The judge of this repository."""
+    judge = Judge(len(labels()))
+    judge.load_state_dict({name: value.float() for name, value in load_file(WEIGHTS).items()}, strict=False)
+    return judge.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def score(judge: Judge, pixels: Tensor, concepts: Tensor, styles: Tensor) -> dict[str, Tensor]:
+    """Per image (n,): whether the emoji asked for comes first, or among the first five, of all; whether the style is
+    the one asked for. `features` (n, 160) are for Frechet distances.
+    """
+    features, ranks, right = [], [], []
+    for part, wanted, style in zip(pixels.split(256), concepts.split(256), styles.split(256), strict=True):
+        feature, embeddings, logits = judge(part.clamp(-1, 1))
+        similarities = judge.similarities(embeddings)
+        own = similarities.gather(1, wanted[:, None])
+        features.append(feature)
+        ranks.append((similarities > own).sum(dim=1))
+        right.append(logits.argmax(dim=1) == style)
+    rank = torch.cat(ranks)
+    return {"concept@1": rank < 1, "concept@5": rank < 5, "style": torch.cat(right), "features": torch.cat(features)}
+
+
+def nearest(images: Tensor, trained: Tensor) -> Tensor:
+    """Per image (n,): the root mean square difference of its pixels to the most similar training image."""
+    trained = trained.flatten(1)
+    squares = trained.square().sum(dim=1)
+    distances = []
+    for part in images.clamp(-1, 1).flatten(1).split(256):
+        square = part.square().sum(dim=1, keepdim=True) - 2 * part @ trained.T + squares
+        distances.append((square.amin(dim=1).clamp_min(0) / trained.shape[1]).sqrt())
+    return torch.cat(distances)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=ROOT / "runs/emoji", help="folder of the unpacked shards")
+    parser.add_argument("--steps", type=int, default=4000)
+    given = parser.parse_args()
+
+    unpack(given.data)
+    splits = {split: real_images(given.data, split) for split in SPLITS}
+    judge = train(joined(splits.values()), given.steps)
+    weights = {name: value.half() if value.is_floating_point() else value for name, value in judge.state_dict().items()}
+    save_file({name: value for name, value in weights.items() if "num_batches" not in name}, WEIGHTS)
+
+    judge = load()
+    ceilings = {"chance": {"concept@1": 1 / len(labels()), "concept@5": 5 / len(labels()), "style": 1 / len(STYLES)}}
+    generator = torch.Generator().manual_seed(1)
+    for split, images in splits.items():
+        for name, pixels in (("real", images.pixels), ("distorted", distorted(images.pixels, generator))):
+            scores = score(judge, pixels, images.concepts, images.styles)
+            ceilings[f"{split}, {name}"] = {
+                key: round(value.float().mean().item(), 4) for key, value in scores.items() if key != "features"
+            }
+    (HERE / "judge.json").write_text(json.dumps(ceilings, indent=1) + "\n")
+    print(json.dumps(ceilings, indent=1))
+
+
+if __name__ == "__main__":
+    main()
