@@ -29,6 +29,7 @@ from selfe.encoders.cached_latents import CachedLatents
 from selfe.encoders.cached_text import CachedText
 from selfe.encoders.flux_vae import FluxVAE
 from selfe.encoders.identity import Identity
+from selfe.encoders.remembered_text import RememberedText
 from selfe.encoders.t5_clip import T5Clip
 from selfe.encoders.words import Words
 from selfe.infer import Inferencer
@@ -45,7 +46,7 @@ PARTS = (
     ("Training", "trainer", (TrainerConfig,)),
     ("Sampling", "inferencer", (Inferencer,)),
     ("Backbone", "system.backbone.params", (MMDiT,)),
-    ("Text encoders", "system.text_encoder.params", (T5Clip, Words, CachedText)),
+    ("Text encoders", "system.text_encoder.params", (T5Clip, Words, CachedText, RememberedText)),
     ("Autoencoders", "system.autoencoder.params", (FluxVAE, Identity, CachedLatents)),
     ("Objectives", "system.objective.params", (SelfEvaluation, FlowMatching)),
     ("Data sets", "data.params", (BucketedDataset, ShapesData, CachedData)),

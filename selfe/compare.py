@@ -24,6 +24,7 @@ NUMERICS = ("params.dtype", "params.decode_pixels")
 # parts that read a cache of another part's output, by the parameter that holds the other part
 CACHED = {
     "selfe.encoders.cached_text.CachedText": "encoder",
+    "selfe.encoders.remembered_text.RememberedText": "encoder",
     "selfe.encoders.cached_latents.CachedLatents": "autoencoder",
 }
 

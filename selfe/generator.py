@@ -15,9 +15,9 @@ from PIL import Image
 
 from selfe import compare, config, device, recorded_run
 from selfe.checkpoint.weights import find_weights, load_weights
+from selfe.encoders.remembered_text import RememberedText
 from selfe.errors import UserError
 from selfe.inference import prompts as prompt_lists
-from selfe.inference.prompt_cache import PromptCache
 from selfe.inference.prompts import SamplingDefaults
 from selfe.io import image_encode
 from selfe.protocols import Sampler
@@ -63,7 +63,7 @@ class Generator:
         self.net = self.system.backbone.to_empty(device=self.device).requires_grad_(False)
         self.step = load_weights(path, self.net, weights)
         self.net.to(DTYPES[device.choose_precision(precision, self.device)])
-        self.system.text_encoder = PromptCache(self.system.text_encoder)
+        self.system.text_encoder = RememberedText(self.system.text_encoder)
         self.system.load_encoders(self.device)
 
     def generate(

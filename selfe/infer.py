@@ -28,11 +28,11 @@ from selfe.checkpoint.weights import find_weights, load_weights
 from selfe.device import choose_precision, device_name
 from selfe.distributed import activation_checkpoint, collectives
 from selfe.distributed.collectives import World
+from selfe.encoders.remembered_text import RememberedText
 from selfe.errors import UserError
 from selfe.gallery import build
 from selfe.inference import job, prompts
 from selfe.inference.job import ImageSpec, Layout, Weights
-from selfe.inference.prompt_cache import PromptCache
 from selfe.inference.prompts import Request, SamplingDefaults
 from selfe.io import image_encode
 from selfe.io.folder_lock import removed_on_failure
@@ -99,7 +99,7 @@ class Inferencer:
             existing = collectives.broadcast(set(job.existing_images(folder)) if world.is_main else None, world)
             existing &= {spec.file for spec in todo}
             if len(existing) < len(todo):
-                system.text_encoder = PromptCache(system.text_encoder)
+                system.text_encoder = RememberedText(system.text_encoder)
                 system.load_encoders(world.device)
                 self.generate_share(system, nets, todo, existing, facts, folder, world)
             collectives.barrier()

@@ -49,7 +49,7 @@ EDGES = {
     "gallery": {"config", "errors", "inference", "io", "types"},
     "launch": BASE | {"config", "distributed"},  # the failure of one process is published for the others
     "recorded_run": {"compare", "config"},
-    "generator": PARTS | {"checkpoint", "compare", "config", "inference", "recorded_run", "system"},
+    "generator": PARTS | {"checkpoint", "compare", "config", "encoders", "inference", "recorded_run", "system"},
     "cli": {"errors"},
     "__main__": {"cli"},
     "__init__": set(),

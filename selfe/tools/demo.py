@@ -21,9 +21,9 @@ from PIL import Image
 from selfe import compare, config, device, recorded_run
 from selfe.checkpoint import verify
 from selfe.checkpoint.weights import find_weights, is_export, load_weights
+from selfe.encoders.remembered_text import RememberedText
 from selfe.errors import UserError
 from selfe.inference import prompts
-from selfe.inference.prompt_cache import PromptCache
 from selfe.inference.prompts import SamplingDefaults
 from selfe.io import image_encode
 from selfe.rng import SampleRNG
@@ -83,7 +83,7 @@ class DemoModel:
         self.weights, self.dtype = weights, DTYPES[device.choose_precision(precision, accelerator)]
         self.net = self.system.backbone.to_empty(device=accelerator).requires_grad_(False)
         self.load(path)
-        self.system.text_encoder = PromptCache(self.system.text_encoder)
+        self.system.text_encoder = RememberedText(self.system.text_encoder)
         self.system.load_encoders(accelerator)
 
         # the first calls compile kernels and allocate memory, which would be part of the first times shown

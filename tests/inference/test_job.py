@@ -10,12 +10,10 @@ from selfe.encoders.flux_vae import FluxVAE, patchify, starts
 from selfe.errors import UserError
 from selfe.inference import job
 from selfe.inference.job import make_batches, plan, share
-from selfe.inference.prompt_cache import PromptCache
 from selfe.inference.prompts import Request, SamplingDefaults
 from selfe.io import image_encode
 from selfe.samplers.euler import Euler
 from selfe.samplers.renoise import Renoise
-from selfe.types import TextCond, packed
 from tests.helpers import samplers
 
 
@@ -148,38 +146,6 @@ def test_no_process_waits_long(processes):
 def test_guidance_one_costs_half():
     (one, five) = plan(requests("a", num_steps=50, cfg_scale=(1, 5)), ["ema"], "flat", ".png")
     assert one.cost() - job.DECODE * 256**2 == (five.cost() - job.DECODE * 256**2) / 2
-
-
-class Letters:
-    """A text encoder of one token per letter that keeps count."""
-
-    text_dim = pooled_dim = 1
-
-    def __init__(self):
-        self.seen = []
-
-    def load(self, device, shard=None):
-        pass
-
-    def __call__(self, captions):
-        self.seen += captions
-        codes = [torch.tensor([[float(ord(c))] for c in caption + "."]) for caption in captions]
-        return TextCond(packed(torch.cat(codes), [(1, len(c)) for c in codes]), torch.stack([c.sum(0) for c in codes]))
-
-
-def test_texts_are_encoded_once_while_there_is_room():
-    letters = Letters()
-    remembered = PromptCache(letters, max_tokens=12)
-    remembered.load(torch.device("cpu"))
-    for captions in (["abc", "", "abc"], ["de", "abc"], ["", "de"]):
-        found, expected = remembered(captions), Letters()(captions)
-        assert torch.equal(found.text.tokens, expected.text.tokens)
-        assert found.text.grids == expected.text.grids
-        assert torch.equal(found.pooled, expected.pooled)
-    assert letters.seen == ["abc", "", "de"]
-    remembered(["fghijk"])  # 7 tokens more: the longest unused goes, the null prompt stays
-    remembered(["", "de", "abc"])
-    assert letters.seen == ["abc", "", "de", "fghijk", "abc"]
 
 
 @pytest.fixture(scope="module")

@@ -67,10 +67,12 @@ def load(path: str, overrides: Sequence[str] = (), cached: bool = False) -> Job:
     if "system" not in settings or "data" not in settings:
         raise UserError(f"{path}: sections system, data and trainer are required")
 
-    # unwrap cached encoders; training loads such an encoder only to decode
+    # unwrap cached encoders; training loads such an encoder only to decode, or to fill the cache
     parts, behind_cache, loads = dict(settings["system"]), [], {}
     for name, inner in (("text_encoder", "encoder"), ("autoencoder", "autoencoder")):
+        wrapper = parts[name]["module"]
         loads[name] = inner not in parts[name]["params"] or parts[name]["params"].get("decode", False)
+        loads[name] |= wrapper == "selfe.encoders.remembered_text.RememberedText"
         while inner in parts[name]["params"]:
             parts[name] = parts[name]["params"][inner]
             behind_cache.append(name)
