@@ -184,6 +184,14 @@ def check_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base-dir", type=path, default=Path(), help="folder that relative image paths start from")
     parser.add_argument("--workers", type=at_least(0), default=4, help="reader processes; 0: read in this process")
     parser.add_argument("--write-clean", type=path, metavar="OUT", help="write the valid lines, with image sizes")
+    parser.add_argument(
+        "--caption-weights",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="W",
+        help="data.params.caption_weights, to count how often each caption is used",
+    )
     parser.add_argument("--min-side", type=at_least(1), default=64, help="smallest allowed side in pixels")
     parser.add_argument("--max-pixels", type=at_least(1), default=178_956_970, help="larger images are rejected")
     parser.add_argument(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from selfe import compare
 from selfe.data.buckets import MAX_SHARE, Buckets, ResolutionPhase
+from selfe.data.captions import CaptionPhase, Captions
 from selfe.data.shuffle import interleave, permute
 from selfe.errors import BadSample, UserError
 from selfe.io import image_decode
@@ -38,10 +39,14 @@ class Source(Protocol):
         ...
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
-        """Indices (n,) -> (n,) approximate caption lengths in bytes."""
+        """Indices (n,) -> (n,) approximate caption lengths in bytes; of several captions, their mean."""
         ...
 
-    def prompt(self, index: int) -> str: ...
+    def captions(self, index: int) -> Captions: ...
+
+    def prompt(self, index: int) -> str:
+        """The first caption."""
+        return self.captions(index).first
 
     def name(self, index: int) -> str:
         """Name of the image in error messages."""
@@ -107,6 +112,8 @@ class BucketedDataset:
         convert_icc: bool = True,
         on_bad_image: Literal["error", "replace"] = "error",
         index_dir: Path | None = None,
+        caption_weights: tuple[float, ...] = (),
+        caption_phases: tuple[CaptionPhase, ...] = (),
     ):
         """
         Args:
@@ -122,11 +129,16 @@ class BucketedDataset:
             convert_icc: convert images from their embedded ICC profile to sRGB; otherwise profiles are ignored.
             on_bad_image: `error` stops; `replace` uses the next sample of the same bucket, counts and lists it.
             index_dir: directory for manifest indices; default: next to each manifest.
+            caption_weights: of the captions of a training image, by position; `[]`: as the file states, or the first.
+            caption_phases: later changes of the caption weights.
         """
         check_range("max_pixels", max_pixels, 1, 2**63 - 1)
         self.phases = (ResolutionPhase(0, (pixels,)), *phases)
-        if list(self.phases) != sorted(self.phases, key=lambda phase: phase.step):
-            raise ValueError(f"phases must be in the order of their steps, got {[phase.step for phase in phases]}")
+        self.caption_phases = (CaptionPhase(0, caption_weights), *caption_phases)
+        for name, ordered in {"phases": self.phases, "caption_phases": self.caption_phases}.items():
+            steps = [phase.step for phase in ordered]
+            if steps != sorted(steps):
+                raise ValueError(f"{name} must be in the order of their steps, got {steps[1:]}")
 
         self.multiple, self.max_aspect, self.flip, self.on_bad_image = multiple, max_aspect, flip, on_bad_image
         self.buckets = {p: Buckets(p, multiple, max_aspect) for phase in self.phases for p in phase.pixels}
@@ -198,7 +210,8 @@ class BucketedDataset:
             for row in self.replacements(seed, self.phase(step, split), split, rows[position]):
                 source = self.sources[split][row.source]
                 try:
-                    loaded.append((read(split, row, flipped), source.prompt(row.index), source.name(row.index)))
+                    image, captions = read(split, row, flipped), source.captions(row.index)
+                    loaded.append((image, self.caption(captions, seed, step, split, row), source.name(row.index)))
                     break
                 except BadSample as problem:
                     if self.on_bad_image == "error":
@@ -209,6 +222,13 @@ class BucketedDataset:
 
         images, prompts, names = zip(*loaded, strict=True)
         return Batch(images, prompts, tuple(positions), names, tuple(problems))
+
+    def caption(self, captions: Captions, seed: int, step: int, split: Split, row: SampleSpec) -> str:
+        """The caption of a sample: a function of the seed and the sample. Validation always uses the first."""
+        if split == "val" or len(captions.texts) == 1:
+            return captions.first
+        weights = [phase for phase in self.caption_phases if phase.step <= step][-1].weights
+        return captions.choose(weights, philox(seed, "caption", row.source, row.place).random())
 
     def read(self, split: Split, row: SampleSpec, flipped: bool) -> Tensor:
         """The image, (3, height, width) uint8."""

@@ -14,13 +14,14 @@ from tqdm import tqdm
 
 from selfe import log
 from selfe.data import index
-from selfe.data.dataset import BucketedDataset
+from selfe.data.captions import Captions
+from selfe.data.dataset import BucketedDataset, Source
 from selfe.data.manifest_formats import ENCLOSED, Line, Tsv, detect, empty, records
 from selfe.errors import BadSample
 from selfe.io import image_decode, text_files
 
 RECORD = np.dtype([("offset", "<u8"), ("height", "<u2"), ("width", "<u2")])  # 12 bytes per line; sizes as in `index`
-# CSV and JSON lines may have other columns, so that the length of a record says nothing about its caption
+# with columns of names, a record may have others or several captions, so that its length is not that of a caption
 TABLE_RECORD = np.dtype([*RECORD.descr, ("caption_bytes", "<u2")])
 LONGEST = 65535  # bytes of a caption; longer ones are stored as this
 BLOCK = 1 << 16  # records written at once
@@ -35,7 +36,7 @@ class ManifestData(BucketedDataset):
         return Manifest(path, base_dir, self.max_pixels, self.index_dir, strict, self.convert_icc)
 
 
-class Manifest:
+class Manifest(Source):
     """The records of a file by index, read through a memory-mapped table of their offsets."""
 
     def __init__(
@@ -48,7 +49,7 @@ class Manifest:
         convert_icc: bool = True,
     ):
         self.format = detect(path)
-        self.in_table = not isinstance(self.format, Tsv)
+        self.in_table = not isinstance(self.format, Tsv) or bool(self.format.header)
         self.path, self.base_dir, self.max_pixels = path, base_dir, max_pixels
         self.index_dir, self.strict, self.convert_icc = index_dir, strict, convert_icc
 
@@ -68,7 +69,7 @@ class Manifest:
         return self.records.sizes(indices)
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
-        """Caption lengths (n,) in bytes; for TSV those of lines, to which the paths add nearly the same."""
+        """Mean caption lengths (n,) in bytes; for TSV without a header those of lines, which paths change little."""
         if self.in_table:
             return self.records.take(indices)["caption_bytes"].astype(np.int64)
 
@@ -77,8 +78,8 @@ class Manifest:
         ends = np.where(indices == last, self.num_bytes, ends).astype(np.int64)
         return ends - self.records.take(indices)["offset"].astype(np.int64)
 
-    def prompt(self, index: int) -> str:
-        return self.line(index).prompt
+    def captions(self, index: int) -> Captions:
+        return self.line(index).captions
 
     def name(self, index: int) -> str:
         return str(self.base_dir / self.line(index).path)
@@ -161,9 +162,9 @@ class Manifest:
         with out.open("wb") as table, self.path.open("rb") as file, bar:
             for offset, number, record in records(file, self.format):
                 try:
-                    _, prompt, size = self.format.parse(record, previous)
-                    rows.append((offset, *(size or (0, 0)), len(prompt.encode())))
-                    num_enclosed += prompt[0] == '"' and text_files.in_csv_quotes(prompt)
+                    _, captions, size = self.format.parse(record, previous)
+                    rows.append((offset, *(size or (0, 0)), captions.mean_bytes))
+                    num_enclosed += captions.first[0] == '"' and text_files.in_csv_quotes(captions.first)
                 except BadSample as problem:
                     located = BadSample(problem.kind, f"{self.path}, line {number}: {problem}")
                     if problem.kind != "CSV quotes":
@@ -181,9 +182,11 @@ class Manifest:
             raise BadSample("CSV quotes", f"{first_quoted} ({num_quoted} such lines)")
         if not out.stat().st_size:
             raise empty(self.path)
-        if self.in_table:
-            image, caption = self.format.image, self.format.caption
-            log.print_line(f"{self.path}: images are those of {image!r}, captions those of {caption!r}")
+        if not isinstance(self.format, Tsv):
+            columns = self.format.columns
+            log.print_line(
+                f"{self.path}: images are those of {columns.image!r}, captions those of {columns.describe_captions()}"
+            )
         elif num_enclosed:
             log.print_line(f"{self.path}: {num_enclosed} {ENCLOSED}")
 

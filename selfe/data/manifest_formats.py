@@ -4,34 +4,41 @@ from __future__ import annotations
 
 import csv
 import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
+from selfe.data import captions
+from selfe.data.captions import Captions
 from selfe.errors import BadSample, UserError
 from selfe.io import text_files
 
 # names of columns and keys, in order of preference
 IMAGE = ("path", "file_name", "filename", "filepath", "file", "image", "image_path", "img")
-CAPTION = ("caption", "text", "prompt", "description")
+CAPTION = ("caption", "text", "prompt", "description", captions.LIST)
+SIZE = ("width", "height")  # columns of TSV
+LONGEST_HEADER = 4096  # bytes
 
 JSON_LINES = (".jsonl", ".ndjson")
 CONVERT = "convert the file with selfe make-manifest"
 CONVERTED = (".parquet", ".gz")  # by `selfe make-manifest`
 OTHERS = (".arrow", ".feather", ".json", ".zip", ".xlsx", ".xls", ".ods")
 ENCLOSED = f"captions are enclosed in quotes, which stay part of them; if these are the quotes of CSV, {CONVERT}"
-SPACES = re.compile("[\t\n\x0b\x0c\r\x85\u2028\u2029]+")  # cannot be in a line of TSV; become one space
 
 
 class Line(NamedTuple):
     """The fields of a record."""
 
     path: str
-    prompt: str
+    captions: Captions
     size: tuple[int, int] | None  # height, width in pixels
+
+    @property
+    def prompt(self) -> str:
+        """The first caption."""
+        return self.captions.first
 
 
 class Format(Protocol):
@@ -83,15 +90,7 @@ def detect(path: Path) -> Format:
         return Csv.of_file(path)
     if suffix in JSON_LINES:
         return JsonLines.of_file(path)
-    with path.open("rb") as file:
-        return Tsv(skip_bom(file))
-
-
-def check_tsv_name(path: Path, option: str) -> None:
-    """Raise UserError if a TSV manifest with this name would be read as another format."""
-    if path.suffix.lower() in (".csv", ".tar", *JSON_LINES, *CONVERTED, *OTHERS):
-        name = path.with_suffix(".tsv")
-        raise UserError(f"{option} {path}: a TSV file is written, and would be read as {path.suffix}; use {name}")
+    return Tsv.of_file(path)
 
 
 def records(file: BinaryIO, format: Format) -> Iterator[tuple[int, int, bytes]]:
@@ -118,9 +117,43 @@ def empty(path: Path) -> UserError:
 # ---- fields ----
 
 
+class Columns(NamedTuple):
+    """The columns or keys that are read."""
+
+    image: str
+    caption: str | None  # a text or a list of texts
+    texts: str | None = None  # a list of captions, alone or beside `caption`
+    weights: str | None = None  # of the captions
+    more: tuple[str, ...] = ()  # further texts: caption_2 ...
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name in (self.image, *self.of_captions, self.weights) if name]
+
+    @property
+    def of_captions(self) -> list[str]:
+        return [name for name in (self.caption, *self.more, self.texts) if name]
+
+    def captions(
+        self, record: Mapping[str, Any], lists_are_text: bool = False, clean: Callable[[Any], str] = captions.one_line
+    ) -> Captions:
+        """The captions of a record. Raises BadSample, as `captions.read`."""
+        texts, weights = (record.get(name) if name else None for name in (self.texts, self.weights))
+        if lists_are_text:
+            texts, weights = captions.from_json(texts), captions.from_json(weights)
+        caption = record.get(self.caption) if self.caption else None
+        if self.more:
+            caption = [caption, *(record.get(name) for name in self.more)]
+        return captions.read(caption, texts, weights, clean)
+
+    def describe_captions(self) -> str:
+        """The columns of captions, for a line of output."""
+        return " and ".join(map(repr, self.of_captions))
+
+
 def choose_columns(
     path: Path, names: Sequence[str], image: str | None = None, caption: str | None = None, remedy: str = "pass "
-) -> tuple[str, str]:
+) -> Columns:
     """The columns of images and captions: those given, or the first of the usual names that is there.
 
     Raises:
@@ -135,22 +168,33 @@ def choose_columns(
                 f"{', '.join(map(repr, names))}, or --no-header if these are no names"
             )
         chosen.append(column)
-    return chosen[0], chosen[1]
+
+    # with --caption, only that column counts
+    image, chosen_caption = chosen
+    if caption not in (None, captions.LIST):
+        return Columns(image, caption)
+    numbered = caption_columns(len(names))
+    if chosen_caption == numbered[0] and captions.LIST not in names:
+        return Columns(image, chosen_caption, more=tuple(name for name in numbered[1:] if name in names))
+    texts, weights = (name if name in names else None for name in (captions.LIST, captions.WEIGHTS))
+    return Columns(image, None if chosen_caption == captions.LIST else chosen_caption, texts, weights)
 
 
-def caption_of(value: Any) -> str:
-    """A caption as one line: line breaks and tabs are spaces. Raises BadSample unless it is a text."""
-    if value is not None and not isinstance(value, str):
-        raise BadSample("not a text", f"the caption is not a text but {type(value).__name__} {str(value)[:60]!r}")
-    return SPACES.sub(" ", (value or "").strip())
+def choose_keys(
+    path: Path, names: Sequence[str], image: str | None = None, caption: str | None = None, **rest
+) -> Columns:
+    """As `choose_columns`, of the first object of a file; later ones may have lists where it does not."""
+    columns = choose_columns(path, names, image, caption, **rest)
+    return columns if caption or columns.more else columns._replace(texts=captions.LIST, weights=captions.WEIGHTS)
 
 
-def check_fields(path: str, prompt: str, record: str) -> None:
-    """Raise BadSample for an empty path or prompt, or one with control characters."""
-    if not path or not prompt:
+def check_fields(path: str, prompts: Sequence[str], record: str) -> None:
+    """Raise BadSample for an empty path, or without a prompt, or for control characters."""
+    if not path or not any(prompts):
         kind = "empty caption" if path else "empty path"
         raise BadSample(kind, f"path or prompt is empty in {record[:60]!r}; give both")
-    if not (path + prompt).isprintable() and (control := text_files.CONTROL.search(path + prompt)):
+    fields = path + "".join(prompts)
+    if not fields.isprintable() and (control := text_files.CONTROL.search(fields)):
         raise BadSample("control character", f"contains the control character U+{ord(control[0]):04X}; remove it")
 
 
@@ -195,9 +239,31 @@ class RecordPerLine:
 
 @dataclass(frozen=True)
 class Tsv(RecordPerLine):
-    """One line per image: path, tab, prompt, optionally followed by tab, width, tab, height. No header, no quotes."""
+    """One line per image: path, tab, prompt, optionally followed by tab, width, tab, height. No quotes.
+
+    A first line with the names of columns, `path`, `caption`, `caption_2` ..., `width`, `height`, sets other columns.
+    """
 
     start: int
+    header: tuple[str, ...] = ()
+
+    @classmethod
+    def of_file(cls, path: Path) -> Tsv:
+        with path.open("rb") as file:
+            start = skip_bom(file)
+            line = file.readline(LONGEST_HEADER)
+        names = tuple(name.strip().decode("latin-1") for name in line.rstrip(b"\r\n").split(b"\t"))
+        if names[0] != "path" or "caption" not in names:
+            return cls(start)
+
+        others = [name for name in names if name not in ("path", *SIZE)]
+        expected = caption_columns(len(others))
+        if others != expected or len(set(names)) != len(names) or (SIZE[0] in names) != (SIZE[1] in names):
+            raise UserError(
+                f"{path}, line 1: the columns of a header are path, {', '.join(expected)} in this order, and width "
+                f"with height, each once; got {', '.join(map(repr, names))}"
+            )
+        return cls(start + len(line), names)
 
     def parse(self, record: bytes, previous: bytes = b"") -> Line:
         """The fields of a line.
@@ -207,30 +273,48 @@ class Tsv(RecordPerLine):
                 `empty caption`, `control character`, `CSV quotes` or `bad size`.
         """
         line = decode(record).rstrip("\r\n")
-        path, *rest = line.split("\t")
-        if len(rest) not in (1, 3) or "\r" in line:
-            raise wrong_columns(line, previous)
+        fields = [field.strip() for field in line.split("\t")]
+        if "\r" in line or not (2 <= len(fields) <= len(self.header) if self.header else len(fields) in (2, 4)):
+            raise wrong_columns(line, previous, self.header)
 
-        path, prompt = path.strip(), rest[0].strip()
-        check_fields(path, prompt, line)
-        if (path[0] == '"' and text_files.in_csv_quotes(path)) or ('""' in prompt and text_files.in_csv_quotes(prompt)):
+        if not self.header:
+            path, prompt, *size = fields
+            prompts = [prompt]
+        else:
+            values = dict(zip(self.header, fields, strict=False))
+            path = values.pop("path", "")
+            size = [values.pop(name, "") for name in SIZE if name in self.header]
+            prompts = list(values.values())
+
+        check_fields(path, prompts, line)
+        if (path[0] == '"' and text_files.in_csv_quotes(path)) or any(map(has_doubled_quotes, prompts)):
             raise BadSample("CSV quotes", f"{line[:60]!r} has the quotes of CSV files; {CONVERT}")
 
-        if len(rest) == 1:
-            return Line(path, prompt, None)
-        width, height = rest[1].strip(), rest[2].strip()
+        if not size:
+            return Line(path, captions.without_weights(prompts), None)
+        width, height = size
         if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
             raise BadSample("bad size", f"width and height must be positive integers (pixels) in {line[:60]!r}")
-        return Line(path, prompt, (int(height), int(width)))
+        return Line(path, captions.without_weights(prompts), (int(height), int(width)))
 
 
-def wrong_columns(line: str, previous: bytes) -> BadSample:
-    """The error for a line that does not have two or four columns, with the cause if it can be seen."""
+def caption_columns(count: int) -> list[str]:
+    """The names of the columns of this many captions in TSV: caption, caption_2 ..."""
+    return ["caption", *(f"caption_{number}" for number in range(2, count + 1))]
+
+
+def has_doubled_quotes(prompt: str) -> bool:
+    return '""' in prompt and text_files.in_csv_quotes(prompt)
+
+
+def wrong_columns(line: str, previous: bytes, header: Sequence[str]) -> BadSample:
+    """The error for a line with a wrong number of columns, with the cause if it can be seen."""
     if "\r" in line:
         return BadSample("carriage return", f"a carriage return alone (U+000D) does not end a line; {CONVERT}")
 
     num_tabs = line.count("\t")
-    message = f"expected path, one tab, prompt; found {num_tabs} tabs in {line[:60]!r}"
+    expected = f"1 to {len(header) - 1} tabs as in the header" if header else "path, one tab, prompt"
+    message = f"expected {expected}; found {num_tabs} tabs in {line[:60]!r}"
     opened = previous.rpartition(b"\t")[2].strip()
     if opened.startswith(b'"') and opened.count(b'"') % 2:
         message += f"; the caption that begins in the line before has a line break in CSV quotes: {CONVERT}"
@@ -243,8 +327,7 @@ class Csv:
 
     start: int
     header: tuple[str, ...]
-    image: str  # columns
-    caption: str
+    columns: Columns
 
     @classmethod
     def of_file(cls, path: Path) -> Csv:
@@ -256,7 +339,7 @@ class Csv:
         except (csv.Error, BadSample) as error:
             message = f"{path}, line 1: the header is not valid CSV ({error}); correct it, or {CONVERT}"
             raise UserError(message) from error
-        return cls(bom + len(header), names, *choose_columns(path, names, remedy=f"{CONVERT} and pass "))
+        return cls(bom + len(header), names, choose_columns(path, names, remedy=f"{CONVERT} and pass "))
 
     def next_record(self, lines: Iterator[bytes]) -> bytes:
         return next_csv_record(lines)
@@ -268,8 +351,8 @@ class Csv:
         """The fields of a row.
 
         Raises:
-            BadSample: kind `invalid UTF-8`, `invalid CSV`, `too many columns`, `empty path`, `empty caption` or
-                `control character`.
+            BadSample: kind `invalid UTF-8`, `invalid CSV`, `too many columns`, `not a text`, `caption weights`,
+                `empty path`, `empty caption` or `control character`.
         """
         text = decode(record)
         try:
@@ -279,9 +362,9 @@ class Csv:
 
         check_width(row, len(self.header))
         values = dict(zip(self.header, row, strict=False))  # empty fields at the end of a row may be missing
-        path, prompt = values.get(self.image, "").strip(), caption_of(values.get(self.caption))
-        check_fields(path, prompt, text.strip())
-        return Line(path, prompt, None)
+        path, of_image = values.get(self.columns.image, "").strip(), self.columns.captions(values, lists_are_text=True)
+        check_fields(path, of_image.texts, text.strip())
+        return Line(path, of_image, None)
 
 
 def next_csv_record(lines: Iterator[bytes]) -> bytes:
@@ -303,8 +386,7 @@ class JsonLines(RecordPerLine):
     """One JSON object per line, as the metadata.jsonl of Hugging Face's imagefolder."""
 
     start: int
-    image: str  # keys
-    caption: str
+    columns: Columns  # keys
 
     @classmethod
     def of_file(cls, path: Path) -> JsonLines:
@@ -317,20 +399,20 @@ class JsonLines(RecordPerLine):
             record = read_object(decode(first))
         except BadSample as problem:
             raise BadSample(problem.kind, f"{path}, line 1: {problem}") from problem
-        return cls(start, *choose_columns(path, list(record), remedy=f"{CONVERT} and pass "))
+        return cls(start, choose_keys(path, list(record), remedy=f"{CONVERT} and pass "))
 
     def parse(self, record: bytes, previous: bytes = b"") -> Line:
         """The fields of an object.
 
         Raises:
-            BadSample: kind `invalid UTF-8`, `invalid JSON`, `not a text`, `empty path`, `empty caption` or
-                `control character`.
+            BadSample: kind `invalid UTF-8`, `invalid JSON`, `not a text`, `caption weights`, `empty path`,
+                `empty caption` or `control character`.
         """
         text = decode(record)
         record = read_object(text)
-        path, prompt = record.get(self.image), caption_of(record.get(self.caption))
+        path, of_image = record.get(self.columns.image), self.columns.captions(record)
         if path is not None and not isinstance(path, str):
             raise BadSample("not a text", f"the image is not a path but {type(path).__name__} {str(path)[:60]!r}")
         path = (path or "").strip()
-        check_fields(path, prompt, text.strip())
-        return Line(path, prompt, None)
+        check_fields(path, of_image.texts, text.strip())
+        return Line(path, of_image, None)

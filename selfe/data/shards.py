@@ -23,8 +23,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from selfe import log
-from selfe.data import index
-from selfe.data.dataset import BucketedDataset
+from selfe.data import captions, index
+from selfe.data.captions import Captions
+from selfe.data.dataset import BucketedDataset, Source
 from selfe.errors import BadSample, UserError
 from selfe.io import image_decode, text_files
 
@@ -32,7 +33,7 @@ from selfe.io import image_decode, text_files
 FIELDS = "shard:<u4 image:<u8 image_bytes:<u4 prompt:<u8 prompt_bytes:<u4 height:<u2 width:<u2 format:<u1"
 RECORD = np.dtype([tuple(field.split(":")) for field in FIELDS.split()])
 IMAGES = image_decode.SUFFIXES | {"img"}  # `make-shards` calls files of other suffixes .img
-CAPTIONS = ("txt", "caption", "json")  # in order of preference; of a .json, its "caption" counts
+CAPTIONS = ("txt", "caption", "json")  # in order of preference; of a .json, its "caption" and "captions" count
 AGAIN = "write the shard again"
 NOT_SHARDS = {".tsv", ".csv", ".jsonl", ".parquet", ".arrow"}
 MAX_TARS = 1_000_000  # files that a brace pattern may name
@@ -45,7 +46,7 @@ class ShardData(BucketedDataset):
         return Shards(path, self.max_pixels, self.index_dir, self.on_bad_image == "error", self.convert_icc)
 
 
-class Shards:
+class Shards(Source):
     """The samples of all tar files that match a pattern, by index, files in the order of their names."""
 
     def __init__(
@@ -77,9 +78,9 @@ class Shards:
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         return self.records.take(indices)["prompt_bytes"].astype(np.int64)
 
-    def prompt(self, index: int) -> str:
+    def captions(self, index: int) -> Captions:
         content = self.bytes_of(index, "prompt")
-        return read_caption(content, CAPTIONS[self.records[index]["format"]], self.name(index))
+        return read_captions(content, CAPTIONS[self.records[index]["format"]], self.name(index))
 
     def name(self, index: int) -> str:
         record = self.records[index]
@@ -274,27 +275,39 @@ def describe_unused(unused: Counter) -> str:
     return f": {unused.total()} members are not used: {reasons}" if unused else ""
 
 
-def read_caption(content: bytes, suffix: str, name: str) -> str:
-    """The caption in a member with this suffix. Raises BadSample; `name` is that of the sample."""
+def read_captions(content: bytes, suffix: str, name: str) -> Captions:
+    """The captions in a member with this suffix. Raises BadSample; `name` is that of the sample."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         message = f"{name}: the text is not UTF-8 at byte {error.start}; {AGAIN}"
         raise BadSample("invalid UTF-8", message) from error
 
+    of_sample = Captions((text.strip(),))
     if suffix == "json":
-        try:
-            text = json.loads(text)["caption"].strip()
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise BadSample("no caption", f'{name}: its .json has no "caption" that is a text; {AGAIN}') from error
+        of_sample = read_json_captions(text, name)
 
-    text = text.strip()
-    if not text:
+    if not any(of_sample.texts):
         raise BadSample("empty caption", f"{name}: empty text; write the shard without it")
-    if control := text_files.CONTROL.search(" ".join(text.split())):  # line breaks and tabs are spaces to the encoders
+    words = " ".join(" ".join(of_sample.texts).split())  # line breaks and tabs are spaces to the encoders
+    if control := text_files.CONTROL.search(words):
         message = f"{name}: the text contains the control character U+{ord(control[0]):04X}; {AGAIN}"
         raise BadSample("control character", message)
-    return text
+    return of_sample
+
+
+def read_json_captions(text: str, name: str) -> Captions:
+    """The captions of a .json member: "caption", "captions" or both."""
+    try:
+        record = json.loads(text)
+        caption, texts = record.get("caption"), record.get(captions.LIST)
+        if caption is None and texts is None:
+            raise KeyError("caption")
+        return captions.read(caption, texts, record.get(captions.WEIGHTS), captions.stripped)
+    except BadSample as problem:
+        raise BadSample(problem.kind, f"{name}: {problem}; {AGAIN}") from problem
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BadSample("no caption", f'{name}: its .json has no "caption" that is a text; {AGAIN}') from error
 
 
 # ---- patterns ----

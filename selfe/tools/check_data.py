@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from itertools import islice, pairwise
 from pathlib import Path
@@ -18,10 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from selfe import log
+from selfe.data import manifest_writer
 from selfe.data.buckets import Buckets
+from selfe.data.captions import CaptionPhase, Captions
 from selfe.data.dataset import BYTES_PER_TOKEN
-from selfe.data.manifest_formats import ENCLOSED, Format, Tsv, check_tsv_name, detect, records
-from selfe.data.shards import Sample, describe_unused, matching_files, read_caption, read_samples
+from selfe.data.manifest_formats import ENCLOSED, Format, Line, Tsv, detect, records
+from selfe.data.shards import Sample, describe_unused, matching_files, read_captions, read_samples
 from selfe.errors import BadSample, UserError
 from selfe.io import image_decode
 from selfe.io.text_files import in_csv_quotes
@@ -47,7 +48,7 @@ class Finding:
 
     where: str  # line N, or sample N
     path: str = ""
-    prompt: str = ""
+    captions: Captions | None = None
     size: tuple[int, int] | None = None  # height, width
     content: bytes = b""  # digest of the image file
     profile: str = ""  # ICC profile of the image
@@ -74,12 +75,12 @@ def examine(item: Item, limits: Limits) -> Finding:
 
 def examine_line(where: str, line: bytes, limits: Limits) -> Finding:
     """Raises BadSample for a line that cannot be parsed or an image that cannot be read."""
-    path, prompt, size = limits.format.parse(line)
+    path, captions, size = limits.format.parse(line)
     full = limits.base_dir / path
     with image_decode.naming(f"{where}: {full}"), image_decode.opened(full) as stream:
         file = stream.read()
 
-    finding = examine_image(Finding(where, path, prompt), str(full), file, limits)
+    finding = examine_image(Finding(where, path, captions), str(full), file, limits)
     if size and size != finding.size and not finding.kind:
         wrong = f"is {finding.size[1]} x {finding.size[0]}, but the manifest has {size[1]} x {size[0]}"
         return replace(finding, kind="wrong size", problem=f"{where}: {full}: {wrong}")
@@ -94,8 +95,8 @@ def examine_sample(where: str, sample: Sample, limits: Limits) -> Finding:
     suffix, caption_place = sample.caption()
 
     name = f"{sample.tar}, {member}"
-    prompt = read_caption(sample.content(caption_place), suffix, name)
-    return examine_image(Finding(where, name, prompt), name, sample.content(place), limits)
+    captions = read_captions(sample.content(caption_place), suffix, name)
+    return examine_image(Finding(where, name, captions), name, sample.content(place), limits)
 
 
 def examine_image(finding: Finding, name: str, file: bytes, limits: Limits) -> Finding:
@@ -173,12 +174,14 @@ def in_order(pool: ProcessPoolExecutor, batches: Iterator, limits: Limits, ahead
 class Report:
     """Counts problems and statistics of valid lines; prints problems as they are found."""
 
-    def __init__(self, tokenizer: str | None, items: str, in_tsv: bool):
+    def __init__(self, tokenizer: str | None, items: str, in_tsv: bool, weights: Sequence[float]):
         self.items = items  # lines or samples
         self.in_tsv = in_tsv  # quotes of CSV, if there are any, are part of the captions
         self.problems, self.good, self.enclosed = Counter(), 0, 0  # enclosed: captions in quotes
         self.sizes, self.tokens, self.captions_of = Counter(), Counter(), {}
         self.profiles, self.flat = Counter(), 0
+        self.num_captions = Counter()  # of images, by number of captions
+        self.weights, self.positions = weights, []  # a `Position` for each caption of the longest list
         self.count = self.exact(tokenizer) if tokenizer else lambda prompt: len(prompt.encode()) // BYTES_PER_TOKEN + 1
         self.unit = "tokens" if tokenizer else f"tokens, estimated as bytes / {BYTES_PER_TOKEN}"
 
@@ -205,7 +208,7 @@ class Report:
             return False
 
         self.good += 1
-        self.enclosed += in_csv_quotes(finding.prompt)
+        self.enclosed += in_csv_quotes(finding.captions.first)
         self.profiles[finding.profile] += 1
         if finding.contrast <= FLAT:
             self.flat += 1
@@ -213,13 +216,39 @@ class Report:
             log.print_line(f"no contrast: {finding.where}: {finding.path}: {extent}; it counts as valid")
 
         self.sizes[finding.size] += 1
-        self.tokens[self.count(finding.prompt)] += 1
+        self.add_captions(finding.captions)
         return True
+
+    def add_captions(self, captions: Captions) -> None:
+        """Count the captions of an image, their lengths and how often training would use each."""
+        self.num_captions[sum(map(bool, captions.texts))] += 1
+        while len(self.positions) < len(captions.texts):
+            self.positions.append(Position())
+
+        shares = captions.shares(self.weights)
+        for position, (text, share) in zip(self.positions, zip(captions.texts, shares, strict=True), strict=False):
+            position.used += share
+            if text:
+                length = self.count(text)
+                self.tokens[length] += 1
+                position.tokens[length] += 1
 
     def seen(self, finding: Finding) -> str:
         """The earlier line or sample with the same image and caption, or an empty text."""
-        key = hashlib.blake2b(finding.content + finding.prompt.encode(), digest_size=16).digest()
+        texts = "\n".join(finding.captions.texts)
+        key = hashlib.blake2b(finding.content + texts.encode(), digest_size=16).digest()
         return "" if (first := self.captions_of.setdefault(key, finding.where)) == finding.where else first
+
+    def show_positions(self) -> None:
+        """Print the number of captions of the images, and the length and use of each position."""
+        counts = sorted(self.num_captions.items())
+        bars("captions per image", [(str(number), images) for number, images in counts])
+
+        log.print_line(f"\ncaption      images   used in      {self.unit}: shortest, median, longest")
+        for number, position in enumerate(self.positions, start=1):
+            lengths = np.sort(np.repeat(list(position.tokens), list(position.tokens.values())))
+            extent = f"{lengths[0]:8d} {lengths[len(lengths) // 2]:7d} {lengths[-1]:8d}" if len(lengths) else ""
+            log.print_line(f"{number:7d} {len(lengths):11d} {position.used / self.good:9.1%} {extent}")
 
     def show(self, buckets: dict[int, Buckets]) -> None:
         """Print histograms of the valid lines, the buckets of each pixel budget, and the totals."""
@@ -236,6 +265,8 @@ class Report:
 
             lengths = np.repeat(list(self.tokens), list(self.tokens.values()))
             histogram(f"caption length ({self.unit})", lengths, [0, 8, 16, 32, 64, 77, 128, 256, 512])
+            if len(self.positions) > 1:
+                self.show_positions()
 
             # how the images are distributed over the buckets of each pixel budget
             for pixels, of_budget in buckets.items():
@@ -255,6 +286,14 @@ class Report:
         log.print_line(f"{self.good} valid {self.items}, {total} with problems")
 
 
+@dataclass
+class Position:
+    """The captions at one position in the lists of all images."""
+
+    tokens: Counter = field(default_factory=Counter)  # captions by length
+    used: float = 0.0  # expected number of images in an epoch that use it
+
+
 def histogram(title: str, values: np.ndarray, edges: list[float]) -> None:
     counts, _ = np.histogram(values, [*edges, np.inf])
     names = [f"{low:g} to {high:g}" for low, high in pairwise(edges)]
@@ -269,6 +308,14 @@ def bars(title: str, rows: list[tuple[str, int]]) -> None:
             log.print_line(f"{name:>16} {count:10d} {'#' * -(-40 * count // most)}")
 
 
+def check_weights(options: argparse.Namespace) -> tuple[float, ...]:
+    """The weights of captions by position. Raises UserError if they are none."""
+    try:
+        return CaptionPhase(0, tuple(options.caption_weights)).weights
+    except ValueError as error:
+        raise UserError(f"--caption-weights: {error}") from error
+
+
 def main(options: argparse.Namespace) -> None:
     """Entry point of `selfe check-data`; exits with code 1 if there are problems."""
     try:
@@ -279,7 +326,9 @@ def main(options: argparse.Namespace) -> None:
     in_shards = options.manifest.suffix == ".tar"
     format = TSV if in_shards else detect(options.manifest)
     limits = Limits(options.base_dir, options.min_side, options.max_pixels, format)
-    report = Report(options.tokenizer, "samples" if in_shards else "lines", isinstance(format, Tsv))
+    report = Report(
+        options.tokenizer, "samples" if in_shards else "lines", isinstance(format, Tsv), check_weights(options)
+    )
     unused = Counter()
 
     if in_shards:
@@ -292,18 +341,14 @@ def main(options: argparse.Namespace) -> None:
     total = sum(file.stat().st_size for file in files)
 
     if options.write_clean:
-        check_tsv_name(options.write_clean, "--write-clean")
+        manifest_writer.check_name(options.write_clean, "--write-clean")
 
-    # valid lines go to a temporary file that is renamed when complete
-    partial = options.write_clean and options.write_clean.with_suffix(".partial")
-    if partial:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("w", encoding="utf-8", newline="\n") if partial else nullcontext() as out:
-        for finding in findings(batched(items), total, limits, options.workers):
-            if report.add(finding) and out:
-                out.write(f"{finding.path}\t{finding.prompt}\t{finding.size[1]}\t{finding.size[0]}\n")
-    if partial:
-        partial.rename(options.write_clean)
+    valid = (finding for finding in findings(batched(items), total, limits, options.workers) if report.add(finding))
+    lines = (Line(finding.path, finding.captions, finding.size) for finding in valid)
+    if options.write_clean:
+        manifest_writer.write(options.write_clean, lines)
+    else:
+        deque(lines, maxlen=0)
 
     if unused:
         log.print_line(f"{options.manifest}{describe_unused(unused)}")

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from selfe import log
+from selfe.data import captions
+from selfe.data.captions import Captions
 from selfe.data.manifest import Manifest
-from selfe.data.shards import CAPTIONS, IMAGES, Shards
+from selfe.data.shards import IMAGES, Shards
 from selfe.errors import UserError
 from selfe.io import image_decode
 
@@ -30,7 +32,7 @@ class Sample(NamedTuple):
     number: int  # unique over all tar files
     suffix: str  # of the image file, without the dot
     image: bytes
-    caption: str
+    captions: Captions
 
 
 def write(tar: Path, samples: Iterable[Sample]) -> None:
@@ -39,20 +41,28 @@ def write(tar: Path, samples: Iterable[Sample]) -> None:
     with tarfile.open(partial, "w", format=tarfile.GNU_FORMAT) as file:
         for sample in samples:
             suffix = sample.suffix if sample.suffix in IMAGES else "img"
-            parts = {suffix: sample.image, CAPTIONS[0]: sample.caption.encode()}
+            members = {suffix: sample.image} | caption_member(sample.captions)
 
             # a new TarInfo has no owner, mode or time of the source file
-            for name, content in parts.items():
+            for name, content in members.items():
                 member = tarfile.TarInfo(f"{sample.number:010d}.{name}")
                 member.size = len(content)
                 file.addfile(member, BytesIO(content))
     partial.rename(tar)
 
 
+def caption_member(of_sample: Captions) -> dict[str, bytes]:
+    """The member with the captions, by suffix: .txt for a single one, .json for several."""
+    record = captions.to_record(of_sample)
+    if captions.LIST not in record:
+        return {"txt": of_sample.first.encode()}
+    return {"json": json.dumps(record, ensure_ascii=False).encode()}
+
+
 def samples_of(manifest: Manifest, indices: range) -> Iterator[Sample]:
     for index in indices:
         path = Path(manifest.name(index))
-        yield Sample(index, path.suffix[1:].lower(), path.read_bytes(), manifest.prompt(index))
+        yield Sample(index, path.suffix[1:].lower(), path.read_bytes(), manifest.captions(index))
 
 
 def check_folder(options: argparse.Namespace) -> None:

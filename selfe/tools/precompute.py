@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -38,6 +39,7 @@ from selfe.types import Split, signed
 LATENTS_PER_SHARD, CAPTIONS_PER_SHARD = 4096, 512
 SAMPLE = 64  # captions encoded to estimate the size of the text cache
 BYTES = 2  # per value in bf16
+POSITION_BITS = 16  # of the position of a caption in its line
 
 Work = Callable[[int, Sequence[int], log.Progress], None]  # encode these items to the shard of this number
 
@@ -121,38 +123,45 @@ class Images(Dataset):
 
 
 class Captions:
-    """The distinct captions of all sources by first occurrence, then the null prompt and `more` if not among them."""
+    """The distinct captions of all images by first occurrence, then the null prompt and `more` if not among them."""
 
     def __init__(self, data: BucketedDataset, more: Sequence[str]):
         self.sources = [source for sources in data.sources.values() for source in sources]
         self.starts = np.cumsum([0, *map(len, self.sources)])
         self.more = list(dict.fromkeys(["", *more]))
 
-        # 16 bytes per line instead of its caption; key 0 marks unreadable lines
-        keys = np.empty((self.starts[-1], 2), np.uint64)
-        for place in range(self.starts[-1]):
+        # for each caption its key, and the numbers of its line and of its position there, instead of its text
+        keys, places = array("Q"), array("Q")
+        for line in range(self.starts[-1]):
             try:
-                keys[place] = key_of(self.at(place))
+                texts = self.of_line(line)
             except BadSample:
                 if data.on_bad_image == "error":
                     raise
-                keys[place] = 0
+                continue
+            for position, text in enumerate(texts):
+                if text:
+                    keys.extend(key_of(text).tolist())
+                    places.append(line << POSITION_BITS | position)
 
-        # keep the first line of each caption
-        unique, first = np.unique(keys, axis=0, return_index=True)
-        self.first = np.sort(first[unique.any(axis=1)])
+        # keep the first place of each caption
+        unique, first = np.unique(np.asarray(keys).reshape(-1, 2), axis=0, return_index=True)
+        self.first = np.asarray(places)[np.sort(first)]
         self.more = [caption for caption in self.more if not (unique == key_of(caption)).all(axis=1).any()]
 
-    def at(self, place: int) -> str:
-        """The caption of a line, counted over all sources."""
-        source = int(np.searchsorted(self.starts, place, side="right")) - 1
-        return self.sources[source].prompt(int(place - self.starts[source]))
+    def of_line(self, line: int) -> tuple[str, ...]:
+        """The captions of a line by position, empty where there is none. Lines are counted over all sources."""
+        source = int(np.searchsorted(self.starts, line, side="right")) - 1
+        return self.sources[source].captions(int(line - self.starts[source])).texts
 
     def __len__(self) -> int:
         return len(self.first) + len(self.more)
 
     def __getitem__(self, number: int) -> str:
-        return self.at(self.first[number]) if number < len(self.first) else self.more[number - len(self.first)]
+        if number >= len(self.first):
+            return self.more[number - len(self.first)]
+        place = int(self.first[number])
+        return self.of_line(place >> POSITION_BITS)[place % (1 << POSITION_BITS)]
 
 
 def key_of(caption: str) -> np.ndarray:

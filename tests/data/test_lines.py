@@ -16,6 +16,7 @@ from PIL import Image
 
 from selfe import cli, config, train
 from selfe.data import manifest_formats
+from selfe.data.captions import SPACES
 from selfe.data.dataset import plan
 from selfe.data.manifest import RECORD, Manifest, ManifestData
 from selfe.errors import BadSample, UserError
@@ -131,7 +132,7 @@ def test_tables_are_read_as_their_conversion_to_a_manifest(folder, capsys, name)
 
 
 CAPTIONS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufeff")).filter(
-    lambda text: text.strip() and not text_files.CONTROL.search(manifest_formats.SPACES.sub(" ", text.strip()))
+    lambda text: text.strip() and not text_files.CONTROL.search(SPACES.sub(" ", text.strip()))
 )
 
 
@@ -150,7 +151,7 @@ def test_any_caption_is_read_back_from_the_position_of_its_record(tmp_path, suff
     form = manifest_formats.detect(path)
     with path.open("rb") as opened_file:
         places = list(manifest_formats.records(opened_file, form))
-    expected = [manifest_formats.SPACES.sub(" ", caption.strip()) for caption in captions]
+    expected = [SPACES.sub(" ", caption.strip()) for caption in captions]
     assert [form.parse(record).prompt for _, _, record in places] == expected
     for offset, number, record in places:
         assert form.next_record(iter(content[offset:].splitlines(keepends=True))) == record

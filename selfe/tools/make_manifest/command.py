@@ -17,7 +17,8 @@ from itertools import chain, count, islice
 from pathlib import Path
 
 from selfe import log
-from selfe.data.manifest_formats import Tsv, check_fields, check_tsv_name
+from selfe.data import manifest_writer
+from selfe.data.manifest_formats import Line, check_fields
 from selfe.errors import BadSample, UserError
 from selfe.io import image_decode
 from selfe.io.text_files import CONTROL
@@ -27,7 +28,6 @@ from selfe.tools.make_manifest.sources import Notes, Row
 
 NAMED = 5  # examples of each kind of problem in the summary
 PREFIX = "train"  # of tar files
-TSV = Tsv(0)
 
 
 class Summary:
@@ -83,37 +83,17 @@ def usable(rows: Iterator[Row | BadSample], convert: Callable[[Row], object], su
 # ---- a manifest ----
 
 
-def to_line(row: Row) -> bytes:
+def to_line(row: Row) -> Line:
     """The line of a manifest. Raises BadSample if it would not be read back as it is."""
     if isinstance(row.image, bytes):
         raise UserError(f"{row.where}: stores the image itself, not a path; write tar shards with --shards DIR")
+    line = Line(row.image, row.captions, None)
     try:
-        check_fields(row.image, row.caption, row.caption or row.image)
-        line = f"{row.image}\t{row.caption}\n".encode()
-        if TSV.parse(line)[:2] != (row.image, row.caption):
-            raise BadSample(
-                "space in path", "the path begins or ends with a space, which a manifest ignores; rename it"
-            )
+        check_fields(line.path, line.captions.texts, "".join(line.captions.texts) or line.path)
+        manifest_writer.check(line)
     except BadSample as problem:
         raise BadSample(problem.kind, f"{row.where}: {problem}") from problem
     return line
-
-
-def write_manifest(out: Path, rows: Iterator[Row | BadSample], summary: Summary) -> int:
-    """Write a manifest under a temporary name and rename it, unless it is empty. Returns the number of lines."""
-    partial = out.with_name(out.name + ".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    written = 0
-    try:
-        with partial.open("wb") as file:
-            for line in usable(rows, to_line, summary):
-                file.write(line)
-                written += 1
-        if written:
-            partial.rename(out)
-    finally:
-        partial.unlink(missing_ok=True)
-    return written
 
 
 # ---- tar shards ----
@@ -122,7 +102,7 @@ def write_manifest(out: Path, rows: Iterator[Row | BadSample], summary: Summary)
 def to_sample(row: Row, base_dir: Path) -> make_shards.Sample:
     """The members of a shard, not numbered yet. Raises BadSample if the caption or the image header is invalid."""
     try:
-        check_fields("image", row.caption, row.where)
+        check_fields("image", row.captions.texts, row.where)
     except BadSample as problem:
         raise BadSample(problem.kind, f"{row.where}: {problem}") from problem
 
@@ -133,7 +113,7 @@ def to_sample(row: Row, base_dir: Path) -> make_shards.Sample:
         with image_decode.naming(name), image_decode.opened(path) as file:
             image = file.read()
     image_decode.size(BytesIO(image), name)
-    return make_shards.Sample(0, row.suffix, image, row.caption)
+    return make_shards.Sample(0, row.suffix, image, row.captions)
 
 
 def write_shards(out: Path, rows: Iterator[Row | BadSample], summary: Summary, base_dir: Path, size: int) -> int:
@@ -171,7 +151,7 @@ def main(options: argparse.Namespace) -> None:
         raise UserError(f"{out}: is what is read; choose another --out or --shards")
 
     if options.out:
-        check_tsv_name(options.out, "--out")
+        manifest_writer.check_name(options.out, "--out")
 
     notes, summary = Notes(), Summary()
     rows = read_all(options, notes)
@@ -179,7 +159,7 @@ def main(options: argparse.Namespace) -> None:
     if options.shards:
         written = write_shards(out, rows, summary, base_dir, options.samples)
     else:
-        written = write_manifest(out, rows, summary)
+        written = manifest_writer.write(out, usable(rows, to_line, summary))
 
     # how the source was read, what was left out, and how to go on
     for line in notes.lines:

@@ -19,7 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO
 
-from selfe.data.manifest_formats import JSON_LINES, SPACES, caption_of, check_width, choose_columns, read_object
+from selfe.data.captions import SPACES, Captions, stripped
+from selfe.data.manifest_formats import JSON_LINES, Columns, check_width, choose_columns, choose_keys, read_object
 from selfe.data.shards import IMAGES
 from selfe.errors import BadSample, UserError
 
@@ -46,21 +47,21 @@ class Options:
 
 @dataclass(frozen=True)
 class Row:
-    """A sample: its image, as a path or as the content of an image file, and its caption."""
+    """A sample: its image, as a path or as the content of an image file, and its captions."""
 
     where: str  # FILE, row N
     image: str | bytes
     suffix: str  # of the image file, without the dot
-    text: str | None
+    written: Captions  # as the source has them
 
     @property
-    def caption(self) -> str:
-        """The caption in one line."""
-        return caption_of(self.text)
+    def captions(self) -> Captions:
+        """Each in one line."""
+        return self.written._replace(texts=tuple(SPACES.sub(" ", text) for text in self.written.texts))
 
     @property
     def has_line_breaks(self) -> bool:
-        return bool(SPACES.search((self.text or "").strip()))
+        return any(SPACES.search(text) for text in self.written.texts)
 
 
 @dataclass
@@ -91,8 +92,9 @@ def read(source: Path, options: Options, notes: Notes) -> Rows:
     return table_rows(source, options, notes)
 
 
-def make_row(where: str, image: Any, caption: Any) -> Row | BadSample:
+def make_row(where: str, record: Mapping[str, Any], columns: Columns, lists_are_text: bool = False) -> Row | BadSample:
     """A sample from the values of a row: an image is a path, bytes, or Hugging Face's {bytes, path}."""
+    image = record.get(columns.image)
     path, content = image, None
     if isinstance(image, Mapping):
         path, content = image.get("path"), image.get("bytes")
@@ -106,17 +108,17 @@ def make_row(where: str, image: Any, caption: Any) -> Row | BadSample:
     if not path and not content:
         return BadSample("empty path", f"{where}: there is no image")
     try:
-        caption_of(caption)
+        captions = columns.captions(record, lists_are_text, clean=stripped)
     except BadSample as problem:
         return BadSample(problem.kind, f"{where}: {problem}")
-    return Row(where, content or path, Path(path or "").suffix[1:].lower(), caption)
+    return Row(where, content or path, Path(path or "").suffix[1:].lower(), captions)
 
 
-def note_columns(source: Path, columns: tuple[str, str], names: list[str], notes: Notes) -> None:
+def note_columns(source: Path, columns: Columns, names: list[str], notes: Notes) -> None:
     """Note which columns are used."""
-    unused = [name for name in names if name not in columns]
+    unused = [name for name in names if name not in columns.names]
     rest = f"; not used: {', '.join(map(repr, unused))}" if unused else ""
-    notes.lines.append(f"{source}: images from {columns[0]!r}, captions from {columns[1]!r}{rest}")
+    notes.lines.append(f"{source}: images from {columns.image!r}, captions from {columns.describe_captions()}{rest}")
 
 
 def import_optional(name: str, source: Path) -> ModuleType:
@@ -185,9 +187,9 @@ def json_rows(path: Path, file: TextIO, options: Options, notes: Notes) -> Itera
         try:
             record = read_object(line)
             if columns is None:
-                columns = choose_columns(path, list(record), options.image, options.caption)
+                columns = choose_keys(path, list(record), options.image, options.caption)
                 note_columns(path, columns, list(record), notes)
-            yield number, make_row(where, *(record.get(column) for column in columns))
+            yield number, make_row(where, record, columns)
         except BadSample as problem:
             yield number, BadSample(problem.kind, f"{where}: {problem}")
 
@@ -197,12 +199,12 @@ def csv_rows(
 ) -> Iterator[tuple[int, Row | BadSample]]:
     # strict: a quote that does not enclose a complete field is an error, rather than dropped
     table = csv.reader(file, delimiter=delimiter, strict=True)
-    places, width = (0, 1), None
+    header, columns, width = ["image", "caption"], Columns("image", "caption"), None
     if not options.no_header:
         header = [name.strip() for name in next(table, [])]
         columns = choose_columns(path, header, options.image, options.caption)
         note_columns(path, columns, header, notes)
-        places, width = tuple(header.index(column) for column in columns), len(header)
+        width = len(header)
 
     for number, row in enumerate(table, start=1 if options.no_header else 2):
         if not any(field.strip() for field in row):
@@ -211,8 +213,8 @@ def csv_rows(
         where = f"{path}, row {number}"
         try:
             check_width(row, width)
-            image, caption = (row[place] if place < len(row) else "" for place in places)
-            yield number, make_row(where, image, caption)
+            values = reversed(list(zip(header, row, strict=False)))  # of two columns of a name, the first counts
+            yield number, make_row(where, dict(values), columns, lists_are_text=True)
         except BadSample as problem:
             yield number, BadSample(problem.kind, f"{where}: {problem}")
 
@@ -221,13 +223,13 @@ def csv_rows(
 
 
 def parquet_rows(path: Path, options: Options, notes: Notes) -> Rows:
-    """The rows of a parquet file, from 1, read in blocks; only two columns are read."""
+    """The rows of a parquet file, from 1, read in blocks; only the columns that are used are read."""
     parquet = import_optional("pyarrow.parquet", path)
     with naming_arrow_errors(path), parquet.ParquetFile(path) as file:
         names = file.schema_arrow.names
         columns = choose_columns(path, names, options.image, options.caption)
         note_columns(path, columns, names, notes)
-        yield from arrow_rows(path, file.iter_batches(ROWS, columns=list(columns)), columns)
+        yield from arrow_rows(path, file.iter_batches(ROWS, columns=columns.names), columns)
 
 
 def saved_rows(folder: Path, options: Options, notes: Notes) -> Rows:
@@ -247,15 +249,15 @@ def saved_rows(folder: Path, options: Options, notes: Notes) -> Rows:
             if columns is None:
                 columns = choose_columns(folder, stream.schema.names, options.image, options.caption)
                 note_columns(folder, columns, stream.schema.names, notes)
-            yield from arrow_rows(path, (batch.select(list(columns)) for batch in stream), columns)
+            yield from arrow_rows(path, (batch.select(columns.names) for batch in stream), columns)
 
 
-def arrow_rows(path: Path, batches: Iterable, columns: tuple[str, str]) -> Rows:
+def arrow_rows(path: Path, batches: Iterable, columns: Columns) -> Rows:
     number = 0
     for batch in batches:
         for record in batch.to_pylist():
             number += 1
-            yield make_row(f"{path}, row {number}", *(record[column] for column in columns))
+            yield make_row(f"{path}, row {number}", record, columns)
 
 
 @contextmanager
@@ -366,4 +368,4 @@ def captioned(root: Path, path: Path, beside: list[Path]) -> Row | BadSample:
     except UnicodeDecodeError as error:
         message = f"{root / beside[0]}: not UTF-8 at byte {error.start}; save it as UTF-8"
         return BadSample("invalid UTF-8", message)
-    return Row(name, path.as_posix(), path.suffix[1:].lower(), text)
+    return Row(name, path.as_posix(), path.suffix[1:].lower(), Captions((text.strip(),)))
