@@ -171,7 +171,7 @@ def test_any_caption_is_read_back_from_the_position_of_its_record(tmp_path, suff
         ("a.csv", "path,caption\n", "a.csv: the manifest is empty"),
         ("a.jsonl", '{"image": "0.png", "text": "x"}\n{"image": "1.png"}', "a.jsonl, line 2: path or prompt is empty"),
         ("a.jsonl", '{"image": "0.png", "text": "x"}\n\n{"im', "a.jsonl, line 3: not a JSON object in one line"),
-        ("a.jsonl", '{"image": "0.png", "text": ["x"]}', "a.jsonl, line 1: the caption is not a text but list"),
+        ("a.jsonl", '{"image": "0.png", "text": {"a": "x"}}', "a.jsonl, line 1: the caption is not a text but dict"),
         ("a.jsonl", '{"image": {"bytes": ""}, "text": "x"}', "line 1: the image is not a path but dict"),
         ("a.jsonl", '["0.png"]', "a.jsonl, line 1: expected a JSON object in each line"),
         ("a.jsonl", '{"image": "0.png", "text": "\\ud800"}', r"line 1: contains the control character U\+D800"),

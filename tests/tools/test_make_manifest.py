@@ -85,12 +85,12 @@ def test_rows_that_cannot_be_used_are_left_out_and_counted(tmp_path, capsys):
 
 
 def test_json_values_that_are_no_texts_are_left_out(tmp_path, capsys):
-    rows = ['{"image": "a.png", "text": ["one", "two"]}', "{", '{"image": 3, "text": "x"}', '{"image": "b.png"}']
+    rows = ['{"image": "a.png", "text": {"a": "one"}}', "{", '{"image": 3, "text": "x"}', '{"image": "b.png"}']
     (tmp_path / "t.jsonl").write_text("\n".join([*rows, '{"text": "good", "image": "c.png"}']))
     assert fails(tmp_path / "t.jsonl", "--out", tmp_path / "m.tsv") == 1
     assert (tmp_path / "m.tsv").read_text() == "c.png\tgood\n"
     printed = capsys.readouterr().out
-    assert "row 1: the caption is not a text but list" in printed
+    assert "row 1: the caption is not a text but dict" in printed
     assert "row 2: not a JSON object" in printed
     assert "row 3: the image is neither a path nor bytes but int" in printed
     assert "1 left out: empty caption" in printed
