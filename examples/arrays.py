@@ -1,4 +1,4 @@
-"""A data set: an .npz file with `images` (n, height, width, 3), uint8, and `captions` (n,), held in memory."""
+"""A data set held in memory: an .npz file with `images` (n, height, width, 3), uint8, and `captions` (n,) or (n, k)."""
 
 import hashlib
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from selfe.data.captions import Captions
 from selfe.data.dataset import BucketedDataset
 from selfe.errors import UserError
 
@@ -20,7 +21,7 @@ class Arrays:
         if not path.is_file():
             raise UserError(f"{path}: no such file; set data.params.train_manifest to an .npz file")
         with np.load(path) as file:
-            self.path, self.images, self.captions = path, file["images"], file["captions"].tolist()
+            self.path, self.images, self.texts = path, file["images"], file["captions"].reshape(len(file["images"]), -1)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -29,10 +30,10 @@ class Arrays:
         return np.tile(self.images.shape[1:3], (len(indices), 1))
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
-        return np.array([len(self.captions[index].encode()) for index in indices])
+        return np.array([self.captions(index).mean_bytes for index in indices])
 
-    def prompt(self, index: int) -> str:
-        return self.captions[index]
+    def captions(self, index: int) -> Captions:
+        return Captions(tuple(self.texts[index].tolist()))
 
     def name(self, index: int) -> str:
         return f"{self.path}, image {index}"
