@@ -1,5 +1,6 @@
 """Options of the test command, and what several test files share."""
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -26,7 +27,30 @@ settings.register_profile("selfe", deadline=None)  # no test depends on how fast
 settings.load_profile("selfe")
 # one process imports everything once, alone and without threads; ranks of the tests are forks of it
 PARTS = "encoders.t5_clip", "encoders.flux_vae", "backbones.mmdit", "objectives.self_evaluation"  # which configs name
-multiprocessing.set_forkserver_preload(["selfe.train", "selfe.infer", *(f"selfe.{part}" for part in PARTS)])
+PRELOADED = "selfe.train", "selfe.infer", *(f"selfe.{part}" for part in PARTS), "tests.helpers.frozen"
+multiprocessing.set_forkserver_preload([*PRELOADED])
+
+# the files that take longest, which come first: the two processes of the tests then end at about the same time
+LONGEST = (
+    "test_compile",
+    "test_export",
+    "test_grad_guard",
+    "test_infer",
+    "test_interruptions",
+    "test_launch",
+    "test_miniature",
+    "test_plan",
+    "test_resume",
+    "test_smoke",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # as tests.helpers.frozen
 
 
 def pytest_addoption(parser):

@@ -32,7 +32,8 @@ def describe(folder: Path, settings: dict, command: list[str], processes: int) -
             log.print_line(f"config differs from the run so far: {line}")
 
     config.save(settings, path)
-    installed = sorted({f"{package.name}=={package.version}" for package in metadata.distributions()}, key=str.lower)
+    packages = (package.metadata for package in metadata.distributions())  # `metadata` reads a file at every access
+    installed = sorted({f"{package['Name']}=={package['Version']}" for package in packages}, key=str.lower)
     (folder / "packages.txt").write_text("\n".join(installed) + "\n", encoding="utf-8")
     own = is_checkout(CODE)
     (folder / "changes.diff").write_text(git(CODE, "diff", "HEAD") or "" if own else "", encoding="utf-8")

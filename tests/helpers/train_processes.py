@@ -3,14 +3,17 @@
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from selfe import cli, launch, train
 
@@ -74,6 +77,14 @@ class Run:
             if (path := self.work / f"failure_{rank}").exists()
         }
 
+    def report(self) -> int:
+        """Print the error line that the launcher would print of these failures; returns its exit code."""
+        failures = {
+            rank: ProcessFailure(rank, process.pid, process.exitcode, str(self.work / f"failure_{rank}"))
+            for rank, process in enumerate(self.processes)
+        }
+        return launch.report(ChildFailedError("train", failures))
+
 
 def _child(rank: int, size: int, work: Path, arguments: list[str], env: dict[str, str]) -> None:
     _settle(work / f"out_{rank}")
@@ -100,14 +111,29 @@ def _command(arguments: tuple[str, ...], out: Path) -> None:
     cli.main()
 
 
-def command(*arguments: str, code: int = 0) -> str:
-    """Run `selfe ARGUMENTS`; returns what it printed."""
+def _script(arguments: tuple[str, ...], out: Path) -> None:
+    _settle(out)
+    sys.argv = [*arguments]
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+def _printed(target: Callable[..., None], arguments: tuple[str, ...], code: int) -> str:
     out = Path(tempfile.mkdtemp()) / "out"
-    process = CONTEXT.Process(target=_command, args=(arguments, out), daemon=True)
+    process = CONTEXT.Process(target=target, args=(arguments, out), daemon=True)
     process.start()
     process.join(120)
     assert process.exitcode == code, out.read_text()
     return out.read_text()
+
+
+def command(*arguments: str, code: int = 0) -> str:
+    """Run `selfe ARGUMENTS`; returns what it printed."""
+    return _printed(_command, arguments, code)
+
+
+def script(path: str, *arguments: str, code: int = 0) -> str:
+    """Run `python PATH ARGUMENTS`, the path from the root of the repository; returns what it printed."""
+    return _printed(_script, (path, *arguments), code)
 
 
 def finish(folder: Path, size: int, *overrides: str, config: Path = TINY, env: dict[str, str] | None = None) -> str:

@@ -1,20 +1,16 @@
 """The checks for a GPU, rehearsed on the CPU."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers.train_processes import script
+
 # the others start further processes or compile
 CHECKS = ["card", "attention", "parity", "step_0.5b", "encoders", "sampling", "save"]
 
 
 def test_every_check_of_the_rehearsal_reports_facts(tmp_path):
     out = tmp_path / "gpu.jsonl"
-    command = [sys.executable, "scripts/gpu_check.py", "--tiny", "--out", str(out), "--only", ",".join(CHECKS)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    script("scripts/gpu_check.py", "--tiny", "--out", str(out), "--only", ",".join(CHECKS))
 
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     facts = {name: [line for line in lines if line["check"] == name] for name in CHECKS}
@@ -29,7 +25,5 @@ def test_every_check_of_the_rehearsal_reports_facts(tmp_path):
 
 
 def test_an_unknown_check_and_a_machine_without_gpu_are_named():
-    command = [sys.executable, "scripts/gpu_check.py", "--out", "unused.jsonl", "--tiny", "--only", "spede"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "--only: unknown check spede; choose from card, attention" in done.stderr
+    printed = script("scripts/gpu_check.py", "--out", "unused.jsonl", "--tiny", "--only", "spede", code=2)
+    assert "--only: unknown check spede; choose from card, attention" in printed

@@ -15,7 +15,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from PIL import Image
 
+from selfe import infer
 from selfe.device import accelerator_count
+from selfe.errors import UserError
 from tests.helpers import infer_processes, train_processes
 
 ROOT = Path(__file__).parents[2]
@@ -168,16 +170,19 @@ def only_line(done: subprocess.CompletedProcess) -> str:
     return done.stderr
 
 
-def test_a_bad_image_on_one_rank_is_one_line(tmp_path):
+def test_a_bad_image_on_one_rank_is_one_line(tmp_path, capsys):
     lines = (ROOT / "debug_data/t2i_smoke/manifest.tsv").read_text().splitlines()
     bad = tmp_path / "bad.jpg"
     good = (ROOT / "debug_data/t2i_smoke" / lines[0].split("\t")[0]).read_bytes()
     bad.write_bytes(good[: len(good) // 2])
     manifest = tmp_path / "manifest.tsv"
     manifest.write_text("\n".join([f"{bad}\ta broken image", *lines]))
-    done = run("run.sh", 2, f"trainer.output_dir={tmp_path}/run", f"data.params.train_manifest={manifest}")
-    assert str(bad) in only_line(done)
-    assert "line 1" in done.stderr
+    training = train_processes.Run(tmp_path / "run", 2, f"data.params.train_manifest={manifest}")
+    assert sorted(training.wait()) == [1, 2]
+    assert training.report() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(bad) in line
+    assert "line 1" in line
 
 
 def test_mistakes_before_the_first_step_are_one_line(tmp_path):
@@ -187,7 +192,8 @@ def test_mistakes_before_the_first_step_are_one_line(tmp_path):
     assert not (tmp_path / "run").exists()
     (tmp_path / "step_00000003").mkdir()
     folders = f"inferencer.output_dir={tmp_path}/images", f"inferencer.ckpt_dir={tmp_path}/step_00000003"
-    assert "incomplete" in only_line(run("infer.sh", 1, *folders))
+    with pytest.raises(UserError, match="incomplete"):
+        infer.main([str(ROOT / SMOKE), *folders])
 
 
 def test_without_weights_and_without_the_variable_one_line_says_what_to_run(tmp_path):
