@@ -27,7 +27,9 @@ from selfe.data.dataset import BucketedDataset
 from selfe.data.shapes import ShapesData
 from selfe.encoders.cached_latents import CachedLatents
 from selfe.encoders.cached_text import CachedText
+from selfe.encoders.composed_text import ComposedText
 from selfe.encoders.flux_vae import FluxVAE
+from selfe.encoders.hf_text import HFText
 from selfe.encoders.identity import Identity
 from selfe.encoders.remembered_text import RememberedText
 from selfe.encoders.t5_clip import T5Clip
@@ -46,7 +48,7 @@ PARTS = (
     ("Training", "trainer", (TrainerConfig,)),
     ("Sampling", "inferencer", (Inferencer,)),
     ("Backbone", "system.backbone.params", (MMDiT,)),
-    ("Text encoders", "system.text_encoder.params", (T5Clip, Words, CachedText, RememberedText)),
+    ("Text encoders", "system.text_encoder.params", (T5Clip, HFText, ComposedText, Words, CachedText, RememberedText)),
     ("Autoencoders", "system.autoencoder.params", (FluxVAE, Identity, CachedLatents)),
     ("Objectives", "system.objective.params", (SelfEvaluation, FlowMatching)),
     ("Data sets", "data.params", (BucketedDataset, ShapesData, CachedData)),

@@ -202,6 +202,14 @@ def check_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", help="a folder such as SELFE_CACHE_DIR/t5-v1_1-xxl, to count tokens exactly")
 
 
+def probe_text(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG")
+    prompts_help = "a file like examples/probe_prompts.tsv"
+    parser.add_argument("prompts", type=path, metavar="PROMPTS", help=prompts_help)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+
 def precompute(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -287,6 +295,8 @@ def cache_pretrained(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache-dir", type=path, required=True, metavar="DIR", help="destination; created if missing")
     parser.add_argument("--hf-token", metavar="TOKEN", help="a Hugging Face token (default: HF_TOKEN); not stored")
     parser.add_argument("--flux-vae-only", action="store_true", help="skip FLUX's transformer (24 GB)")
+    text_help = "only this text encoder, a name on the Hub such as Qwen/Qwen3-0.6B; may be repeated"
+    parser.add_argument("--text-encoder", action="append", default=[], metavar="ID", help=text_help)
 
 
 def doctor(parser: argparse.ArgumentParser) -> None:
@@ -333,6 +343,13 @@ VERBS = {
         "  torchrun --nproc-per-node 8 -m selfe precompute CONFIG --out DIR\n"
         "OUT/config.yaml trains from the cache.",
         TRAINING,
+    ),
+    "probe-text": Verb(
+        "selfe.tools.probe_text",
+        "Measure how well a config's text encoder tells captions apart: swapped attributes, counts, negations.",
+        probe_text,
+        "Each line of PROMPTS has a kind, a caption, the same in other words, and other meanings, separated by tabs.",
+        ("system",),
     ),
     "make-manifest": Verb(
         "selfe.tools.make_manifest.command",

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from difflib import get_close_matches
 from importlib import import_module
@@ -33,7 +33,13 @@ SECTIONS = {
     "inferencer": "selfe.infer.Inferencer",
 }
 DATA = "selfe.protocols.Data"
-PRETRAINED = ("selfe.encoders.t5_clip.T5Clip", "selfe.encoders.flux_vae.FluxVAE")
+PRETRAINED = (
+    "selfe.encoders.t5_clip.T5Clip",
+    "selfe.encoders.hf_text.HFText",
+    "selfe.encoders.flux_vae.FluxVAE",
+)  # parts whose weights are in params.cache_dir
+# parts that load other parts, which their params hold
+COMPOSED = ("selfe.encoders.composed_text.ComposedText", "selfe.encoders.remembered_text.RememberedText")
 ROOT = ("seed", "data", *SECTIONS)
 PLAIN = (int, float, str, bool, Path, types.NoneType)
 LARGEST_SEED = 2**63 - 1
@@ -172,14 +178,25 @@ def expect_file(value: str | None, path: str, problem: str = "no such file") -> 
 def check_weights(system: dict) -> None:
     """Raise Problem if a pretrained encoder of a training config has no weights to load."""
     for name in ("text_encoder", "autoencoder"):
-        part = system.get(name, {})
-        params = part.get("params") or {}
-        if part.get("module") in PRETRAINED and not params.get("skip_pretrained") and not params.get("cache_dir"):
-            raise Problem(
-                f"system.{name}.params.cache_dir",
-                "SELFE_CACHE_DIR is not set; set it to the directory of the weights, run "
-                "scripts/cache_pretrained_only.sh, or set SELFE_SKIP_PRETRAINED=1 for random weights",
-            )
+        for path, part in pretrained_parts(system.get(name, {}), f"system.{name}"):
+            params = part.get("params") or {}
+            is_path = str(params.get("model", "")).startswith((".", "~", "/"))  # of HFText: needs no cache folder
+            if not params.get("skip_pretrained") and not params.get("cache_dir") and not is_path:
+                raise Problem(
+                    f"{path}.params.cache_dir",
+                    "SELFE_CACHE_DIR is not set; set it to the directory of the weights, run "
+                    "scripts/cache_pretrained_only.sh, or set SELFE_SKIP_PRETRAINED=1 for random weights",
+                )
+
+
+def pretrained_parts(part: dict, path: str) -> Iterator[tuple[str, dict]]:
+    """The pretrained parts that a part at a key path loads, itself or those that it holds: (key path, part)."""
+    if part.get("module") in PRETRAINED:
+        yield path, part
+    if part.get("module") in COMPOSED:
+        for name, inner in (part.get("params") or {}).items():
+            if isinstance(inner, dict):
+                yield from pretrained_parts(inner, f"{path}.params.{name}")
 
 
 def resolve(path: str | Path, overrides: Sequence[str] = ()) -> dict:

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from selfe import compare, config
 
-PRETRAINED = ("selfe.encoders.t5_clip.T5Clip", "selfe.encoders.flux_vae.FluxVAE")
-
 
 def load_settings(path: Path, trust: bool) -> dict:
     """Settings of a run's `config.yaml`, with the pretrained encoders of this machine and without feature caches.
@@ -21,9 +19,9 @@ def load_settings(path: Path, trust: bool) -> dict:
     settings = config.load(path, trust=trust)
     settings["system"] = compare.uncached(settings["system"])
     if folder := os.environ.get("SELFE_CACHE_DIR"):
-        for part in settings["system"].values():
-            if part["module"] in PRETRAINED:
-                part["params"]["cache_dir"] = folder
+        for name, part in settings["system"].items():
+            for _, pretrained in config.pretrained_parts(part, name):
+                pretrained["params"]["cache_dir"] = folder
     return settings
 
 

@@ -53,7 +53,9 @@ def planned(path: str) -> list[dict]:
     """GiB held and received by a rank in a step of one micro-batch, by world size and shard group size."""
     # the cost of a micro-batch does not depend on the ranks: measure it once
     job = load(path)
-    step = run(job, job.shapes_at(0), count_words(job.system, CAPTION), 1, job.trainer.activation_checkpointing)
+    step = run(
+        job, job.shapes_at(0), count_words(job.system.text_encoder, CAPTION), 1, job.trainer.activation_checkpointing
+    )
 
     # sharded over all ranks, and (beyond one machine) sharded within a machine and replicated across machines
     cases = [(ranks, ranks) for ranks in RANKS] + [(ranks, NODE) for ranks in RANKS if ranks > NODE]

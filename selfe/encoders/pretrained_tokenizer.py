@@ -35,6 +35,8 @@ def load_tokenizer(folder: Path, files: tuple[str, ...], rows: int, end_id: int)
         UserError: a file is missing or damaged, or the tokenizer does not belong to the encoder.
     """
     check_files(folder, files)
+    if (folder / "merges.txt").is_file() and (folder / "vocab.json").is_file():
+        check_merges(folder / "merges.txt", folder / "vocab.json")
     with plain_errors(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         problem = mismatch(tokenizer, rows, end_id)
@@ -43,36 +45,33 @@ def load_tokenizer(folder: Path, files: tuple[str, ...], rows: int, end_id: int)
     return tokenizer
 
 
-def check_files(folder: Path, files: tuple[str, ...]) -> None:
+def check_files(folder: Path, files: tuple[str, ...], remedy: str = AGAIN) -> None:
     """Raise UserError if a file of the tokenizer is missing, a git-LFS pointer, or damaged."""
     present = {path.name: path for path in folder.iterdir()}
     if "tokenizer.json" not in present and (missing := [name for name in files if name not in present]):
-        raise UserError(f"{folder / missing[0]}: no such file, and no tokenizer.json in its place; {AGAIN}")
+        raise UserError(f"{folder / missing[0]}: no such file, and no tokenizer.json in its place; {remedy}")
 
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json"):
         if name in present:
-            read_json(present[name])
+            read_json(present[name], remedy)
 
     if "spiece.model" in present:
-        refuse_pointer(present["spiece.model"])
+        refuse_pointer(present["spiece.model"], remedy)
         try:
             model = present["spiece.model"].read_bytes()
             damaged = not model or SentencePieceProcessor(model_proto=model).get_piece_size() == 0
         except RuntimeError:
             damaged = True
         if damaged:
-            raise UserError(f"{present['spiece.model']}: not a sentencepiece model, the file is damaged; {AGAIN}")
-
-    if "merges.txt" in present and "vocab.json" in present:
-        refuse_pointer(present["merges.txt"])
-        check_merges(present["merges.txt"], present["vocab.json"])
+            raise UserError(f"{present['spiece.model']}: not a sentencepiece model, the file is damaged; {remedy}")
 
 
 def check_merges(merges: Path, vocabulary: Path) -> None:
-    """Raise UserError unless the merges produce exactly the longer tokens of the vocabulary.
+    """Raise UserError unless CLIP's merges produce exactly the longer tokens of the vocabulary.
 
     With fewer merges (a file that was cut) words are split into other, still valid tokens.
     """
+    refuse_pointer(merges)
     lines = merges.read_text(encoding="utf-8", errors="replace").split("\n")
     merged = {line.replace(" ", "") for line in lines if line.strip() and not line.startswith("#version")}
 
@@ -109,7 +108,7 @@ def mismatch(tokenizer: PreTrainedTokenizerBase, rows: int, end_id: int) -> str:
 
 
 @contextmanager
-def plain_errors(folder: Path) -> Iterator[None]:
+def plain_errors(folder: Path, remedy: str = AGAIN) -> Iterator[None]:
     """Silence transformers while it loads from a folder, and report its errors as one line that names the folder."""
     verbosity = logging_of_transformers.get_verbosity()
     logging_of_transformers.set_verbosity_error()
@@ -119,7 +118,7 @@ def plain_errors(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:  # the tokenizers library raises errors of this class itself
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{folder}: cannot be loaded ({reason}); {AGAIN}") from error
+        raise UserError(f"{folder}: cannot be loaded ({reason}); {remedy}") from error
     finally:
         logging_of_transformers.set_verbosity(verbosity)
         logging_of_transformers.enable_progress_bar()

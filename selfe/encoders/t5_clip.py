@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,13 +19,13 @@ from transformers import (
     T5EncoderModel,
 )
 
-from selfe.device import to_device
 from selfe.encoders.pretrained_tokenizer import load_tokenizer, plain_errors
+from selfe.encoders.token_batches import PAD_MULTIPLE, Code, copy_together, encode, group_by_length, padded
 from selfe.errors import UserError
 from selfe.io.safetensors_files import SafetensorsFiles, cached, read_json
 from selfe.protocols import ShardLoader, TensorReader
 from selfe.rng import philox
-from selfe.types import DTYPES, MOST_WIDTH, Precision, TextCond, check_range, packed
+from selfe.types import DTYPES, MOST_WIDTH, Precision, TextCond, check_range
 
 T5_FOLDER, CLIP_FOLDER = "t5-v1_1-xxl", "clip-vit-large-patch14"
 T5_TOKENIZER, CLIP_TOKENIZER = ("spiece.model",), ("vocab.json", "merges.txt")
@@ -75,13 +74,11 @@ def check_sizes(size: T5Size | ClipSize) -> None:
 class T5Clip:
     """Encodes captions as T5 tokens (last hidden state, at the caption's true length) and CLIP's pooled output.
 
-    Inside, T5 pads a caption to the next multiple of `pad_multiple` tokens, with a mask, and runs once per padded
+    Inside, T5 pads a caption to the next multiple of `PAD_MULTIPLE` tokens, with a mask, and runs once per padded
     length; CLIP pads all captions to its 77 positions and runs once. The padded length depends on the caption alone, so
     its embedding does not depend on the rest of the batch. A sharded T5 pads all captions to the longest, because every
     rank must make the same number of calls.
     """
-
-    pad_multiple = 32
 
     def __init__(
         self,
@@ -116,7 +113,7 @@ class T5Clip:
             "t5": asdict(self.t5_size),
             "clip": asdict(self.clip_size),
             "dtype": self.precision,
-            "padding": f"T5 to a multiple of {self.pad_multiple}, CLIP to {CLIP_MAX_TOKENS}",
+            "padding": f"T5 to a multiple of {PAD_MULTIPLE}, CLIP to {CLIP_MAX_TOKENS}",
         }
 
     def load(self, device: torch.device, shard: ShardLoader | None = None) -> None:
@@ -207,38 +204,25 @@ class T5Clip:
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> TextCond:
         """Captions -> text (T, text_dim) and pooled (B, pooled_dim), float32."""
-        # Empty captions use the precomputed embedding.
-        others = [caption for caption in captions if caption]
-        if self.sharded and not others:
-            others = [""]  # every rank must take part in the collectives
-        codes = iter(self.encode_each(others) if others else ())
-        texts, pooled = zip(*(next(codes) if caption else self.empty for caption in captions), strict=True)
-        return TextCond(packed(torch.cat(texts), [(1, len(text)) for text in texts]), torch.stack(pooled))
+        return encode(captions, self.encode_each, self.empty, self.sharded)
 
     @torch.no_grad()
-    def encode_each(self, captions: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+    def encode_each(self, captions: Sequence[str]) -> list[Code]:
         """Encode captions: B x (text (n, text_dim), pooled (pooled_dim,)), float32."""
         t5_ids, clip_ids = self.t5_ids(captions), self.clip_ids(captions)
 
-        # Captions of one padded length share a call of T5.
-        lengths = [-(-len(row) // self.pad_multiple) * self.pad_multiple for row in t5_ids]
-        if self.sharded:
-            lengths = [max(lengths)] * len(lengths)
-        groups = defaultdict(list)
-        for index, length in enumerate(lengths):
-            groups[length].append(index)
-
-        # All ids go to the device in one copy.
-        blocks = [padded([t5_ids[i] for i in group], length) for length, group in groups.items()]
-        blocks.append(padded(clip_ids, CLIP_MAX_TOKENS))
-        flat = to_device(torch.cat([block.flatten() for block in blocks]), self.device)
-        pieces = flat.split([block.numel() for block in blocks])
-        *t5_blocks, clip_block = (piece.view(block.shape) for piece, block in zip(pieces, blocks, strict=True))
+        # T5: a batch for each padded length; CLIP: one batch
+        groups = group_by_length([len(row) for row in t5_ids], same=self.sharded)
+        batches = [padded([t5_ids[index] for index in group], length) for length, group in groups.items()]
+        batches.append(padded(clip_ids, CLIP_MAX_TOKENS))
+        *t5_batches, clip_batch = copy_together(batches, self.device)
 
         texts: dict[int, Tensor] = {}
-        for group, block in zip(groups.values(), t5_blocks, strict=True):
-            texts |= zip(group, self.forward_t5(block[:, 1:], block[:, :1]).float(), strict=True)
-        pooled = self.clip(clip_block[:, 1:]).pooler_output.float()
+        for group, batch in zip(groups.values(), t5_batches, strict=True):
+            texts |= zip(group, self.forward_t5(batch[:, 1:], batch[:, :1]).float(), strict=True)
+
+        # the padding of both is not read: T5 has a mask, and CLIP attends to earlier tokens only
+        pooled = self.clip(clip_batch[:, 1:]).pooler_output.float()
         return [(texts[index][: len(row)], pooled[index]) for index, row in enumerate(t5_ids)]
 
     def t5_ids(self, captions: Sequence[str]) -> list[list[int]]:
@@ -306,11 +290,3 @@ def random_t5(name: str, shape: torch.Size, config: T5Config, dtype: torch.dtype
         std = 1.0 if name == "shared.weight" else shape[1] ** -0.5
     generator = torch.Generator().manual_seed(int(philox("t5", name).integers(2**63)))
     return torch.empty(shape, dtype=dtype).normal_(0, std, generator=generator)
-
-
-def padded(rows: Sequence[list[int]], length: int) -> Tensor:
-    """(B, 1 + length): the number of token ids of each row, the ids, and zeros.
-
-    Neither encoder reads the zeros: T5 has a mask, and CLIP attends to earlier tokens only.
-    """
-    return torch.tensor([[len(row), *row, *[0] * (length - len(row))] for row in rows])

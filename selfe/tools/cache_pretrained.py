@@ -5,6 +5,7 @@
     clip-vit-large-patch14/  openai/clip-vit-large-patch14
     ae.safetensors           black-forest-labs/FLUX.1-dev (gated)
     flux1-dev.safetensors    the same repository; skipped with --flux-vae-only
+    OWNER/NAME/              with --text-encoder OWNER/NAME, and then nothing else: a text encoder for HFText
     fetched.json             source repository, commit and file sizes of each part
 
 Partial downloads are resumed, and every file is verified against the Hub's hash.
@@ -18,7 +19,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,16 @@ from selfe.io.safetensors_files import INDEX, write
 
 RECORD = "fetched.json"
 TOKENIZER = {"config.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"}
+# files of tokenizers of other models
+TOKENIZERS = TOKENIZER | {
+    "added_tokens.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+}
 KEPT = "downloaded data is kept, run again"
 
 
@@ -47,6 +58,7 @@ class Part:
     folder: str  # relative to the cache
     files: frozenset[str]  # optional files: those that the repository has
     needed: str  # required file, or the stem of weight files in any format
+    safetensors_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,11 @@ class File:
     location: str
 
 
-def parts(vae_only: bool) -> list[Part]:
+def parts(vae_only: bool, text_encoders: Sequence[str] = ()) -> list[Part]:
+    """What to download: the text encoders, if any are named, otherwise the encoders of the paper."""
+    if text_encoders:
+        return [text_encoder(repo) for repo in dict.fromkeys(text_encoders)]
+
     flux = ["ae.safetensors"] if vae_only else ["ae.safetensors", "flux1-dev.safetensors"]
     return [
         Part("google/t5-v1_1-xxl", "t5-v1_1-xxl", frozenset(TOKENIZER | {"spiece.model"}), "model"),
@@ -75,11 +91,18 @@ def parts(vae_only: bool) -> list[Part]:
     ]
 
 
+def text_encoder(repo: str) -> Part:
+    """A text encoder by its name on the Hub, for `selfe.encoders.hf_text.HFText`. Raises UserError for other text."""
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", repo):
+        raise UserError(f"--text-encoder {repo}: give a name on the Hub, such as Qwen/Qwen3-0.6B")
+    return Part(repo, repo, frozenset(TOKENIZERS), "model", safetensors_only=True)
+
+
 def main(options: argparse.Namespace) -> None:
     """Entry point of `selfe cache-pretrained`."""
     cache, token = options.cache_dir, options.hf_token
     record = read_record(cache)
-    todo = [part for part in parts(options.flux_vae_only) if not is_done(cache, part, record)]
+    todo = [part for part in parts(options.flux_vae_only, options.text_encoder) if not is_done(cache, part, record)]
 
     # check access to every repository before the first download
     plan = [(part, list_files(part, token)) for part in todo]
@@ -133,6 +156,11 @@ def list_files(part: Part, token: str | None) -> list[File]:
                 name for name in names if re.fullmatch(rf"model(-\d+-of-\d+)?\.safetensors|model{INDEX}", name)
             ]
             pickles = [name for name in names if re.fullmatch(r"pytorch_model(-\d+-of-\d+)?\.bin", name)]
+            if part.safetensors_only and pickles and not safetensors:
+                raise UserError(
+                    f"{part.repo}: the repository has its weights only as {pickles[0]}, which is not loaded because it "
+                    "can run code; choose one with safetensors"
+                )
             wanted += sorted(safetensors or pickles)
         if not any(name.startswith((part.needed, "pytorch_model")) for name in wanted):
             raise UserError(f"{part.repo}: the repository has no {part.needed} file; check that it has not moved")

@@ -136,7 +136,7 @@ def test_a_caption_has_the_same_embedding_beside_any_others(cache, dtype):
 
 def test_a_cache_records_how_captions_are_padded(monkeypatch):
     before = compare.describe("text_encoder", T5Clip(**SIZES))
-    monkeypatch.setattr(T5Clip, "pad_multiple", 64)
+    monkeypatch.setattr(t5_clip, "PAD_MULTIPLE", 64)
     after = compare.describe("text_encoder", T5Clip(**SIZES))
     assert compare.differences(before, after).keys() == {"text_encoder.params.padding"}
 

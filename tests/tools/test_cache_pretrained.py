@@ -14,9 +14,10 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from selfe import cli
+from selfe.encoders.hf_text import HFText
 from selfe.errors import UserError
 from selfe.tools import cache_pretrained
-from tests.helpers.encoder_files import ROOT, write_cache
+from tests.helpers.encoder_files import ROOT, write_cache, write_text_model
 from tests.helpers.fake_hub import COMMIT, Hub
 from tests.method.test_pretrained import assert_equals_reference, loaded
 
@@ -169,3 +170,34 @@ def test_full_disk_is_one_line(tmp_path):
     plan = [(cache_pretrained.parts(True)[0], files)]
     with pytest.raises(UserError, match=r"1250000.0 GB are needed, .* GB are free"):
         cache_pretrained.check_space(tmp_path / "not" / "yet", plan)
+
+
+def test_a_text_encoder_is_downloaded_under_its_name(tmp_path, fetch):
+    """Nothing else is, and a pickle is refused before anything is downloaded."""
+    repos = {"bert/tiny": write_text_model(tmp_path / "hub/bert", "bert"), "old/model": tmp_path / "hub/old"}
+    (repos["bert/tiny"] / "tf_model.h5").write_bytes(b"unwanted")
+    repos["old/model"].mkdir()
+    (repos["old/model"] / "pytorch_model.bin").write_bytes(b"")
+    cache = tmp_path / "cache"
+
+    with Hub(repos) as hub:
+        with pytest.raises(
+            UserError, match=r"old/model: the repository has its weights only as pytorch_model.bin, which"
+        ):
+            fetch(hub, "--text-encoder", "bert/tiny", "--text-encoder", "old/model")
+        assert not hub.served
+        with pytest.raises(UserError, match=r"--text-encoder \.\./tiny: give a name on the Hub"):
+            fetch(hub, "--text-encoder", "../tiny")
+        fetch(hub, "--text-encoder", "bert/tiny")
+        names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+        assert {name for _, name in hub.gets()} == names
+        hub.requests.clear()
+        fetch(hub, "--text-encoder", "bert/tiny")
+        assert not hub.requests
+
+    encoder = HFText("bert/tiny", 32, cache_dir=cache, max_tokens=64)
+    encoder.load(torch.device("cpu"))
+    assert encoder(["a cat"]).text.lens == (4,)
+    (cache / "bert/tiny/model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"bert/tiny: .*download it with selfe cache-pretrained --text-encoder bert/ti"):
+        encoder.load(torch.device("cpu"))

@@ -31,6 +31,12 @@ from tests.helpers.ranks import on_ranks
 ROOT = Path(__file__).parents[2]
 TINY, SMOKE, MINI = "tests/helpers/tiny.yaml", "configs/debug/selfe_smoke.yaml", "configs/mini/selfe.yaml"
 RANDOM = [f"system.{part}.params.skip_pretrained=true" for part in ("text_encoder", "autoencoder")]
+# two encoders with random weights: tokens and pooled vector, of the widths in TINY and in SMOKE
+HF_TEXT = (
+    "system.text_encoder={module: selfe.encoders.composed_text.ComposedText, params: {tokens: {module: HF, params: "
+    "{model: a, text_dim: %d, template: 'a photo of {}', skip_pretrained: true}}, pooled: {module: HF, params: "
+    "{model: b, text_dim: %d, skip_pretrained: true}}}}"
+).replace("HF,", "selfe.encoders.hf_text.HFText,")
 SMALL = [*RANDOM, "trainer.total_batch_size=4", "trainer.micro_batch_size=4", "data.params.pixels=1024"]
 
 
@@ -61,8 +67,9 @@ def measured(path: str, overrides: list[str], batch: Batch, rng: SampleRNG, step
         (SMOKE, SMALL, 5, {"self-evaluation", "recomputed", "autoencoder", "text_encoder.t5", "text_encoder.clip"}),
         (SMOKE, [*SMALL, "trainer.activation_checkpointing=2"], 9, {"auxiliary", "auxiliary, backward", "recomputed"}),
         (MINI, ["trainer.total_batch_size=8", "trainer.micro_batch_size=8"], 5, {"flow matching, backward"}),
+        (SMOKE, [*SMALL, HF_TEXT % (64, 32)], 5, {"text_encoder.tokens.net", "text_encoder.pooled.net"}),
     ],
-    ids=["smoke", "auxiliary", "mini"],
+    ids=["smoke", "auxiliary", "mini", "hf text"],
 )
 def test_operations_are_those_of_a_training_step(path, overrides, step, parts, tmp_path, alone):
     overrides = [*overrides, f"trainer.output_dir={tmp_path}"]
@@ -129,11 +136,19 @@ def bytes_of_a_rank(world: World, overrides: list[str], step: int) -> dict[str, 
     [
         (2, [], 5),
         (2, ["trainer.shard_text_encoder=true", "trainer.activation_checkpointing=false"], 2),
+        (2, ["trainer.shard_text_encoder=true", HF_TEXT % (16, 8)], 2),
         (2, ["trainer.gathering={reshard_after_forward: false}"], 5),
         (4, ["trainer.gathering={reshard_after_forward: 2}"], 5),
         (4, ["trainer.shard_size=2"], 5),
     ],
-    ids=["2", "2, T5 sharded too", "2, blocks kept unsharded", "4, blocks resharded to 2", "4 in groups of 2"],
+    ids=[
+        "2",
+        "2, T5 sharded too",
+        "2, both text encoders sharded",
+        "2, blocks kept unsharded",
+        "4, blocks resharded to 2",
+        "4 in groups of 2",
+    ],
 )
 def test_a_rank_holds_and_sends_what_the_plan_says(size, overrides, step, tmp_path):
     overrides = [*RANDOM, f"trainer.output_dir={tmp_path}", f"trainer.total_batch_size={2 * size}", *overrides]

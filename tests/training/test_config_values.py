@@ -21,6 +21,7 @@ from selfe.data.manifest import ManifestData
 from selfe.data.shapes import ShapesData
 from selfe.distributed.fsdp import GatherConfig
 from selfe.encoders.flux_vae import FluxVAE
+from selfe.encoders.hf_text import HFText
 from selfe.encoders.identity import Identity
 from selfe.encoders.t5_clip import ClipSize, T5Clip, T5Size
 from selfe.encoders.words import Words
@@ -55,6 +56,7 @@ SHIPPED: dict[type, dict[str, Any]] = {
     T5Size: {},
     ClipSize: {},
     FluxVAE: {"width": 32},
+    HFText: {"model": "owner/name", "text_dim": 64},
     Words: {},
     Identity: {},
     FlowMatching: {},
@@ -102,6 +104,7 @@ def with_value(owner: type, name: str, hint: Any, value: Any) -> Any:
 NOTHING_REGULARISED = "the term is off"
 PHASE_ZERO = "from the first step on"
 ACCEPTED: dict[str, dict[float, str]] = {
+    "HFText.layers": {-1: "the last one", 0: "the embedding"},
     "TrainerConfig.lr": {0: "the weights stay as they are"},
     "TrainerConfig.min_lr": {0: "decays to zero"},
     "TrainerConfig.warmup_steps": {0: "no warm-up"},

@@ -110,7 +110,7 @@ def plan(
     name, gib = GPUS[gpu.lower()]
     job = load(path, overrides, cached)
     ours = share(job.system, job.trainer, gpus, job.loaded, job.later)
-    num_words = count_words(job.system, caption_tokens)
+    num_words = count_words(job.system.text_encoder, caption_tokens)
     costs = phases(job, gpus, num_words)
 
     # derive time from the FLOPs, and memory from the phase that needs most per image

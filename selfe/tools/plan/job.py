@@ -12,8 +12,11 @@ from torch import nn
 from selfe import config
 from selfe.data.dataset import BucketedDataset
 from selfe.distributed.activation_checkpoint import ActivationCheckpointing
+from selfe.encoders.composed_text import ComposedText
+from selfe.encoders.hf_text import HFText
 from selfe.encoders.t5_clip import T5Clip
 from selfe.errors import UserError
+from selfe.protocols import TextEncoder
 from selfe.system import System
 from selfe.tools.plan.ranks import Later
 from selfe.tools.plan.step import META, Step, blank_batch, measure, networks
@@ -127,9 +130,13 @@ class OneTokenPerWord:
         return {"input_ids": [([0] * (len(caption.split()) + 1))[:max_length] for caption in captions]}
 
 
-def count_words(system: System, num_tokens: int) -> int:
-    """Number of words in a caption of `num_tokens` tokens; replaces the tokenizers of a T5Clip by `OneTokenPerWord`."""
-    encoder = system.text_encoder
+def count_words(encoder: TextEncoder, num_tokens: int) -> int:
+    """Number of words in a caption of `num_tokens` tokens; makes the text encoder take each word for a token."""
+    if isinstance(encoder, ComposedText):
+        numbers = [count_words(part, num_tokens) for part in encoder.encoders.values()]
+        return numbers[0]  # of the encoder of the tokens
+    if isinstance(encoder, HFText):
+        encoder.count_words = True
     if not isinstance(encoder, T5Clip):
         return num_tokens
     encoder.t5_tokenizer = encoder.clip_tokenizer = OneTokenPerWord()

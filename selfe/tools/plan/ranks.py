@@ -95,13 +95,13 @@ def pretended(size: int) -> Iterator[World]:
 
 
 class Later:
-    """Replaces `ShardLoader`: records how a network is sharded, and leaves it unsharded on the meta device."""
+    """Replaces `ShardLoader`: records how networks are sharded, and leaves them unsharded on the meta device."""
 
     def __init__(self):
-        self.module, self.blocks = None, ()
+        self.networks: list[tuple[nn.Module, tuple[nn.Module, ...]]] = []  # each with its blocks
 
     def __call__(self, module: nn.Module, blocks: Iterable[nn.Module], read: TensorReader) -> None:
-        self.module, self.blocks = module, tuple(blocks)
+        self.networks.append((module, tuple(blocks)))
 
 
 def share(
@@ -117,13 +117,15 @@ def share(
         mesh, net = fsdp.make_mesh(world, trainer.shard_size), copy.deepcopy(system.backbone)
         net, ema = fsdp.shard_model_and_ema(net, mesh, trainer.precision, gathering=trainer.gathering)
 
-        # encoders are replicated, except for a sharded text encoder
-        replicated, text_units = [network for network in encoders if not later or network is not later.module], ()
-        if len(replicated) < len(encoders):
-            module, blocks = copy.deepcopy((later.module, later.blocks))
-            fsdp.shard_frozen(module, blocks, mesh)
-            text_bytes = next(module.parameters()).element_size()
-            replicated, text_units = [*replicated, module], units(module, text_bytes, kept=0.0)
+        # encoders are replicated, except for those of a sharded text encoder
+        held_networks, text_units = [], ()
+        sharded = {id(module): (module, blocks) for module, blocks in (later.networks if later else ())}
+        for network in encoders:
+            if id(network) in sharded:
+                network, blocks = copy.deepcopy(sharded[id(network)])
+                fsdp.shard_frozen(network, blocks, mesh)
+                text_units += units(network, next(network.parameters()).element_size(), kept=0.0)
+            held_networks.append(network)
 
         parameters, value_bytes = held(net), DTYPES[trainer.precision].itemsize
         return Share(
@@ -132,7 +134,7 @@ def share(
             gradients=parameters,  # fp32, like the parameters
             optimizer=optimizer_bytes(net),
             ema=held(ema),
-            encoders=sum(map(held, replicated)),
+            encoders=sum(map(held, held_networks)),
             live_units=units(net, value_bytes, kept_after_forward(trainer.gathering.reshard_after_forward)),
             ema_units=units(ema, value_bytes, kept=0.0),
             text_units=text_units,

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from selfe.distributed import activation_checkpoint
 from selfe.distributed.activation_checkpoint import ActivationCheckpointing
+from selfe.encoders.composed_text import ComposedText
 from selfe.protocols import Denoiser
 from selfe.rng import SampleRNG
 from selfe.system import System
@@ -217,7 +218,13 @@ class NoModules(nullcontext):
 
 
 def networks(encoder: Any) -> dict[str, nn.Module]:
-    """The networks of an encoder, by attribute name."""
+    """The networks of an encoder, by attribute name; of one that consists of others, by their dotted names."""
+    if isinstance(encoder, ComposedText):
+        return {
+            f"{name}.{inner}": network
+            for name, part in encoder.encoders.items()
+            for inner, network in networks(part).items()
+        }
     return {name: part for name, part in vars(encoder).items() if isinstance(part, nn.Module)}
 
 
