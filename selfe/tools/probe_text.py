@@ -220,7 +220,7 @@ def table(result: dict) -> str:
         )
     lines += [
         "",
-        "right: the caption is nearer to its paraphrase than to the caption with another meaning (50% is chance)",
+        "right: the caption is nearer to its paraphrase than to the caption with another meaning",
         "distance: to the other meaning; margin: the same minus the distance to the paraphrase.",
         "Both are 0 for equal codes and 1 for unrelated captions.",
     ]

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from selfe.distributed import fsdp
 from selfe.distributed.collectives import World
 from selfe.encoders.composed_text import ComposedText
 from selfe.encoders.hf_text import HFText
+from selfe.encoders.t5_clip import ClipSize, T5Clip, T5Size
 from selfe.encoders.words import Words
 from selfe.errors import UserError
 from selfe.rng import SampleRNG
@@ -356,6 +358,19 @@ def test_tokens_come_from_one_encoder_and_the_pooled_vector_from_another(folders
     assert "text_encoder.params.pooled.module" not in compare.describe("text_encoder", ComposedText(Words()))
 
 
+def test_t5_and_clip_are_a_composition(folders, tmp_path):
+    for name, family in (("t5-v1_1-xxl", "t5"), ("clip-vit-large-patch14", "clip")):
+        (tmp_path / name).symlink_to(folders / family)
+    clip = ClipSize(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    pair = T5Clip(tmp_path, t5=T5Size(64, 2, 4, 16, 128), clip=clip, dtype="fp32")
+    pair.load(CPU)
+    tokens, pooled = loaded(folders, "t5", pooling="none"), loaded(folders, "clip", pooling="pooler")
+
+    expected, cond = pair([*MIXED, ""]), ComposedText(tokens, pooled)([*MIXED, ""])
+    assert torch.equal(cond.text.tokens, expected.text.tokens)
+    assert_near(cond.pooled, expected.pooled)
+
+
 # ---- in a run ----
 
 COMPOSED = (
@@ -420,6 +435,19 @@ def test_a_missing_cache_folder_is_reported_before_imports(monkeypatch, tmp_path
     with pytest.raises(UserError, match=where):
         config.check(str(train_processes.TINY), [composed, *WIDTHS], ("system", "data", "trainer"))
     config.check(str(train_processes.TINY), overrides(tmp_path), ("system", "data", "trainer"))  # paths need none
+
+
+def test_configs_of_the_page_are_complete(tmp_path, monkeypatch):
+    """Each `system:` over a shipped config: keys are valid, and the widths of encoder and denoiser agree."""
+    monkeypatch.setenv("SELFE_SKIP_PRETRAINED", "1")
+    page = (train_processes.ROOT / "docs/text_encoders.md").read_text()
+    fragments = re.findall(r"^```yaml\n(system:.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert len(fragments) == 2
+    for fragment in fragments:
+        path = tmp_path / "train.yaml"
+        path.write_text(f"base: {train_processes.ROOT}/configs/train/selfe_0.5b.yaml\n{fragment}")
+        with META:
+            config.build(config.load(path), "system")
 
 
 # ---- selfe probe-text ----
