@@ -56,7 +56,13 @@ PARTS = (
 )
 
 # what a config names, where it is not the class itself
-MODULES = {BucketedDataset: ("selfe.data.manifest.ManifestData", "selfe.data.shards.ShardData")}
+MODULES = {
+    BucketedDataset: (
+        "selfe.data.manifest.ManifestData",
+        "selfe.data.shards.ShardData",
+        "selfe.data.tables.TableData",
+    )
+}
 
 HEAD = """\
 # Keys

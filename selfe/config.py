@@ -41,6 +41,7 @@ PRETRAINED = (
 # parts that load other parts, which their params hold
 COMPOSED = ("selfe.encoders.composed_text.ComposedText", "selfe.encoders.remembered_text.RememberedText")
 ROOT = ("seed", "data", *SECTIONS)
+SAVED = "state.json"  # in the folder of a data set that `datasets.save_to_disk` has written
 PLAIN = (int, float, str, bool, Path, types.NoneType)
 LARGEST_SEED = 2**63 - 1
 
@@ -164,8 +165,10 @@ def check_files(section: dict, path: str) -> None:
 
 def expect_manifest(value: str | None, path: str) -> None:
     """As `expect_file`; a manifest must not be a folder either."""
+    if value and "://" in value:
+        return  # in a store; opened when the run starts
     expect_file(value, path)
-    if value and expand(value, path).is_dir():
+    if value and expand(value, path).is_dir() and not (expand(value, path) / SAVED).is_file():
         raise Problem(path, f"{value}: is a folder; a manifest is a file, selfe make-manifest makes one (docs/data.md)")
 
 
@@ -509,6 +512,8 @@ def expand(value: str | Path, path: str) -> Path:
     """A path, with `~` and `~user` replaced by the home directory."""
     if not str(value):
         raise Problem(path, "expected a path, got an empty text")
+    if "://" in str(value):
+        raise Problem(path, "expected a path of this machine, got a URL; only data sets are read from stores")
     try:
         return Path(value).expanduser()
     except RuntimeError as error:

@@ -22,6 +22,8 @@ from selfe.data.captions import CaptionPhase, Captions
 from selfe.data.shuffle import interleave, permute
 from selfe.errors import BadSample, UserError
 from selfe.io import image_decode
+from selfe.io.disk_cache import DiskCache
+from selfe.io.storage import RemotePath, as_path
 from selfe.rng import philox
 from selfe.types import Batch, Split, check_range
 
@@ -52,7 +54,7 @@ class Source(Protocol):
         """Name of the image in error messages."""
         ...
 
-    def location(self, index: int) -> tuple[Path, int, int | None]:
+    def location(self, index: int) -> tuple[Path | RemotePath, int, int | None]:
         """File, offset and number of bytes of the image; None: to the end of the file."""
         ...
 
@@ -69,12 +71,26 @@ class Source(Protocol):
 class WeightedManifest:
     """One of several manifests, which contributes `weight` of every sum-of-weights samples."""
 
-    manifest: Path  # as a single `train_manifest`
+    manifest: str | Path  # as a single `train_manifest`
     weight: int = 1  # samples of this manifest, of every sum of all weights
-    base_dir: Path | None = None  # default: the `base_dir` of the dataset
+    base_dir: str | Path | None = None  # default: the `base_dir` of the dataset
 
     def __post_init__(self):
         check_range("weight", self.weight, 1, MAX_SHARE)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a source reads images, and where it keeps indices and copies."""
+
+    base_dir: Path | RemotePath
+    max_pixels: int
+    index_dir: Path | None
+    strict: bool  # whether a bad image is an error
+    convert_icc: bool
+    cache: DiskCache
+    image_column: str | None = None
+    caption_column: str | None = None
 
 
 class SampleSpec(NamedTuple):
@@ -100,9 +116,9 @@ class BucketedDataset:
 
     def __init__(
         self,
-        train_manifest: Path | tuple[WeightedManifest, ...],
-        base_dir: Path = Path(),
-        val_manifest: Path | None = None,
+        train_manifest: str | Path | tuple[WeightedManifest, ...],
+        base_dir: str | Path = ".",
+        val_manifest: str | Path | None = None,
         pixels: int = 65536,
         phases: tuple[ResolutionPhase, ...] = (),
         multiple: int = 16,
@@ -114,11 +130,15 @@ class BucketedDataset:
         index_dir: Path | None = None,
         caption_weights: tuple[float, ...] = (),
         caption_phases: tuple[CaptionPhase, ...] = (),
+        image_column: str | None = None,
+        caption_column: str | None = None,
+        cache_dir: Path | None = None,
+        cache_gb: float = 50.0,
     ):
         """
         Args:
-            train_manifest: a manifest file, or several with weights.
-            base_dir: directory that relative image paths start from.
+            train_manifest: a manifest file, or several with weights; paths or URLs, such as s3://bucket/train.jsonl.
+            base_dir: directory or URL that relative image paths start from.
             val_manifest: for validation; read in file order and at the first pixel budget.
             pixels: maximum height x width of a bucket, from step 0.
             phases: later changes of the pixel budget, or several budgets within each batch.
@@ -131,6 +151,11 @@ class BucketedDataset:
             index_dir: directory for manifest indices; default: next to each manifest.
             caption_weights: of the captions of a training image, by position; `[]`: as the file states, or the first.
             caption_phases: later changes of the caption weights.
+            image_column: column or key of the images in tables; default: the first of the usual names.
+            caption_column: the same for the captions.
+            cache_dir: directory for copies of remote data and of images in Parquet files; default: one of this user in
+                the system's directory of temporary files.
+            cache_gb: largest size of these copies, GB of 10^9 bytes.
         """
         check_range("max_pixels", max_pixels, 1, 2**63 - 1)
         self.phases = (ResolutionPhase(0, (pixels,)), *phases)
@@ -149,17 +174,24 @@ class BucketedDataset:
             raise ValueError("train_manifest: the list is empty; name a file")
         self.max_pixels, self.convert_icc = max_pixels, convert_icc
         self.index_dir = Path(index_dir) if index_dir else None
+        self.image_column, self.caption_column = image_column, caption_column
+        check_range("cache_gb", cache_gb, 0, 10**9)
+        self.cache = DiskCache(Path(cache_dir) if cache_dir else None, int(cache_gb * 10**9))
         self.weights = tuple(entry.weight for entry in entries)
         self.sources = {
-            "train": [self.open(Path(entry.manifest), Path(entry.base_dir or base_dir)) for entry in entries]
+            "train": [self.open(as_path(entry.manifest), as_path(entry.base_dir or base_dir)) for entry in entries]
         }
 
         if val_manifest:
-            self.sources["val"] = [self.open(Path(val_manifest), Path(base_dir))]
+            self.sources["val"] = [self.open(as_path(val_manifest), as_path(base_dir))]
 
-    def open(self, path: Path, base_dir: Path) -> Source:
+    def open(self, path: Path | RemotePath, base_dir: Path | RemotePath) -> Source:
         """The source for a path in the config."""
         raise NotImplementedError
+
+    def reading(self, base_dir: Path | RemotePath) -> Reading:
+        strict, columns = self.on_bad_image == "error", (self.image_column, self.caption_column)
+        return Reading(base_dir, self.max_pixels, self.index_dir, strict, self.convert_icc, self.cache, *columns)
 
     @property
     def has_val(self) -> bool:

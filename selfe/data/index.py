@@ -11,6 +11,7 @@ import fcntl
 import glob
 import hashlib
 import mmap
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from selfe.errors import BadSample, UserError
 THREADS = 32  # mostly waiting for storage
 PATIENCE = 100  # number of unreadable images after which the scan stops
 MAX_SIDE = 65535  # pixels; larger sides are stored as this
+CAPTIONS, PIECES = ".captions", ".pieces"  # suffixes beside an index: captions; what a scan has done so far
 BAD = (0, 1)  # height and width of an unreadable image; (0, 0) means not measured yet
 
 
@@ -78,8 +80,8 @@ def load(
     Raises:
         UserError: the index cannot be written.
     """
-    folder = folder or path.parent
-    final = folder / f"{path.name}.{key}.index"
+    final = location(path, key, folder)
+    folder = final.parent
     if not final.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -92,6 +94,11 @@ def load(
                 "to a writable directory"
             ) from error
     return Mapped(final, dtype)
+
+
+def location(path: Path, key: str, folder: Path | None) -> Path:
+    """The file of an index; see `load`."""
+    return (folder or path.parent) / f"{path.name}.{key}.index"
 
 
 def build(
@@ -111,9 +118,12 @@ def build(
     measure(np.memmap(scanned, dtype, "r+"))
 
     # remove indices of earlier versions of the file
-    for suffix in ("index", "scanned"):
-        for stale in set(final.parent.glob(f"{glob.escape(name)}.*.{suffix}")) - {scanned}:
+    for suffix in (".index", ".scanned", CAPTIONS):
+        current = {scanned, final.with_suffix(CAPTIONS)}
+        for stale in set(final.parent.glob(f"{glob.escape(name)}.*{suffix}")) - current:
             stale.unlink()
+    for stale in final.parent.glob(f"{glob.escape(name)}.*{PIECES}"):
+        shutil.rmtree(stale)
     scanned.rename(final)
 
 

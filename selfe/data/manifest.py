@@ -18,7 +18,9 @@ from selfe.data.captions import Captions
 from selfe.data.dataset import BucketedDataset, Source
 from selfe.data.manifest_formats import ENCLOSED, Line, Tsv, detect, empty, records
 from selfe.errors import BadSample
-from selfe.io import image_decode, text_files
+from selfe.io import image_decode, storage, text_files
+from selfe.io.disk_cache import DiskCache
+from selfe.io.storage import RemotePath
 
 RECORD = np.dtype([("offset", "<u8"), ("height", "<u2"), ("width", "<u2")])  # 12 bytes per line; sizes as in `index`
 # with columns of names, a record may have others or several captions, so that its length is not that of a caption
@@ -31,9 +33,11 @@ CHUNK = 1 << 24  # bytes read at once to count lines
 class ManifestData(BucketedDataset):
     """Manifests in UTF-8: TSV, CSV (.csv) or JSON lines (.jsonl). Blank lines are skipped."""
 
-    def open(self, path: Path, base_dir: Path) -> Manifest:
-        strict = self.on_bad_image == "error"
-        return Manifest(path, base_dir, self.max_pixels, self.index_dir, strict, self.convert_icc)
+    def open(self, path: Path | RemotePath, base_dir: Path | RemotePath) -> Manifest:
+        reading = self.reading(base_dir)
+        columns = {"image_column": self.image_column, "caption_column": self.caption_column}
+        options = (reading.max_pixels, reading.index_dir, reading.strict, reading.convert_icc, reading.cache)
+        return Manifest(path, base_dir, *options, **columns)
 
 
 class Manifest(Source):
@@ -41,26 +45,44 @@ class Manifest(Source):
 
     def __init__(
         self,
-        path: Path,
-        base_dir: Path,
+        path: Path | RemotePath,
+        base_dir: Path | RemotePath,
         max_pixels: int,
         index_dir: Path | None = None,
         strict: bool = True,
         convert_icc: bool = True,
+        cache: DiskCache | None = None,
+        image_column: str | None = None,
+        caption_column: str | None = None,
     ):
-        self.format = detect(path)
+        columns = (image_column, caption_column)
+        self.format = detect(path, *columns)
         self.in_table = not isinstance(self.format, Tsv) or bool(self.format.header)
         self.path, self.base_dir, self.max_pixels = path, base_dir, max_pixels
         self.index_dir, self.strict, self.convert_icc = index_dir, strict, convert_icc
 
+        self.cache = cache or DiskCache()
+        self.arguments = (path, base_dir, max_pixels, index_dir, strict, convert_icc, self.cache, *columns)
+
+        # of a manifest in a store, a copy is read; the index has a name of its own in the folder of copies
         facts = path.stat()
-        self.file, self.num_bytes = path.open("rb", buffering=0), facts.st_size
+        self.version, self.num_bytes = f"{path} {facts.st_size} {facts.st_mtime_ns}", facts.st_size
+        if isinstance(path, RemotePath):
+            folder, listed = index_dir or self.cache.folder / "indices", Path(f"{index.stamp(path.url)}-{path.name}")
+            folder.mkdir(parents=True, exist_ok=True)
+            with index.locked(folder / f"{listed}.lock"):
+                self.file = self.cache.open(f"{path.url} {self.version}", lambda file: storage.download(path, file))
+        else:
+            self.file, folder, listed = path.open("rb", buffering=0), index_dir, path
+
         dtype = TABLE_RECORD if self.in_table else RECORD
-        key = index.stamp(dtype, facts.st_size, facts.st_mtime_ns, str(base_dir.resolve()), max_pixels)
-        self.records = index.load(path, key, index_dir, dtype, self.scan, self.measure)
+        root = str(base_dir.resolve()) if isinstance(base_dir, Path) else base_dir.url
+        chosen = columns if any(columns) else ()
+        key = index.stamp(dtype, facts.st_size, facts.st_mtime_ns, root, max_pixels, *chosen)
+        self.records = index.load(listed, key, folder, dtype, self.scan, self.measure)
 
     def __reduce__(self) -> tuple:
-        return Manifest, (self.path, self.base_dir, self.max_pixels, self.index_dir, self.strict, self.convert_icc)
+        return Manifest, self.arguments
 
     def __len__(self) -> int:
         return len(self.records)
@@ -82,21 +104,25 @@ class Manifest(Source):
         return self.line(index).captions
 
     def name(self, index: int) -> str:
-        return str(self.base_dir / self.line(index).path)
+        return str(self.image_path(index))
 
-    def location(self, index: int) -> tuple[Path, int, int | None]:
-        return Path(self.name(index)), 0, None
+    def image_path(self, index: int) -> Path | RemotePath:
+        return storage.join(self.base_dir, self.line(index).path)
+
+    def location(self, index: int) -> tuple[Path | RemotePath, int, int | None]:
+        return self.image_path(index), 0, None
 
     def image(self, index: int, enough: int | None) -> Image.Image:
         with self.naming_line(index):
-            name = self.name(index)
-            return image_decode.read(Path(name), name, self.max_pixels, enough, self.convert_icc)
+            path = self.image_path(index)
+            file = storage.image_file(path, self.cache, self.version)
+            return image_decode.read(file, str(path), self.max_pixels, enough, self.convert_icc)
 
     def size(self, index: int) -> tuple[int, int]:
         """(height, width) in pixels, from the header of the image file."""
         with self.naming_line(index):
-            name = self.name(index)
-            return image_decode.size(Path(name), name, self.max_pixels)
+            path = self.image_path(index)
+            return image_decode.size(storage.image_file(path, self.cache, self.version), str(path), self.max_pixels)
 
     def digest(self) -> str:
         """Digest of the file size and of up to 1024 evenly spaced lines with their image sizes."""
@@ -159,7 +185,7 @@ class Manifest(Source):
         bar = tqdm(
             total=self.num_bytes, desc=self.path.name, unit="B", unit_scale=True, disable=not sys.stderr.isatty()
         )
-        with out.open("wb") as table, self.path.open("rb") as file, bar:
+        with out.open("wb") as table, os.fdopen(os.dup(self.file.fileno()), "rb") as file, bar:
             for offset, number, record in records(file, self.format):
                 try:
                     _, captions, size = self.format.parse(record, previous)

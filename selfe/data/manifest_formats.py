@@ -14,6 +14,7 @@ from selfe.data import captions
 from selfe.data.captions import Captions
 from selfe.errors import BadSample, UserError
 from selfe.io import text_files
+from selfe.io.storage import RemotePath
 
 # names of columns and keys, in order of preference
 IMAGE = ("path", "file_name", "filename", "filepath", "file", "image", "image_path", "img")
@@ -23,8 +24,9 @@ LONGEST_HEADER = 4096  # bytes
 
 JSON_LINES = (".jsonl", ".ndjson")
 CONVERT = "convert the file with selfe make-manifest"
-CONVERTED = (".parquet", ".gz")  # by `selfe make-manifest`
-OTHERS = (".arrow", ".feather", ".json", ".zip", ".xlsx", ".xls", ".ods")
+CONVERTED = (".gz",)  # by `selfe make-manifest`
+TABLES = (".parquet", ".arrow")  # read by `selfe.data.tables`
+OTHERS = (".feather", ".json", ".zip", ".xlsx", ".xls", ".ods")
 ENCLOSED = f"captions are enclosed in quotes, which stay part of them; if these are the quotes of CSV, {CONVERT}"
 
 
@@ -61,8 +63,12 @@ class Format(Protocol):
         ...
 
 
-def detect(path: Path) -> Format:
+def detect(path: Path | RemotePath, image: str | None = None, caption: str | None = None) -> Format:
     """The format of a manifest, by its suffix: .csv, .jsonl or .ndjson; TSV for all others.
+
+    Args:
+        image: column or key of the images; default: the first of the usual names. TSV has its own.
+        caption: the same for the captions.
 
     Raises:
         UserError: there is no such file, it is empty or not UTF-8 text, it needs to be converted, or the names of its
@@ -73,13 +79,12 @@ def detect(path: Path) -> Format:
     if not path.is_file():
         raise UserError(f"{path}: no such manifest; set data.params.train_manifest (or val_manifest) to a TSV file")
     suffix = path.suffix.lower()
+    if suffix in TABLES:
+        raise UserError(f"{path}: is not a text file; it is read by data.module=selfe.data.tables.TableData")
     if suffix == ".tar":
         raise UserError(f"{path}: is a tar file; tar shards are read by data.module=selfe.data.shards.ShardData")
     if suffix in CONVERTED:
-        raise UserError(
-            f"{path}: is not read directly; convert it with selfe make-manifest {path} --out OUT.tsv, or --shards DIR "
-            "if it stores the images"
-        )
+        raise UserError(f"{path}: is not read directly; convert it with selfe make-manifest {path} --out OUT.tsv")
     if suffix in OTHERS:
         raise UserError(f"{path}: a manifest is .tsv, .csv or .jsonl; save this file as one of them")
     if not path.stat().st_size:
@@ -87,9 +92,9 @@ def detect(path: Path) -> Format:
 
     text_files.check_encoding(path)
     if suffix == ".csv":
-        return Csv.of_file(path)
+        return Csv.of_file(path, image, caption)
     if suffix in JSON_LINES:
-        return JsonLines.of_file(path)
+        return JsonLines.of_file(path, image, caption)
     return Tsv.of_file(path)
 
 
@@ -152,21 +157,23 @@ class Columns(NamedTuple):
 
 
 def choose_columns(
-    path: Path, names: Sequence[str], image: str | None = None, caption: str | None = None, remedy: str = "pass "
+    path: object,
+    names: Sequence[str],
+    image: str | None = None,
+    caption: str | None = None,
+    remedies: tuple[str, str] = ("set data.params.image_column to", "set data.params.caption_column to"),
 ) -> Columns:
     """The columns of images and captions: those given, or the first of the usual names that is there.
 
     Raises:
-        UserError: there is none; `remedy` is the text in front of the option that names one.
+        UserError: there is none; one of `remedies` begins the advice on how to name it.
     """
     chosen = []
-    for option, given, usual in (("--image", image, IMAGE), ("--caption", caption, CAPTION)):
+    for remedy, given, usual in zip(remedies, (image, caption), (IMAGE, CAPTION), strict=True):
         column = next((name for name in ([given] if given else usual) if name in names), None)
         if column is None:
-            raise UserError(
-                f"{path}: no column {given or ' or '.join(usual)}; {remedy}{option} with one of "
-                f"{', '.join(map(repr, names))}, or --no-header if these are no names"
-            )
+            known = ", ".join(map(repr, names))
+            raise UserError(f"{path}: no column {given or ' or '.join(usual)}; {remedy} one of {known}")
         chosen.append(column)
 
     # with --caption, only that column counts
@@ -181,7 +188,7 @@ def choose_columns(
 
 
 def choose_keys(
-    path: Path, names: Sequence[str], image: str | None = None, caption: str | None = None, **rest
+    path: object, names: Sequence[str], image: str | None = None, caption: str | None = None, **rest
 ) -> Columns:
     """As `choose_columns`, of the first object of a file; later ones may have lists where it does not."""
     columns = choose_columns(path, names, image, caption, **rest)
@@ -330,7 +337,7 @@ class Csv:
     columns: Columns
 
     @classmethod
-    def of_file(cls, path: Path) -> Csv:
+    def of_file(cls, path: Path, image: str | None = None, caption: str | None = None) -> Csv:
         with path.open("rb") as file:
             bom = skip_bom(file)
             header = next_csv_record(file)
@@ -339,7 +346,7 @@ class Csv:
         except (csv.Error, BadSample) as error:
             message = f"{path}, line 1: the header is not valid CSV ({error}); correct it, or {CONVERT}"
             raise UserError(message) from error
-        return cls(bom + len(header), names, choose_columns(path, names, remedy=f"{CONVERT} and pass "))
+        return cls(bom + len(header), names, choose_columns(path, names, image, caption))
 
     def next_record(self, lines: Iterator[bytes]) -> bytes:
         return next_csv_record(lines)
@@ -389,7 +396,7 @@ class JsonLines(RecordPerLine):
     columns: Columns  # keys
 
     @classmethod
-    def of_file(cls, path: Path) -> JsonLines:
+    def of_file(cls, path: Path, image: str | None = None, caption: str | None = None) -> JsonLines:
         with path.open("rb") as file:
             start = skip_bom(file)
             first = next((line for line in file if line.strip()), None)
@@ -399,7 +406,7 @@ class JsonLines(RecordPerLine):
             record = read_object(decode(first))
         except BadSample as problem:
             raise BadSample(problem.kind, f"{path}, line 1: {problem}") from problem
-        return cls(start, choose_keys(path, list(record), remedy=f"{CONVERT} and pass "))
+        return cls(start, choose_keys(path, list(record), image, caption))
 
     def parse(self, record: bytes, previous: bytes = b"") -> Line:
         """The fields of an object.

@@ -8,13 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from selfe.data import captions
-from selfe.data.manifest_formats import CONVERTED, JSON_LINES, OTHERS, SIZE, Line, Tsv, caption_columns
+from selfe.data.manifest_formats import CONVERTED, JSON_LINES, OTHERS, SIZE, TABLES, Line, Tsv, caption_columns
 from selfe.errors import BadSample, UserError
 
 
 def check_name(path: Path, option: str) -> None:
     """Raise UserError if a TSV manifest with this name would be read as another format."""
-    if path.suffix.lower() in (".csv", ".tar", *CONVERTED, *OTHERS):
+    if path.suffix.lower() in (".csv", ".tar", *CONVERTED, *TABLES, *OTHERS):
         name = path.with_suffix(".tsv")
         raise UserError(f"{option} {path}: a TSV file is written, and would be read as {path.suffix}; use {name}")
 

@@ -5,10 +5,8 @@ Read by random access through an index of all members, so that order, mixing and
 
 from __future__ import annotations
 
-import glob
 import json
 import os
-import re
 import sys
 import tarfile
 from collections import Counter
@@ -17,17 +15,20 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from selfe import log
-from selfe.data import captions, index
+from selfe.data import captions, index, patterns
 from selfe.data.captions import Captions
+from selfe.data.containers import Container, Entry
 from selfe.data.dataset import BucketedDataset, Source
 from selfe.errors import BadSample, UserError
 from selfe.io import image_decode, text_files
+from selfe.io.storage import RemotePath
 
 # sizes as in `index`; format: place in CAPTIONS
 FIELDS = "shard:<u4 image:<u8 image_bytes:<u4 prompt:<u8 prompt_bytes:<u4 height:<u2 width:<u2 format:<u1"
@@ -35,14 +36,15 @@ RECORD = np.dtype([tuple(field.split(":")) for field in FIELDS.split()])
 IMAGES = image_decode.SUFFIXES | {"img"}  # `make-shards` calls files of other suffixes .img
 CAPTIONS = ("txt", "caption", "json")  # in order of preference; of a .json, its "caption" and "captions" count
 AGAIN = "write the shard again"
-NOT_SHARDS = {".tsv", ".csv", ".jsonl", ".parquet", ".arrow"}
-MAX_TARS = 1_000_000  # files that a brace pattern may name
+NOT_SHARDS = {".tsv", ".csv", ".jsonl"}
 
 
 class ShardData(BucketedDataset):
     """As `ManifestData`, with patterns such as `shards/train-*.tar` as `train_manifest` and `val_manifest`."""
 
-    def open(self, path: Path, base_dir: Path) -> Shards:
+    def open(self, path: Path | RemotePath, base_dir: Path | RemotePath) -> Shards | Container:
+        if isinstance(path, RemotePath):
+            return Container(str(path), matching_files(path), TarReader(), self.reading(base_dir))
         return Shards(path, self.max_pixels, self.index_dir, self.on_bad_image == "error", self.convert_icc)
 
 
@@ -310,46 +312,58 @@ def read_json_captions(text: str, name: str) -> Captions:
         raise BadSample("no caption", f'{name}: its .json has no "caption" that is a text; {AGAIN}') from error
 
 
+# ---- in a store ----
+
+
+@dataclass
+class TarReader:
+    """The samples of tar files, for `Container`."""
+
+    grouped, in_rows = False, False
+
+    def __post_init__(self):
+        self.unused = Counter()
+
+    def entries(self, path: Path) -> Iterator[Entry | BadSample]:
+        for row, sample in enumerate(read_samples(path, self.unused), start=1):
+            try:
+                yield self.entry(row, sample)
+            except BadSample as problem:
+                yield problem
+
+    def entry(self, row: int, sample: Sample) -> Entry:
+        """Raises BadSample for an incomplete sample or one without a usable caption."""
+        if problem := sample.problem():
+            raise problem
+        ((name, place),) = sample.images.items()
+        suffix, caption = sample.caption()
+        of_sample = read_captions(sample.content(caption), suffix, f"{sample.tar}, {name}")
+        return Entry(row, 0, place[0], sample.content(place), of_sample, caption[1])
+
+    def notes(self) -> str:
+        return describe_unused(self.unused)
+
+    def write_group(self, file: Path, group: int, out: BinaryIO) -> None:
+        raise NotImplementedError("an image is read from its file")
+
+
 # ---- patterns ----
 
 
-def matching_files(pattern: Path) -> list[Path]:
-    """The files of a pattern with `*`, `?`, `[]` or braces, sorted by name. Raises UserError if one is missing."""
-    names = expand_braces(str(pattern))
-    matches = {name: glob.glob(name) for name in names}
-
-    missing = [name for name in names if not matches[name]]
-    if len(missing) == len(names):
-        raise UserError(f"{pattern}: no such tar file; set data.params.train_manifest to a pattern such as a/b-*.tar")
-    if missing:
-        raise UserError(f"{pattern}: {len(missing)} of {len(names)} files are missing, the first is {missing[0]}")
-
-    files = sorted({Path(path) for paths in matches.values() for path in paths})
+def matching_files(pattern: Path | RemotePath) -> list[Path] | list[RemotePath]:
+    """The tar files of a pattern, sorted by name. Raises UserError if one is missing."""
+    what = "tar file; set data.params.train_manifest to a pattern such as a/b-*.tar"
+    files = patterns.matching(pattern, what)
     if folder := next((path for path in files if path.is_dir()), None):
         raise UserError(
             f"{folder}: is a folder; give a pattern such as {folder}/*.tar. selfe make-manifest SOURCE --shards DIR "
             "writes shards of the images of a folder and of other sources"
         )
+    if table := next((path for path in files if path.suffix.lower() in (".parquet", ".arrow")), None):
+        raise UserError(f"{table}: is not a tar file; it is read by data.module=selfe.data.tables.TableData")
     if other := next((path for path in files if path.suffix.lower() in NOT_SHARDS), None):
         raise UserError(
             f"{other}: is not a tar file; manifests are read by data.module=selfe.data.manifest.ManifestData, and "
             "selfe make-manifest SOURCE --shards DIR writes shards"
         )
     return files
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """part-{08..10}.tar -> part-08.tar, part-09.tar, part-10.tar; {a,b} is a or b."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if match is None:
-        return [pattern]
-
-    choices = match[1].split(",")
-    if ends := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
-        first, last = int(ends[1]), int(ends[2])
-        if not first <= last < first + MAX_TARS:
-            raise UserError(f"{pattern}: {match[0]} must count up, over at most {MAX_TARS} files")
-        choices = [str(number).zfill(len(ends[1])) for number in range(first, last + 1)]
-
-    before, after = pattern[: match.start()], pattern[match.end() :]
-    return [name for choice in choices for name in expand_braces(before + choice + after)]

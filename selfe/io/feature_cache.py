@@ -27,6 +27,7 @@ from torch import Tensor
 
 from selfe import compare
 from selfe.errors import BadSample, UserError
+from selfe.io.storage import RemotePath
 
 FIELDS = "high:<u8 low:<u8 offset:<u8 shard:<u4 width:<u4 rows:<u2 columns:<u2"  # high and low: the 128-bit key
 RECORD = np.dtype([tuple(field.split(":")) for field in FIELDS.split()])
@@ -148,21 +149,30 @@ class FileStamp(NamedTuple):
     content: str  # digest of sampled bytes
 
 
-Location = tuple[Path, int, int | None]  # file, offset and number of bytes of an image; None: to the end of the file
+Location = tuple[
+    Path | RemotePath, int, int | None
+]  # file, offset and number of bytes of an image; None: to the end of the file
 
 
 def file_stamp(location: Location) -> FileStamp:
     """The stamp of an image now; `ABSENT` if it cannot be read."""
     path, offset, size = location
     try:
-        facts = path.stat()
+        facts = stat(path)
         size = facts.st_size - offset if size is None else size
+        if isinstance(path, RemotePath):
+            return FileStamp(size, facts.st_mtime_ns, f"{facts.st_mtime_ns:x}")  # the version says enough
         return FileStamp(size, facts.st_mtime_ns, sampled_digest(path, offset, size))
     except OSError:
         return ABSENT
 
 
 ABSENT = FileStamp(0, 0, "")
+
+
+def stat(path: Path | RemotePath) -> Any:
+    """Size and modification time; of a remote file, its version, for which the store is asked once."""
+    return path.known if isinstance(path, RemotePath) else path.stat()
 
 
 def sampled_digest(path: Path, offset: int, size: int) -> str:
@@ -178,7 +188,7 @@ def has_changed(stamp: FileStamp, location: Location) -> bool:
     """Whether an image differs from its stamp. Reads the file only if its size or modification time differs."""
     path, offset, size = location
     try:
-        facts = path.stat()
+        facts = stat(path)
     except OSError:
         return stamp != ABSENT
     size = facts.st_size - offset if size is None else size

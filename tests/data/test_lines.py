@@ -166,7 +166,7 @@ def test_any_caption_is_read_back_from_the_position_of_its_record(tmp_path, suff
         ("a.csv", 'path,caption\n0.png,"a" dog\n', "a.csv, line 2: .*expected after"),
         ("a.csv", 'path,caption\n0.png,"a dog\n', "a.csv, line 2: unexpected end of data"),
         ("a.csv", "path,caption\nnone.png,x\n", "a.csv, line 2: .*none.png: no such image"),
-        ("a.csv", "0.png,a dog\n", "no column path or .*; convert the file with selfe make-manifest and pass --image"),
+        ("a.csv", "0.png,a dog\n", "no column path or .*; set data.params.image_column to one of"),
         ("a.csv", "path,caption\r0.png,a dog\r", "a.csv, line 1: the header is not valid CSV"),
         ("a.csv", "path,caption\n", "a.csv: the manifest is empty"),
         ("a.jsonl", '{"image": "0.png", "text": "x"}\n{"image": "1.png"}', "a.jsonl, line 2: path or prompt is empty"),

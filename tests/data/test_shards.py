@@ -12,7 +12,8 @@ import torch
 
 from selfe import cli
 from selfe.data.manifest import ManifestData
-from selfe.data.shards import ShardData, Shards, expand_braces
+from selfe.data.patterns import expand_braces
+from selfe.data.shards import ShardData, Shards
 from selfe.errors import BadSample, UserError
 from tests.helpers.images import make_image, manifest
 

@@ -50,7 +50,11 @@ def test_tables_of_other_tools_are_read(tmp_path, capsys, name, content, options
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t.csv", b"id,words\n1,a\n", "no column path or file_name .*; pass --image with one of 'id', 'words'"),
+        (
+            "t.csv",
+            b"id,words\n1,a\n",
+            "no column path or .*; pass --no-header .*, or --image with one of 'id', 'words'",
+        ),
         ("t.csv", b"path,words\n1,a\n", "no column caption or .*; pass --caption with one of 'path', 'words'"),
         ("t.xlsx", b"x", "unknown suffix"),
         ("t.csv", b"path,caption\na.png,caf\xe9\n", "pass --encoding"),

@@ -12,23 +12,22 @@ import io
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TextIO
 
 from selfe.data.captions import SPACES, Captions, stripped
 from selfe.data.manifest_formats import JSON_LINES, Columns, check_width, choose_columns, choose_keys, read_object
 from selfe.data.shards import IMAGES
+from selfe.data.tables import SPLITS, STATE, import_optional, naming_arrow_errors, read_json
 from selfe.errors import BadSample, UserError
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".txt": "\t"}
 PARQUET = ".parquet"
 CAPTIONS = (".txt", ".caption")  # files beside an image, in order of preference
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # of Hugging Face's imagefolder
-STATE, SPLITS = "state.json", "dataset_dict.json"  # of `datasets.save_to_disk`
+REMEDIES = ("pass --image with", "pass --caption with")
+NO_HEADER = ("pass --no-header if these are no names, or --image with", "pass --caption with")
 GZIP = b"\x1f\x8b"
 ROWS = 256  # rows of a parquet file in memory
 
@@ -43,6 +42,10 @@ class Options:
     delimiter: str | None = None
     encoding: str | None = None
     split: str | None = None
+
+    @property
+    def columns(self) -> tuple[str | None, str | None]:
+        return self.image, self.caption
 
 
 @dataclass(frozen=True)
@@ -121,15 +124,6 @@ def note_columns(source: Path, columns: Columns, names: list[str], notes: Notes)
     notes.lines.append(f"{source}: images from {columns.image!r}, captions from {columns.describe_captions()}{rest}")
 
 
-def import_optional(name: str, source: Path) -> ModuleType:
-    """A module of pyarrow, which is an optional dependency. Raises UserError if it is not installed."""
-    try:
-        return import_module(name)
-    except ImportError as error:
-        remedy = "run ./scripts/setup.sh --extra parquet, or pip install 'selfe[parquet]'"
-        raise UserError(f"{source}: reading it needs pyarrow, which is not installed; {remedy}") from error
-
-
 # ---- CSV, TSV and JSON lines ----
 
 
@@ -187,7 +181,7 @@ def json_rows(path: Path, file: TextIO, options: Options, notes: Notes) -> Itera
         try:
             record = read_object(line)
             if columns is None:
-                columns = choose_keys(path, list(record), options.image, options.caption)
+                columns = choose_keys(path, list(record), *options.columns, remedies=REMEDIES)
                 note_columns(path, columns, list(record), notes)
             yield number, make_row(where, record, columns)
         except BadSample as problem:
@@ -202,7 +196,7 @@ def csv_rows(
     header, columns, width = ["image", "caption"], Columns("image", "caption"), None
     if not options.no_header:
         header = [name.strip() for name in next(table, [])]
-        columns = choose_columns(path, header, options.image, options.caption)
+        columns = choose_columns(path, header, *options.columns, NO_HEADER)
         note_columns(path, columns, header, notes)
         width = len(header)
 
@@ -227,7 +221,7 @@ def parquet_rows(path: Path, options: Options, notes: Notes) -> Rows:
     parquet = import_optional("pyarrow.parquet", path)
     with naming_arrow_errors(path), parquet.ParquetFile(path) as file:
         names = file.schema_arrow.names
-        columns = choose_columns(path, names, options.image, options.caption)
+        columns = choose_columns(path, names, *options.columns, REMEDIES)
         note_columns(path, columns, names, notes)
         yield from arrow_rows(path, file.iter_batches(ROWS, columns=columns.names), columns)
 
@@ -247,7 +241,7 @@ def saved_rows(folder: Path, options: Options, notes: Notes) -> Rows:
         path = folder / entry["filename"]
         with naming_arrow_errors(path), path.open("rb") as file, ipc.open_stream(file) as stream:
             if columns is None:
-                columns = choose_columns(folder, stream.schema.names, options.image, options.caption)
+                columns = choose_columns(folder, stream.schema.names, *options.columns, REMEDIES)
                 note_columns(folder, columns, stream.schema.names, notes)
             yield from arrow_rows(path, (batch.select(columns.names) for batch in stream), columns)
 
@@ -258,22 +252,6 @@ def arrow_rows(path: Path, batches: Iterable, columns: Columns) -> Rows:
         for record in batch.to_pylist():
             number += 1
             yield make_row(f"{path}, row {number}", record, columns)
-
-
-@contextmanager
-def naming_arrow_errors(path: Path) -> Iterator[None]:
-    """Raise UserError for a file that pyarrow cannot read."""
-    try:
-        yield
-    except import_module("pyarrow").ArrowException as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}; write or download the file again") from error
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return read_object(path.read_text(encoding="utf-8"))
-    except BadSample as problem:
-        raise UserError(f"{path}: {problem}; save the data set again") from problem
 
 
 # ---- folders ----
