@@ -175,7 +175,7 @@ def test_any_caption_is_read_back_from_the_position_of_its_record(tmp_path, suff
         ("a.jsonl", '{"image": {"bytes": ""}, "text": "x"}', "line 1: the image is not a path but dict"),
         ("a.jsonl", '["0.png"]', "a.jsonl, line 1: expected a JSON object in each line"),
         ("a.jsonl", '{"image": "0.png", "text": "\\ud800"}', r"line 1: contains the control character U\+D800"),
-        ("a.parquet", "PAR1", "a.parquet: is not read directly; convert it with selfe make-manifest .*a.parquet"),
+        ("a.parquet", "PAR1", "a.parquet: is not a text file; it is read by data.module=selfe.data.tables.TableData"),
         ("a.json", "[]", "a.json: a manifest is .tsv, .csv or .jsonl; save this file as one of them"),
         ("a.tar", "x", "tar shards are read by data.module=selfe.data.shards.ShardData"),
     ],
