@@ -58,7 +58,8 @@ def compile(module: nn.Module) -> None:
     """Compile every block with dynamic shapes, at its first call.
 
     Call it after `apply_activation_checkpointing`, if both are used. A block is one graph where attention is a single
-    kernel (half precision on accelerators), otherwise two, with attention between them.
+    kernel (half precision on accelerators). Otherwise it is several, with attention between them, and a block with
+    activation checkpointing is not compiled at all, because torch does not break a graph inside of a checkpoint.
     """
     torch._dynamo.config.recompile_limit = MOST_VARIANTS
     torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal by chance are no reason to recompile
