@@ -37,6 +37,7 @@ from selfe.encoders.words import Words
 from selfe.infer import Inferencer
 from selfe.objectives.flow_matching import FlowMatching
 from selfe.objectives.self_evaluation import SelfEvaluation
+from selfe.objectives.tread import Tread
 from selfe.samplers.euler import Euler
 from selfe.samplers.renoise import Renoise
 from selfe.training.settings import TrainerConfig
@@ -50,7 +51,7 @@ PARTS = (
     ("Backbone", "system.backbone.params", (MMDiT,)),
     ("Text encoders", "system.text_encoder.params", (T5Clip, HFText, ComposedText, Words, CachedText, RememberedText)),
     ("Autoencoders", "system.autoencoder.params", (FluxVAE, Identity, CachedLatents)),
-    ("Objectives", "system.objective.params", (SelfEvaluation, FlowMatching)),
+    ("Objectives", "system.objective.params", (SelfEvaluation, FlowMatching, Tread)),
     ("Data sets", "data.params", (BucketedDataset, ShapesData, CachedData)),
     ("Samplers", "inferencer.defaults.sampler.params", (Renoise, Euler)),
 )

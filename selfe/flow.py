@@ -18,8 +18,9 @@ from selfe.types import Packed
 
 
 def per_token(values: Tensor, like: Packed) -> Tensor:
-    """(B,) -> (T, 1), the value of each token's sample."""
-    return values[like.owner][:, None]
+    """(B,) -> (T, 1), the value of each token's sample. Values per token (T,) stay what they are."""
+    per_sample = values if len(values) == len(like.owner) else values[like.owner]
+    return per_sample[:, None]
 
 
 def sum_per_sample(tokens: Tensor, like: Packed) -> Tensor:

@@ -9,14 +9,28 @@ import torch
 from torch import Tensor, nn
 
 from selfe.rng import SampleRNG
-from selfe.types import Batch, Loss, Packed, Split, TextCond
+from selfe.types import Batch, Loss, Packed, Route, Split, TextCond
 
 
 class Denoiser(Protocol):
     """V(x_t, t, s, c) of Eq. 6: predicts the velocity `noise - x0` of every token."""
 
-    def __call__(self, x_t: Packed, t: Tensor, s: Tensor, cond: TextCond) -> Tensor:
-        """x_t (T, d), t and s (B,) -> v (T, d)."""
+    def __call__(
+        self,
+        x_t: Packed,
+        t: Tensor,
+        s: Tensor,
+        cond: TextCond,
+        features: Sequence[str] = (),
+        route: Route | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """x_t (T, d) -> v (T, d).
+
+        t and s are (B,), per sample, or (T,), per image token; their length decides.
+
+        `features` are names of inner layers, such as "double_blocks.1", or of heads. With names the call returns
+        (v, {name: (T, width)}), of the image tokens. With a `route`, some image tokens skip a range of blocks.
+        """
         ...
 
 
@@ -26,17 +40,37 @@ class Backbone(Denoiser, Protocol):
     patch_dim: int
     text_dim: int
     pooled_dim: int
+    feature_widths: dict[str, int]  # layers that `features` may name, in order, and the widths of their outputs
+    heads: nn.ModuleDict  # see `add_head`; left out where only v is needed: sampling and export
 
     def output_settings(self) -> dict[str, Any]:
         """Constructor parameters, besides the weights, that change what it computes; values as in YAML."""
+        ...
+
+    def add_head(self, name: str, layer: str, head: nn.Module) -> None:
+        """Train `head` with the backbone: the feature `name` is head(feature of `layer` (T, width), x_t: Packed).
+
+        A head has `flops(num_tokens)`, those of its forward pass. Raises ValueError if there is no such layer.
+        """
         ...
 
     def initial(self, name: str, shape: torch.Size, seed: int) -> Tensor:
         """The initial value of a parameter, float32 on the host: a function of (seed, name, shape) only."""
         ...
 
-    def flops(self, image_lens: Sequence[int], text_lens: Sequence[int]) -> int:
-        """FLOPs of a forward pass over samples with these numbers of image and caption tokens."""
+    def flops(
+        self,
+        image_lens: Sequence[int],
+        text_lens: Sequence[int],
+        *,
+        token_times: bool = False,
+        features: Sequence[str] = (),
+        route: Route | None = None,
+    ) -> int:
+        """FLOPs of a forward pass over samples with these numbers of image and caption tokens.
+
+        `token_times`: t and s are per token.
+        """
         ...
 
 
@@ -124,7 +158,12 @@ class Data(Protocol):
 
 
 class Objective(Protocol):
-    """A training loss: `captions` names the captions it needs, the call computes the loss on clean latents."""
+    """A training loss: `captions` names the captions it needs, the call computes the loss on clean latents.
+
+    Two members are optional. `wants_features = True`: the call gets stored image features. `prepare(backbone)` is
+    called once, before the backbone is sharded: it may add heads, and raises ValueError if the backbone lacks
+    something.
+    """
 
     batch_multiple: int  # micro-batches must be multiples of this, so that every rank makes the same network calls
 
@@ -137,10 +176,17 @@ class Objective(Protocol):
         self, prompts: Sequence[str], rng: SampleRNG, step: int, drop: bool = True
     ) -> dict[str, list[str]]: ...
 
-    # x0: clean latents (T, d); `ema` only runs without gradient
-
+    # x0: clean latents (T, d); `ema` only runs without gradient; features: on the grid of x0, passed only to objectives
+    # with `wants_features`
     def __call__(
-        self, net: Denoiser, ema: Denoiser, x0: Packed, conds: dict[str, TextCond], rng: SampleRNG, step: int
+        self,
+        net: Denoiser,
+        ema: Denoiser,
+        x0: Packed,
+        conds: dict[str, TextCond],
+        rng: SampleRNG,
+        step: int,
+        features: Packed | None = None,
     ) -> Loss: ...
 
 

@@ -34,6 +34,8 @@ class System:
                 raise ValueError(f"backbone has {name} {wanted}, but its encoder returns {given}; make them equal")
         self.backbone, self.text_encoder, self.autoencoder = backbone, text_encoder, autoencoder
         self.objective = objective
+        if hasattr(objective, "prepare"):
+            objective.prepare(backbone)
 
     def load_encoders(self, device: torch.device, shard: ShardLoader | None = None) -> None:
         """Load the weights of the frozen parts. The denoiser's come from training or a checkpoint.

@@ -89,6 +89,20 @@ class TextCond:
 
 
 @dataclass(frozen=True)
+class Route:
+    """A range of blocks that only some image tokens pass; the others skip it (TREAD, arXiv 2501.04765)."""
+
+    first: str  # first block of the range, as `features` name blocks
+    last: str  # last block of the range
+    kept: tuple[Tensor, ...]  # B x (n,) ascending indices of the tokens of each image that pass the range; on the host
+
+    @property
+    def lens(self) -> tuple[int, ...]:
+        """Image tokens of each sample that pass the range."""
+        return tuple(len(indices) for indices in self.kept)
+
+
+@dataclass(frozen=True)
 class StoredCaptions:
     """Stored encodings of distinct captions, on the host in their stored dtype."""
 

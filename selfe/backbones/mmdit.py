@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,14 +14,16 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from selfe import flow
 from selfe.backbones.attention import attend
-from selfe.backbones.packing import PackedLayout, Segments
+from selfe.backbones.packing import EachToken, PackedLayout, Segments
 from selfe.device import to_device
 from selfe.errors import UserError
 from selfe.rng import philox
-from selfe.types import MOST_WIDTH, Packed, TextCond, check_range
+from selfe.types import MOST_WIDTH, Packed, Route, TextCond, check_range
 
 SINUSOID = 256  # width of the sinusoidal time embedding
+OUTSIDE = "outside of blocks"
 
 
 class MMDiT(nn.Module):
@@ -89,6 +93,10 @@ class MMDiT(nn.Module):
         self.out = nn.Linear(width, patch_dim)
         self.weights_of = self.count_weights()
 
+        # Heads of training aids (`add_head`), and the block whose output each of them takes.
+        self.heads = nn.ModuleDict()
+        self.head_layers: dict[str, str] = {}
+
     def output_settings(self) -> dict[str, Any]:
         return {
             "patch_dim": self.patch_dim,
@@ -105,17 +113,56 @@ class MMDiT(nn.Module):
             "learned_grid": self.learned_grid,
         }
 
-    def forward(self, x_t: Packed, t: Tensor, s: Tensor, cond: TextCond) -> Tensor:
-        """x_t (T, patch_dim), times t and s (B,) -> v (T, patch_dim), in the dtype of x_t."""
+    @property
+    def feature_widths(self) -> dict[str, int]:
+        return {name: self.width for name in self.layer_names()}
+
+    def layer_names(self) -> list[str]:
+        """The blocks in the order in which they are computed, as `features` names them."""
+        names = [f"double_blocks.{number}" for number in range(len(self.double_blocks))]
+        return names + [f"single_blocks.{number}" for number in range(len(self.single_blocks))]
+
+    def blocks(self) -> Iterator[tuple[str, nn.Module]]:
+        """Name and module of each block, in order."""
+        yield from zip(self.layer_names(), [*self.double_blocks, *self.single_blocks], strict=True)
+
+    def add_head(self, name: str, layer: str, head: nn.Module) -> None:
+        if layer not in self.feature_widths:
+            raise ValueError(f"the backbone has no layer {layer}; its layers are {', '.join(self.feature_widths)}")
+        self.heads[name], self.head_layers[name] = head, layer
+
+    def forward(
+        self,
+        x_t: Packed,
+        t: Tensor,
+        s: Tensor,
+        cond: TextCond,
+        features: Sequence[str] = (),
+        route: Route | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """x_t (T, patch_dim), times t and s (B,) or (T,) -> v (T, patch_dim), in the dtype of x_t.
+
+        With times per image token, the text of a sample is modulated by their mean. `features` are names of blocks or
+        of heads; with names the call returns (v, {name: (T, width of the feature)}), in compute precision.
+
+        Raises:
+            UserError: there is no feature of a name, or it is inside of the route.
+        """
         dtype = self.image_in.weight.dtype
-        axes, device = tuple(self.rope_axes), x_t.tokens.device
-        layout = PackedLayout.of(x_t.grids, cond.text.grids, axes, self.rope_theta, dtype, device)
+        place = tuple(self.rope_axes), self.rope_theta, dtype, x_t.tokens.device
+        layout = PackedLayout.of(x_t.grids, cond.text.grids, *place)
+        layers, inner = self.layers_of(features, route), {}
 
         # Conditioning vector: time, time difference and pooled text.
+        pooled = self.pooled_in(cond.pooled.to(dtype))
+        if len(t) != len(x_t):
+            pooled = torch.cat([pooled, layout.image.broadcast(pooled)])
+            t, s = (torch.cat([mean_of_tokens(time, x_t), time]) for time in (t, s))
+            layout = layout.with_token_times()
         emb = self.t_in(sinusoid(t).to(dtype))
         if self.s_in is not None:
             emb = emb + self.s_in(sinusoid(t - s).to(dtype))  # s.9-s.10
-        emb = F.silu(emb + self.pooled_in(cond.pooled.to(dtype)))
+        emb = F.silu(emb + pooled)
 
         # Token stream [all text | all image].
         image = self.image_in(x_t.tokens.to(dtype))
@@ -123,47 +170,106 @@ class MMDiT(nn.Module):
             image = image + self.position(to_device(places(x_t.grids, self.learned_grid), image.device))
         x = torch.cat([self.text_in(cond.text.tokens.to(dtype)), image])
 
-        for block in self.double_blocks:
-            x = block(x, emb, layout)
+        stream = Stream(x, emb, layout)
+        for name, block in self.blocks():
+            if route is not None and name == route.first:
+                routed = PackedLayout.of_route(x_t.grids, cond.text.grids, *place, route.kept)
+                kept = to_device(kept_tokens(x_t, layout.num_text, route), x.device)
+                skipped, stream = stream, stream.select(kept, routed)
 
-        # Single blocks have the same weights for text and image, so they can keep the order of attention.
-        x, emb_sorted = layout.sort(x), emb.index_select(0, layout.samples)
-        for block in self.single_blocks:
-            x = block(x, emb_sorted, layout)
-        image = layout.unsort(x)[layout.num_text :]
+            # Single blocks have the same weights for text and image, so they can keep the order of attention.
+            stream = stream.sorted() if isinstance(block, SingleBlock) else stream
+            stream = stream.through(block)
+            if name in layers:
+                inner[name] = stream.image()
+
+            if route is not None and name == route.last:
+                stream = skipped.insert(kept, stream)
+        image = stream.image()
 
         # Output head on the image tokens.
-        shift, scale = self.out_modulation(emb).chunk(2, dim=-1)
-        return self.out(modulate(image, shift, scale, layout.image)).to(x_t.tokens.dtype)
+        _, image_emb = layout.rows_by_modality(emb)
+        shift, scale = self.out_modulation(image_emb).chunk(2, dim=-1)
+        v = self.out(modulate(image, shift, scale, layout.image)).to(x_t.tokens.dtype)
+        if not features:
+            return v
 
-    def flops(self, image_lens: Sequence[int], text_lens: Sequence[int]) -> int:
+        # Features of blocks, and outputs of heads.
+        outputs = {}
+        for name in features:
+            if name in self.heads:
+                outputs[name] = self.heads[name](inner[self.head_layers[name]], x_t)
+            else:
+                outputs[name] = inner[name]
+        return v, outputs
+
+    def layers_of(self, features: Sequence[str], route: Route | None = None) -> set[str]:
+        """The blocks whose output these features need. Raises UserError for an unknown name, or one inside of a route.
+
+        A feature of the last block of a route is inside too: not all tokens are there yet.
+        """
+        names, layers = self.layer_names(), {self.head_layers.get(name, name) for name in features}
+        if unknown := sorted(layers - set(names)):
+            raise UserError(f"the backbone has no feature {unknown[0]}; it has {', '.join(names)}")
+        if inside := sorted(layers & set(self.blocks_of(route))):
+            raise UserError(
+                f"the feature {inside[0]} is inside of the blocks {route.first} to {route.last}, which some tokens "
+                "skip; take one of another block"
+            )
+        return layers
+
+    def blocks_of(self, route: Route | None) -> list[str]:
+        """Names of the blocks of a route."""
+        if route is None:
+            return []
+        names = self.layer_names()
+        return names[names.index(route.first) : names.index(route.last) + 1]
+
+    def flops(
+        self,
+        image_lens: Sequence[int],
+        text_lens: Sequence[int],
+        *,
+        token_times: bool = False,
+        features: Sequence[str] = (),
+        route: Route | None = None,
+    ) -> int:
         """FLOPs of a forward pass over samples with these numbers of image and caption tokens, by formula.
 
         Matrix products only; a multiply-add counts as two operations. Attention takes two products of n x n x width
         per sample and block, for n text and image tokens.
         """
-        rows = {"image": sum(image_lens), "text": sum(text_lens), "sample": len(image_lens)}
-        rows["joint"] = rows["image"] + rows["text"]
-        weights = sum(rows[kind] * count for kind, count in self.weights_of.items())
+        inside = self.blocks_of(route)
+        total = sum(self.heads[name].flops(sum(image_lens)) for name in features if name in self.heads)
+        for name, weights in self.weights_of.items():
+            lens = route.lens if name in inside else image_lens
+            rows = count_rows(lens, text_lens, token_times)
+            total += 2 * sum(rows[kind] * count for kind, count in weights.items())
+            if name != OUTSIDE:
+                pairs = sum((image + text) ** 2 for image, text in zip(lens, text_lens, strict=True))
+                total += 4 * pairs * self.width
+        return total
 
-        pairs = sum((image + text) ** 2 for image, text in zip(image_lens, text_lens, strict=True))
-        num_blocks = len(self.double_blocks) + len(self.single_blocks)
-        return 2 * (weights + 2 * pairs * self.image_in.out_features * num_blocks)
-
-    def count_weights(self) -> dict[str, int]:
-        """Number of weights that are multiplied with each image token, text token, token of both, and sample."""
-        counts = {"image": 0, "text": 0, "joint": 0, "sample": 0}
+    def count_weights(self) -> dict[str, dict[str, int]]:
+        """Weights of each block, and outside of blocks, by the rows they are multiplied with, see `count_rows`."""
+        counts: dict[str, dict[str, int]] = {}
         for name, weight in self.named_parameters():
             if weight.ndim < 2 or name.startswith("position"):
                 continue
 
-            if "modulation" in name or name.startswith(("t_in", "s_in", "pooled_in")):
+            if name.startswith("pooled_in") or ".text.modulation" in name:
                 kind = "sample"
+            elif name.startswith("out_modulation") or ".image.modulation" in name:
+                kind = "image_times"
+            elif name.startswith(("t_in", "s_in")) or "modulation" in name:
+                kind = "times"
             elif name.startswith("single_blocks"):
                 kind = "joint"
             else:
                 kind = "text" if ".text." in name or name.startswith("text_in") else "image"
-            counts[kind] += weight.numel()
+            block = ".".join(name.split(".")[:2]) if "_blocks." in name else OUTSIDE
+            of_block = counts.setdefault(block, {})
+            of_block[kind] = of_block.get(kind, 0) + weight.numel()
         return counts
 
     def initial(self, name: str, shape: torch.Size, seed: int) -> Tensor:
@@ -177,14 +283,60 @@ class MMDiT(nn.Module):
         if name.endswith("bias") or "modulation" in name or name.startswith(("out.", "position.")):
             return torch.zeros(shape)
 
-        # Linear weights: Xavier uniform; embedding MLPs with standard deviation 0.02.
-        fan_out, fan_in = shape
+        # Linear and convolution weights: Xavier uniform; embedding MLPs with standard deviation 0.02.
+        area = math.prod(shape[2:])
+        fan_out, fan_in = shape[0] * area, shape[1] * area
         if name.startswith(("t_in", "s_in", "pooled_in")):
             bound = 0.02 * math.sqrt(3)
         else:
             bound = math.sqrt(6 / (fan_in + fan_out))
         uniform = torch.from_numpy(philox(seed, "initial", name).random(tuple(shape), dtype="float32"))
         return uniform.mul_(2 * bound).sub_(bound)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The tokens of a forward pass between two blocks."""
+
+    x: Tensor  # (T, width), [all text | all image], or in attention order if `sorted_emb` is given
+    emb: Tensor  # conditioning (rows, width), see `PackedLayout`
+    layout: PackedLayout
+    sorted_emb: Tensor | None = None  # the conditioning in attention order
+
+    def through(self, block: nn.Module) -> Stream:
+        """The tokens after a block."""
+        emb = self.emb if self.sorted_emb is None else self.sorted_emb
+        return replace(self, x=block(self.x, emb, self.layout))
+
+    def sorted(self) -> Stream:
+        """The same tokens in attention order."""
+        if self.sorted_emb is not None:
+            return self
+        layout = self.layout
+        emb = self.emb if layout.per_token else self.emb.index_select(0, layout.samples)
+        return Stream(layout.sort(self.x), self.emb, layout, emb)
+
+    def tokens(self) -> Tensor:
+        """(T, width), [all text | all image]."""
+        return self.x if self.sorted_emb is None else self.layout.unsort(self.x)
+
+    def image(self) -> Tensor:
+        """The image tokens (T_image, width)."""
+        return self.tokens()[self.layout.num_text :]
+
+    def select(self, kept: Tensor, layout: PackedLayout) -> Stream:
+        """The tokens of these indices in [all text | all image], which include all text, with their layout."""
+        x = self.tokens().index_select(0, kept)
+        if not self.layout.per_token:
+            return Stream(x, self.emb, layout)
+        num_text = layout.num_text
+        text_emb, image_emb = self.layout.rows_by_modality(self.emb)
+        emb = torch.cat([text_emb, image_emb.index_select(0, kept[num_text:] - num_text)])
+        return Stream(x, emb, layout.with_token_times())
+
+    def insert(self, kept: Tensor, other: Stream) -> Stream:
+        """The tokens of this stream, those of these indices replaced by the tokens of the other, see `select`."""
+        return Stream(self.tokens().index_copy(0, kept, other.tokens()), self.emb, self.layout)
 
 
 class DoubleBlock(nn.Module):
@@ -196,10 +348,11 @@ class DoubleBlock(nn.Module):
         self.image = ModalityStream(width, num_heads, mlp_ratio)
 
     def forward(self, x: Tensor, emb: Tensor, layout: PackedLayout) -> Tensor:
-        """Stream x (T, width), conditioning emb (B, width) -> (T, width)."""
+        """Stream x (T, width), conditioning emb (rows, width) -> (T, width)."""
         # Modulation: scale and shift before attention, its gate, and the same for the MLP.
-        text_mod = self.text.modulation(emb).chunk(6, dim=-1)
-        image_mod = self.image.modulation(emb).chunk(6, dim=-1)
+        text_emb, image_emb = layout.rows_by_modality(emb)
+        text_mod = self.text.modulation(text_emb).chunk(6, dim=-1)
+        image_mod = self.image.modulation(image_emb).chunk(6, dim=-1)
         text, image = x[: layout.num_text], x[layout.num_text :]
 
         # Joint attention.
@@ -228,7 +381,9 @@ class ModalityStream(nn.Module):
         self.attention_out = nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
 
-    def qkv(self, x: Tensor, shift: Tensor, scale: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(
+        self, x: Tensor, shift: Tensor, scale: Tensor, segments: Segments | EachToken
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """x (n, width) -> q, k, v (n, heads, head_dim)."""
         qkv = self.qkv_in(modulate(x, shift, scale, segments))
         q, k, v = rearrange(qkv, "n (three heads d) -> three n heads d", three=3, heads=self.num_heads)
@@ -242,7 +397,7 @@ class ModalityStream(nn.Module):
         shift: Tensor,
         scale: Tensor,
         mlp_gate: Tensor,
-        segments: Segments,
+        segments: Segments | EachToken,
     ) -> Tensor:
         """Residual branches: output projection of `attended` (n, width), then the MLP. Returns x (n, width)."""
         x = segments.addcmul(x, self.attention_out(attended), gate)
@@ -262,8 +417,11 @@ class SingleBlock(nn.Module):
         self.attention_mlp_out = nn.Linear(width + self.hidden, width)
 
     def forward(self, x: Tensor, emb: Tensor, layout: PackedLayout) -> Tensor:
-        """x (T, width) and conditioning emb (B, width), both in attention order -> (T, width)."""
-        shift, scale, gate = self.modulation(emb).chunk(3, dim=-1)
+        """x (T, width) in attention order, conditioning emb (rows, width) -> (T, width).
+
+        The rows of emb are samples in attention order; with times per token, they are in stream order.
+        """
+        shift, scale, gate = layout.joint_rows(self.modulation(emb)).chunk(3, dim=-1)
         h = modulate(x, shift, scale, layout.joint)
 
         # Apply the fused projection as two matmuls to lower peak memory: the MLP activations are not alive during
@@ -305,8 +463,33 @@ def sinusoid(t: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, segments: Segments) -> Tensor:
-    """adaLN: layer norm of x (n, width) without affine weights, then per-sample scale and shift (B, width)."""
+def kept_tokens(image: Packed, num_text: int, route: Route) -> Tensor:
+    """Indices in [all text | all image] of the tokens that pass a route: all text, and the kept image tokens."""
+    starts = accumulate(image.lens, initial=num_text)
+    kept = [start + indices for start, indices in zip(starts, route.kept, strict=False)]
+    return torch.cat([torch.arange(num_text), *kept])
+
+
+def count_rows(image_lens: Sequence[int], text_lens: Sequence[int], token_times: bool) -> dict[str, int]:
+    """Rows of each kind of matrix product: image tokens, text tokens, both, samples, and rows of times.
+
+    Times have a row per sample; if they are per token, a row per image token (`image_times`), and for what text and
+    image share (`times`) one more per sample.
+    """
+    num_samples, num_image, num_text = len(image_lens), sum(image_lens), sum(text_lens)
+    rows = {"image": num_image, "text": num_text, "joint": num_image + num_text, "sample": num_samples}
+    if token_times:
+        return rows | {"image_times": num_image, "times": num_samples + num_image}
+    return rows | {"image_times": num_samples, "times": num_samples}
+
+
+def mean_of_tokens(values: Tensor, like: Packed) -> Tensor:
+    """The mean of values (T,) over the tokens of each sample, (B,)."""
+    return flow.mean_per_sample(values[:, None], like)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, segments: Segments | EachToken) -> Tensor:
+    """adaLN: layer norm of x (n, width) without affine weights, then scale and shift (rows, width) of each segment."""
     return segments.addcmul(segments.broadcast(shift), F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 

@@ -7,7 +7,7 @@ between the two orders are computed once for the calls of a sampling run (`Packe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 
@@ -23,17 +23,22 @@ Grids = tuple[tuple[int, int], ...]  # (rows, columns) of each sample, as in `Pa
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Index maps between stream order [all text | all image], samples and attention order."""
+    """Index maps between stream order [all text | all image], samples and attention order.
+
+    Conditioning and modulation have a row per sample. With `per_token` times, they have a row per sample for its text,
+    followed by a row per image token.
+    """
 
     num_text: int
     text: Segments  # one segment per sample
-    image: Segments
-    joint: Segments  # text and image of a sample together, in attention order
+    image: Segments | EachToken
+    joint: Segments | EachToken  # text and image of a sample together, in attention order
     samples: Tensor  # (B,) samples in attention order: shortest first
     order: Tensor  # (T,) stream index of each token in attention order: [text | image] per sample
     inverse: Tensor  # (T,) the inverse permutation
     sequences: Sequences  # one per sample, text and image together, in attention order
     rotation: Tensor  # RoPE (2, T, 1, head_dim), see `grid_rotation`, in attention order
+    per_token: bool = False
 
     @classmethod
     @lru_cache(maxsize=1)  # consecutive calls of a sampling run have the same layout
@@ -49,22 +54,49 @@ class PackedLayout:
             theta: base of the RoPE frequencies.
             dtype: compute precision of the network; RoPE is computed in at least float32.
         """
-        text_lens, image_lens = ([rows * columns for rows, columns in grids] for grids in (text, image))
+        working = torch.promote_types(dtype, torch.float32)
+        rotations = [grid_rotation(grid, axes, theta, working) for grid in image]
+        return cls.build([columns for _, columns in text], rotations, dtype, device)
+
+    @classmethod
+    def of_route(
+        cls,
+        image: Grids,
+        text: Grids,
+        axes: tuple[int, ...],
+        theta: float,
+        dtype: torch.dtype,
+        device: torch.device,
+        kept: Sequence[Tensor],
+    ) -> PackedLayout:
+        """`of`, for the image tokens `kept` alone: B x (n,) ascending indices of tokens of each image, on the host."""
+        working = torch.promote_types(dtype, torch.float32)
+        rotations = [grid_rotation(grid, axes, theta, working) for grid in image]
+        rotations = [rotation[:, indices] for rotation, indices in zip(rotations, kept, strict=True)]
+        return cls.build([columns for _, columns in text], rotations, dtype, device)
+
+    @classmethod
+    def build(
+        cls, text_lens: Sequence[int], rotations: Sequence[Tensor], dtype: torch.dtype, device: torch.device
+    ) -> PackedLayout:
+        """Layout of captions of these lengths and images whose tokens have these RoPE `rotations`, on the host."""
+        image_lens = [rotation.shape[1] for rotation in rotations]
         num_text, lens = sum(text_lens), [t + i for t, i in zip(text_lens, image_lens, strict=True)]
 
         # Attention order: sort samples by length, so that sequences of equal length are adjacent.
         samples = sorted(range(len(lens)), key=lens.__getitem__)
         tokens = torch.arange(sum(lens))
-        texts, images = tokens[:num_text].split(text_lens), tokens[num_text:].split(image_lens)
+        texts, images = tokens[:num_text].split(list(text_lens)), tokens[num_text:].split(image_lens)
         order = torch.cat([part for i in samples for part in (texts[i], images[i])])
         order, inverse, samples_index = to_device_at_once([order, torch.argsort(order), torch.tensor(samples)], device)
 
         # RoPE angles: 0 for text tokens, patch positions for image tokens.
-        working = torch.promote_types(dtype, torch.float32)
-        still = torch.tensor([1.0, 0.0], dtype=working).view(2, 1, 1, 1).expand(2, max(text_lens), 1, sum(axes))
+        _, _, _, head_dim = rotations[0].shape
+        still = torch.tensor([1.0, 0.0], dtype=rotations[0].dtype).view(2, 1, 1, 1)
+        still = still.expand(2, max(text_lens), 1, head_dim)
         rotation = []
         for i in samples:
-            rotation += [still[:, : text_lens[i]], grid_rotation(image[i], axes, theta, working)]
+            rotation += [still[:, : text_lens[i]], rotations[i]]
 
         return cls(
             num_text=num_text,
@@ -77,6 +109,24 @@ class PackedLayout:
             sequences=Sequences.of([lens[i] for i in samples], device),
             rotation=to_device(torch.cat(rotation, dim=1), device),
         )
+
+    def with_token_times(self) -> PackedLayout:
+        """The same tokens, where every image token has times of its own."""
+        return replace(self, image=EachToken(), joint=EachToken(), per_token=True)
+
+    def rows_by_modality(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of conditioning (rows, width) for text and for image tokens: the same ones unless `per_token`."""
+        if not self.per_token:
+            return values, values
+        num_samples = len(self.samples)
+        return values[:num_samples], values[num_samples:]
+
+    def joint_rows(self, values: Tensor) -> Tensor:
+        """Rows of modulation as `joint` takes them: unchanged, or one per token in attention order if `per_token`."""
+        if not self.per_token:
+            return values
+        text, image = self.rows_by_modality(values)
+        return self.sort(torch.cat([self.text.broadcast(text), image]))
 
     def sort(self, x: Tensor) -> Tensor:
         """Permute the rows of x from stream order to attention order."""
@@ -141,6 +191,16 @@ class Segments:
     def addcmul(self, base: Tensor, x: Tensor, factor: Tensor) -> Tensor:
         """base + x * broadcast(factor), with base and x (n, width) and factor (rows, width)."""
         return Addcmul.apply(base, x, factor, self.owner, self.reducer)
+
+
+class EachToken:
+    """`Segments` of a single token each: every token has its own row of values."""
+
+    def broadcast(self, values: Tensor) -> Tensor:
+        return values
+
+    def addcmul(self, base: Tensor, x: Tensor, factor: Tensor) -> Tensor:
+        return torch.addcmul(base, x, factor)
 
 
 def one_hot(owner: Tensor, rows: int, dtype: torch.dtype) -> Tensor:

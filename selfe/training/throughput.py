@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from selfe import device
 from selfe.protocols import Backbone, Denoiser
-from selfe.types import Packed, TextCond
+from selfe.types import Packed, Route, TextCond
 
 GC_EVERY = 50  # steps
 
@@ -60,15 +61,23 @@ class StepTimer:
     def around(self, net: Backbone) -> Denoiser:
         """`net` with its calls timed and counted as `forward`, or as `self_evaluation` when gradients are disabled."""
 
-        def call(x_t: Packed, t: Tensor, s: Tensor, cond: TextCond) -> Tensor:
+        def call(
+            x_t: Packed,
+            t: Tensor,
+            s: Tensor,
+            cond: TextCond,
+            features: Sequence[str] = (),
+            route: Route | None = None,
+        ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
             learns = torch.is_grad_enabled()
             self.mark("forward" if learns else "self_evaluation")
-            v = net(x_t, t, s, cond)
+            output = net(x_t, t, s, cond, features, route)
             self.mark("objective")
 
             # a backward pass costs two forward passes; recomputation by activation checkpointing is not counted
-            self.flops += (3 if learns else 1) * net.flops(x_t.lens, cond.text.lens)
-            return v
+            options = {"token_times": len(t) != len(x_t), "features": features, "route": route}
+            self.flops += (3 if learns else 1) * net.flops(x_t.lens, cond.text.lens, **options)
+            return output
 
         return call
 

@@ -57,6 +57,18 @@ def test_values_and_gradients(recompute):
     assert_same(*pair(torch.float64, recompute), torch.float64, 1e-12)
 
 
+def test_times_per_token():
+    """And features, of both kinds of blocks."""
+    nets, (x, t, s, cond) = pair(torch.float64), inputs()
+    names = ["double_blocks.0", "single_blocks.0"]
+    outputs = []
+    for net in nets:
+        v, features = net(x, t[x.owner], s[x.owner], cond, names)
+        outputs.append([v, *features.values()])
+    for plain, compiled in zip(*outputs, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-11)
+
+
 def test_generated_code(monkeypatch):
     """The same for generated code, on one block only, because compilation is slow."""
     monkeypatch.undo()

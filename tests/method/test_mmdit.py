@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from selfe.backbones.mmdit import MMDiT, rotate
+from selfe.backbones.mmdit import MMDiT, modulate, rotate, sinusoid
 from selfe.backbones.packing import PackedLayout, Segments, grid_rotation, one_hot
+from selfe.errors import UserError
 from selfe.types import Packed, TextCond, packed
 
 SMALL = {"patch_dim": 8, "text_dim": 12, "pooled_dim": 6, "width": 48, "num_heads": 2, "rope_axes": (4, 8, 12)}
@@ -82,6 +83,101 @@ def test_flops_by_formula_are_those_that_run(changes):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(x, t, s, cond)
     assert net.flops(x.lens, cond.text.lens) == counter.get_total_flops()
+
+
+# ---- times per token, and features ----
+
+
+class Head(torch.nn.Module):
+    """A linear head."""
+
+    def __init__(self, width: int, out: int):
+        super().__init__()
+        self.linear = torch.nn.Linear(width, out)
+
+    def forward(self, features: torch.Tensor, x: Packed) -> torch.Tensor:
+        return self.linear(features)
+
+    def flops(self, num_tokens: int) -> int:
+        return 2 * num_tokens * self.linear.weight.numel()
+
+
+def test_times_per_token_that_are_equal_within_samples_give_the_result_of_times_per_sample():
+    net, (x, t, s, cond) = small(), inputs()
+    torch.testing.assert_close(net(x, t[x.owner], s[x.owner], cond), net(x, t, s, cond), rtol=0, atol=1e-12)
+
+
+def test_times_per_token_have_the_gradients_of_times_per_sample():
+    net, (x, t, s, cond) = small(), inputs()
+    gradients = []
+    for times in ((t, s), (t[x.owner], s[x.owner])):
+        v = net(x, *times, cond)
+        gradients.append(torch.autograd.grad((v * x.tokens).sum(), list(net.parameters())))
+    for per_sample, per_token in zip(*gradients, strict=True):
+        torch.testing.assert_close(per_token, per_sample, rtol=1e-10, atol=1e-10)
+
+
+def test_the_time_of_a_token_acts_on_its_sample_alone():
+    net, (x, t, s, cond) = small(), inputs()
+    t, s = t[x.owner], s[x.owner]
+    other = t.clone()
+    other[7] = 0.1  # the second token of sample 1
+    before, after = (x.with_tokens(net(x, times, s, cond)).split() for times in (t, other))
+    torch.testing.assert_close(after[0], before[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(after[2], before[2], rtol=0, atol=1e-12)
+    changes = (after[1] - before[1]).norm(dim=1)
+    assert changes.argmax() == 1
+    assert (changes > 0).all()  # by attention, and by the mean time of the text
+
+
+def test_features_are_the_outputs_of_blocks_on_image_tokens():
+    net, (x, t, s, cond) = small(), inputs()
+    names = ("single_blocks.1", "double_blocks.0")
+    v, features = net(x, t, s, cond, names)
+    assert tuple(features) == names
+    torch.testing.assert_close(v, net(x, t, s, cond), rtol=0, atol=0)
+
+    # the output layer, applied to the feature of the last block, gives v
+    emb = net.t_in(sinusoid(t)) + net.s_in(sinusoid(t - s)) + net.pooled_in(cond.pooled)
+    shift, scale = net.out_modulation(torch.nn.functional.silu(emb)).chunk(2, dim=-1)
+    layout = PackedLayout.of(x.grids, cond.text.grids, (4, 8, 12), 10000.0, torch.float64, torch.device("cpu"))
+    torch.testing.assert_close(net.out(modulate(features["single_blocks.1"], shift, scale, layout.image)), v)
+
+    # a shallower network with the same weights ends at the other feature
+    shallow = small(num_double_blocks=1, num_single_blocks=0)
+    shallow.load_state_dict({k: v for k, v in net.state_dict().items() if k in shallow.state_dict()})
+    expected = shallow(x, t, s, cond, ["double_blocks.0"])[1]["double_blocks.0"]
+    torch.testing.assert_close(features["double_blocks.0"], expected, rtol=0, atol=1e-12)
+
+
+def test_a_head_is_a_feature_and_its_parameters_are_initialised():
+    net, (x, t, s, cond) = small(dtype=torch.float32), inputs(torch.float32)
+    net.add_head("probe", "double_blocks.1", Head(48, 5))
+    parameters = {name: p for name, p in net.named_parameters() if name.startswith("heads.")}
+    for name, parameter in parameters.items():
+        parameter.data = net.initial(name, parameter.shape, seed=0)
+    assert [p.any().item() for p in parameters.values()] == [True, False]  # weight and bias
+
+    _, features = net(x, t, s, cond, ["probe", "double_blocks.1"])
+    assert torch.equal(features["probe"], features["double_blocks.1"] @ net.heads["probe"].linear.weight.T)
+
+
+def test_unknown_features_and_layers_are_refused():
+    net, arguments = small(), inputs()
+    with pytest.raises(UserError, match=r"no feature double_blocks.2; it has double_blocks.0, double_blocks.1, single"):
+        net(*arguments, ["double_blocks.2"])
+    with pytest.raises(ValueError, match=r"no layer single_blocks.9"):
+        net.add_head("probe", "single_blocks.9", Head(48, 5))
+
+
+def test_flops_of_times_per_token_and_heads_are_those_that_run():
+    net, (x, t, s, cond) = small(dtype=torch.float32), inputs(torch.float32)
+    net.add_head("probe", "double_blocks.1", Head(48, 5))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(x, t[x.owner], s[x.owner], cond, ["probe"])
+    options = {"token_times": True, "features": ["probe"]}
+    assert net.flops(x.lens, cond.text.lens, **options) == counter.get_total_flops()
+    assert net.flops(x.lens, cond.text.lens, **options) > 1.2 * net.flops(x.lens, cond.text.lens)
 
 
 def test_second_time_starts_from_its_difference():

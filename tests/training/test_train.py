@@ -187,10 +187,11 @@ def test_every_position_of_a_step_once_on_any_number_of_ranks(size, micro):
 class CountedNet:
     """A denoiser whose calls cost an operation per token."""
 
-    def __call__(self, x_t, t, s, cond):
+    def __call__(self, x_t, t, s, cond, features=(), route=None):
         return x_t.tokens
 
-    def flops(self, image_lens: Sequence[int], text_lens: Sequence[int]) -> int:
+    def flops(self, image_lens: Sequence[int], text_lens: Sequence[int], token_times, features, route) -> int:
+        assert (token_times, features, route) == (False, (), None)
         return sum(image_lens) + sum(text_lens)
 
 

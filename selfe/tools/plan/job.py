@@ -16,7 +16,8 @@ from selfe.encoders.composed_text import ComposedText
 from selfe.encoders.hf_text import HFText
 from selfe.encoders.t5_clip import T5Clip
 from selfe.errors import UserError
-from selfe.protocols import TextEncoder
+from selfe.objectives.wrapper import Wrapper
+from selfe.protocols import Objective, TextEncoder
 from selfe.system import System
 from selfe.tools.plan.ranks import Later
 from selfe.tools.plan.step import META, Step, blank_batch, measure, networks
@@ -86,14 +87,22 @@ def load(path: str, overrides: Sequence[str] = (), cached: bool = False) -> Job:
     # meta device: networks without weights
     with META:
         system = config.build({"system": parts}, "system")
-    if hasattr(system.objective, "p_drop"):
-        system.objective.p_drop = 0.0  # every caption at its full length
+    objective = innermost(system.objective)
+    if hasattr(objective, "p_drop"):
+        objective.p_drop = 0.0  # every caption at its full length
     later = Later()
     system.load_encoders(META, later if trainer.shard_text_encoder else None)
 
     encoders = {"text_encoder": system.text_encoder, "autoencoder": system.autoencoder}
     loaded = [net for name, encoder in encoders.items() if loads[name] for net in networks(encoder).values()]
     return Job(system, trainer, tuple(behind_cache), tuple(loaded), later, *shapes_of(settings))
+
+
+def innermost(objective: Objective) -> Objective:
+    """The objective inside of training aids."""
+    while isinstance(objective, Wrapper):
+        objective = objective.objective
+    return objective
 
 
 def shapes_of(settings: dict) -> tuple[Callable[[int], Shapes], tuple[int, ...]]:
@@ -149,10 +158,11 @@ def phases(job: Job, gpus: int, num_words: int) -> list[PhaseCost]:
     end = min(trainer.max_steps, trainer.max_steps if trainer.stop_step is None else trainer.stop_step)
 
     # steps at which the cost changes
+    schedule = innermost(objective)
     begins = {0, *job.starts, *(phase.step for phase in trainer.phases)}
-    if start := getattr(objective, "start_step", 0):
+    if start := getattr(schedule, "start_step", 0):
         begins.add(start + 1)  # at start_step itself s is still equal to t
-    begins.add(getattr(objective, "aux_start_step", None) or 0)
+    begins.add(getattr(schedule, "aux_start_step", None) or 0)
     begins = sorted(begin for begin in begins if begin < end)
 
     costs = []

@@ -24,7 +24,7 @@ from selfe.encoders.composed_text import ComposedText
 from selfe.protocols import Denoiser
 from selfe.rng import SampleRNG
 from selfe.system import System
-from selfe.types import DTYPES, Batch, Packed, Precision, TextCond
+from selfe.types import DTYPES, Batch, Packed, Precision, Route, TextCond
 
 META = torch.device("meta")
 
@@ -176,7 +176,14 @@ class Meter:
     def around(self, net: Denoiser, weights: str) -> Denoiser:
         """Wrap a denoiser so that its calls are recorded."""
 
-        def call(x_t: Packed, t: Tensor, s: Tensor, cond: TextCond) -> Tensor:
+        def call(
+            x_t: Packed,
+            t: Tensor,
+            s: Tensor,
+            cond: TextCond,
+            features: Sequence[str] = (),
+            route: Route | None = None,
+        ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
             # the first call of the denoiser: the encoders are done
             if not self.calls:
                 self.encode_peak = self.living.restart()
@@ -188,11 +195,12 @@ class Meter:
             self.calls.append(Call(weights, part, learns, len(x_t.tokens), len(cond.text.tokens)))
 
             before = self.mark(part)
-            v = net(x_t, t, s, cond)
+            output = net(x_t, t, s, cond, features, route)
             self.mark(before)
-            if learns:  # its backward pass begins with the gradient of v
-                v.register_hook(lambda _: self.enter(f"{part}, backward"))
-            return v
+            if learns:  # its backward pass begins with the gradient of an output
+                for tensor in tree_leaves(output):
+                    tensor.register_hook(lambda _: self.enter(f"{part}, backward"))
+            return output
 
         return call
 
