@@ -30,13 +30,16 @@ from selfe.encoders.cached_text import CachedText
 from selfe.encoders.composed_text import ComposedText
 from selfe.encoders.flux_vae import FluxVAE
 from selfe.encoders.hf_text import HFText
+from selfe.encoders.hf_vision import HFVision
 from selfe.encoders.identity import Identity
 from selfe.encoders.remembered_text import RememberedText
 from selfe.encoders.t5_clip import T5Clip
 from selfe.encoders.words import Words
 from selfe.infer import Inferencer
 from selfe.objectives.flow_matching import FlowMatching
+from selfe.objectives.repa import Repa
 from selfe.objectives.self_evaluation import SelfEvaluation
+from selfe.objectives.self_flow import SelfFlow
 from selfe.objectives.tread import Tread
 from selfe.samplers.euler import Euler
 from selfe.samplers.renoise import Renoise
@@ -51,7 +54,8 @@ PARTS = (
     ("Backbone", "system.backbone.params", (MMDiT,)),
     ("Text encoders", "system.text_encoder.params", (T5Clip, HFText, ComposedText, Words, CachedText, RememberedText)),
     ("Autoencoders", "system.autoencoder.params", (FluxVAE, Identity, CachedLatents)),
-    ("Objectives", "system.objective.params", (SelfEvaluation, FlowMatching, Tread)),
+    ("Objectives", "system.objective.params", (SelfEvaluation, FlowMatching, Repa, SelfFlow, Tread)),
+    ("Image encoders", "system.objective.params.encoder.params", (HFVision,)),
     ("Data sets", "data.params", (BucketedDataset, ShapesData, CachedData)),
     ("Samplers", "inferencer.defaults.sampler.params", (Renoise, Euler)),
 )

@@ -79,9 +79,12 @@ def warp(t: Tensor, mu: Tensor) -> Tensor:
     return pushed / (pushed + (1 - t))
 
 
-def draw_t(rng: SampleRNG, x0: Packed, std: float = 1.0) -> Tensor:
-    """Training times (B,): logit-normal with standard deviation `std`, warped by each sample's token count (S.2)."""
-    t = torch.sigmoid(std * rng.normal("t", like=x0.tokens))
+def draw_t(rng: SampleRNG, x0: Packed, std: float = 1.0, name: str = "t") -> Tensor:
+    """Training times (B,): logit-normal with standard deviation `std`, warped by each sample's token count (S.2).
+
+    `name`: of the random numbers.
+    """
+    t = torch.sigmoid(std * rng.normal(name, like=x0.tokens))
     return warp(t, shift(x0.lens, like=t))
 
 

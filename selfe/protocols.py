@@ -132,6 +132,25 @@ class Autoencoder(Protocol):
         ...
 
 
+class ImageEncoder(Protocol):
+    """Frozen vision encoder whose features training aids are compared with. Built without weights; `load` reads them.
+
+    It runs in `selfe precompute` only; training reads its stored features.
+    """
+
+    feature_dim: int
+
+    def output_settings(self) -> dict[str, Any]:
+        """Constructor parameters, besides the weights, that change what it computes; values as in YAML."""
+        ...
+
+    def load(self, device: torch.device) -> None: ...
+
+    def __call__(self, images: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> Packed:
+        """B x (3, H, W) in [-1, 1] -> features (T, feature_dim) on grids of B x (rows, columns), float32."""
+        ...
+
+
 class Data(Protocol):
     """Images with captions, in an order that is a pure function of the seed.
 
@@ -160,9 +179,9 @@ class Data(Protocol):
 class Objective(Protocol):
     """A training loss: `captions` names the captions it needs, the call computes the loss on clean latents.
 
-    Two members are optional. `wants_features = True`: the call gets stored image features. `prepare(backbone)` is
-    called once, before the backbone is sharded: it may add heads, and raises ValueError if the backbone lacks
-    something.
+    Some members are optional. `wants_features = True`: the call gets stored image features, which `selfe precompute`
+    writes with the `ImageEncoder` `feature_encoder`. `prepare(backbone)` is called once, before the backbone is
+    sharded: it may add heads, and raises ValueError if the backbone lacks something.
     """
 
     batch_multiple: int  # micro-batches must be multiples of this, so that every rank makes the same network calls

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from selfe import flow
 from selfe.errors import UserError
+from selfe.io.feature_cache import AGAIN
 from selfe.protocols import Autoencoder, Backbone, Data, Denoiser, Objective, Sampler, ShardLoader, TextEncoder
 from selfe.rng import SampleRNG
 from selfe.samplers.guidance import guided
-from selfe.types import Batch, FiniteCheck, Loss, StoredCaptions, TextCond, raise_if_not_finite
+from selfe.types import Batch, FiniteCheck, Loss, Packed, StoredCaptions, TextCond, packed, raise_if_not_finite
 
 
 class System:
@@ -47,12 +48,23 @@ class System:
         self.autoencoder.load(device)
 
     def check_data(self, data: Data) -> None:
-        """Raise UserError if the autoencoder cannot encode images of this data."""
+        """Raise UserError if the autoencoder cannot encode images of this data, or it lacks features of images."""
         if data.multiple % self.autoencoder.multiple:
             raise UserError(
                 f"data: image sides are multiples of {data.multiple}, but system.autoencoder needs multiples of "
                 f"{self.autoencoder.multiple}; make the first a multiple of the second"
             )
+        if not getattr(self.objective, "wants_features", False):
+            return
+
+        wanted, stored = self.objective.feature_encoder, getattr(data, "features", None)
+        if stored is None:
+            raise UserError(
+                "system.objective: needs stored image features; run selfe precompute CONFIG --out FOLDER, and train "
+                "from the config that it writes"
+            )
+        if type(stored) is not type(wanted) or stored.output_settings() != wanted.output_settings():
+            raise UserError("system.objective: its encoder is not the one of data.params.features; make them equal")
 
     def loss(self, net: Denoiser, ema: Denoiser, batch: Batch, rng: SampleRNG, step: int) -> Loss:
         """The objective on one micro-batch of images and captions: one loss per sample.
@@ -64,7 +76,10 @@ class System:
         x0 = self.autoencoder.encode(batch.images, rng)
         x0_check = FiniteCheck(flow.sum_per_sample(x0.tokens, x0), batch.names, "system.autoencoder", HALF)
 
-        loss = self.objective(net, ema, x0, conds, rng, step)
+        options = {}
+        if getattr(self.objective, "wants_features", False):
+            options["features"] = stored_features(batch, x0)
+        loss = self.objective(net, ema, x0, conds, rng, step, **options)
         return replace(loss, num_tokens=len(x0.tokens), checks=(text_check, x0_check))
 
     @torch.no_grad()
@@ -130,6 +145,20 @@ class System:
 
         conds = {name: cond.select([index[caption] for caption in wanted]) for name, wanted in captions.items()}
         return conds, FiniteCheck(sums, tuple(index), "system.text_encoder", HALF)
+
+
+def stored_features(batch: Batch, x0: Packed) -> Packed | None:
+    """The image features of a batch on the grids of x0, float32; None if it has none.
+
+    Raises:
+        UserError: they were stored for other grids.
+    """
+    if not batch.features:
+        return None
+    grids = [tuple(features.shape[:2]) for features in batch.features]
+    if grids != list(x0.grids):
+        raise UserError(f"{batch.names[0]}: the cache has features of other grids than its latents; {AGAIN}")
+    return packed(torch.cat([features.flatten(0, 1) for features in batch.features]).float(), grids)
 
 
 def distinct(captions: dict[str, list[str]]) -> list[str]:

@@ -131,30 +131,31 @@ class Batch:
     and each copy to a device a call.
     """
 
-    images: tuple[Tensor, ...]  # B x (3, H, W), uint8 or float32 in [-1, 1]; or cached features of the autoencoder
+    images: tuple[Tensor, ...]  # B x (3, H, W), uint8 or float32 in [-1, 1]; or cached latents
     prompts: tuple[str, ...]
     positions: tuple[int, ...]  # index in the global batch, part of the key of a sample's random numbers
     names: tuple[str, ...]  # file of each sample, for error messages
     replaced: tuple[str, ...] = ()  # problems of bad samples that were replaced by others
     text: StoredCaptions | None = None  # of the captions of this batch, if the text encoder reads a cache
-    flat: Tensor | None = None  # (n,), of which the images are views
+    features: tuple[Tensor, ...] = ()  # B x (rows, columns, width), cached image features, in the dtype of the images
+    flat: Tensor | None = None  # (n,), of which images and features are views
 
     def flattened(self) -> Batch:
         """The batch with `flat`."""
         if self.flat is not None or not self.images:
             return self
-        return self.with_flat(torch.cat([image.flatten() for image in self.images]))
+        return self.with_flat(torch.cat([tensor.flatten() for tensor in (*self.images, *self.features)]))
 
     def with_flat(self, flat: Tensor) -> Batch:
         """The same layout with other values (n,)."""
-        parts = flat.split([image.numel() for image in self.images])
-        images = tuple(part.view(image.shape) for part, image in zip(parts, self.images, strict=True))
-        return replace(self, images=images, flat=flat)
+        views = split_views(flat, [tensor.shape for tensor in (*self.images, *self.features)])
+        num_images = len(self.images)
+        return replace(self, images=views[:num_images], features=views[num_images:], flat=flat)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
-        tensors = [*self.images, *((self.text.tokens, self.text.pooled) if self.text else ())]
+        tensors = [*self.images, *self.features, *((self.text.tokens, self.text.pooled) if self.text else ())]
         return sum(tensor.nbytes for tensor in tensors)
 
     def share_memory_(self) -> None:
@@ -177,18 +178,27 @@ class Batch:
         return batch if batch.flat is None else batch.with_flat(signed(to_device(batch.flat, device)))
 
     def __reduce__(self) -> tuple:
-        """Pickle all images as one tensor."""
+        """Pickle all images and features as one tensor."""
         batch = self.flattened()
-        shapes = [image.shape for image in self.images]
-        return Batch.restored, (batch.flat, shapes, self.prompts, self.positions, self.names, self.replaced, self.text)
+        shapes = [[tensor.shape for tensor in tensors] for tensors in (self.images, self.features)]
+        fields = (self.prompts, self.positions, self.names, self.replaced, self.text)
+        return Batch.restored, (batch.flat, *shapes, *fields)
 
     @classmethod
-    def restored(cls, flat: Tensor | None, shapes: Sequence[torch.Size], *fields: tuple) -> Batch:
+    def restored(
+        cls, flat: Tensor | None, shapes: Sequence[torch.Size], feature_shapes: Sequence[torch.Size], *fields: tuple
+    ) -> Batch:
         """The inverse of `__reduce__`."""
         if flat is None:
             return cls((), *fields)
-        parts = flat.split([shape.numel() for shape in shapes])
-        return cls(tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True)), *fields, flat)
+        views = split_views(flat, [*shapes, *feature_shapes])
+        return cls(views[: len(shapes)], *fields, views[len(shapes) :], flat)
+
+
+def split_views(flat: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
+    """Views of consecutive parts of a tensor (n,), of these shapes."""
+    parts = flat.split([shape.numel() for shape in shapes])
+    return tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
 
 
 def signed(image: Tensor) -> Tensor:

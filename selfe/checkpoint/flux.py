@@ -195,9 +195,11 @@ def holds_weights(path: Path) -> bool:
 def warm_start(path: Path, *modules: nn.Module) -> FluxStateDict:
     """Initialise sharded denoisers of equal architecture from a FLUX file.
 
-    If the file lacks the embedding of t - s, its output layer is zeroed, so that it has no effect at the start.
+    If the file lacks the embedding of t - s, its output layer is zeroed, so that it has no effect at the start. Heads
+    of training aids keep their initial values.
     """
-    source = FluxStateDict.of(path, {name: p.shape for name, p in modules[0].named_parameters()})
+    wanted = {name: p.shape for name, p in modules[0].named_parameters() if not name.startswith("heads.")}
+    source = FluxStateDict.of(path, wanted)
     for name in source.used:
         full = source.read(name)
         for module in modules:

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -41,7 +42,8 @@ class InitFromConfig:
 def load(path: Path, net: nn.Module, ema: nn.Module, optimizer: Optimizer | None, parts: Sequence[Part] = PARTS) -> int:
     """Load parts of a training state in place; must be called by every rank.
 
-    If only one of `model` and `ema` is in `parts`, its weights are loaded into both.
+    If only one of `model` and `ema` is in `parts`, its weights are loaded into both. Heads of training aids that the
+    checkpoint does not have keep their initial values, unless the optimizer is loaded too.
 
     Returns:
         The number of finished steps, or 0 if `step` is not in `parts`.
@@ -53,6 +55,8 @@ def load(path: Path, net: nn.Module, ema: nn.Module, optimizer: Optimizer | None
     names = {"model": "net", "ema": "ema", "optimizer": "optimizer"}
     modules = {"model": net, "ema": ema}
     state = {names[part]: get_model_state_dict(modules[part]) for part in modules if part in parts}
+    if "optimizer" not in parts:
+        state = {group: without_new_heads(path, group, tensors) for group, tensors in state.items()}
     check_fits(path, state)
 
     # Optimizer state; the configured hyperparameters are remembered, because loading overwrites them.
@@ -70,8 +74,17 @@ def load(path: Path, net: nn.Module, ema: nn.Module, optimizer: Optimizer | None
     # Copy the weights to whichever of model and EMA was not loaded.
     for there, missing in (("model", "ema"), ("ema", "model")):
         if missing not in parts:
-            set_model_state_dict(modules[missing], state[names[there]])
+            options = StateDictOptions(strict=False)  # without new heads
+            set_model_state_dict(modules[missing], state[names[there]], options=options)
     return read_step(path) if "step" in parts else 0
+
+
+def without_new_heads(path: Path, group: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, without those of heads that the checkpoint does not have."""
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    return {
+        name: tensor for name, tensor in tensors.items() if not name.startswith("heads.") or f"{group}.{name}" in stored
+    }
 
 
 def load_weights(path: Path, module: nn.Module, weights: Literal["ema", "live"]) -> int:

@@ -49,9 +49,12 @@ def read_settings(folder: Path) -> dict:
 def load_weights(path: Path, net: nn.Module, weights: Literal["ema", "live"]) -> int:
     """Load an unsharded denoiser in a single process; returns the number of finished steps.
 
+    Its heads of training aids are removed: sampling does not need them.
+
     Raises:
         UserError: the weights do not fit the denoiser, or an exported folder has those of the other kind.
     """
+    remove_heads(net)
     if not is_export(path):
         return state.load_weights(path, net, weights)
 
@@ -67,3 +70,9 @@ def load_weights(path: Path, net: nn.Module, weights: Literal["ema", "live"]) ->
         for name, parameter in net.named_parameters():
             parameter.copy_(source.read(name))
     return settings["step"]
+
+
+def remove_heads(net: nn.Module) -> None:
+    """Remove what training aids have added to a denoiser, see `Backbone.add_head`."""
+    if hasattr(net, "heads"):
+        net.heads = nn.ModuleDict()

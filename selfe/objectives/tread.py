@@ -14,7 +14,7 @@ from selfe.types import Loss, Packed, Route, TextCond, check_range
 
 
 class Tread(Wrapper):
-    """Routes the passes with gradient over all samples of a batch.
+    """TREAD around an objective: routes its passes with gradient over all samples of a batch.
 
     Passes without gradient (self-evaluation, validation) and the auxiliary pass of Self-E, which has only some of the
     samples, see all tokens, as sampling does.

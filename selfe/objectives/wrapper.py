@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from selfe.protocols import Backbone, Objective
+from selfe.protocols import Backbone, ImageEncoder, Objective
 from selfe.rng import SampleRNG
 from selfe.types import Loss, Packed
 
@@ -19,6 +19,10 @@ class Wrapper:
     @property
     def wants_features(self) -> bool:
         return getattr(self.objective, "wants_features", False)
+
+    @property
+    def feature_encoder(self) -> ImageEncoder | None:
+        return getattr(self.objective, "feature_encoder", None)
 
     def prepare(self, backbone: Backbone) -> None:
         if hasattr(self.objective, "prepare"):

@@ -34,7 +34,7 @@ from selfe.io.folder_lock import FolderLock
 from selfe.protocols import Objective
 from selfe.rng import SampleRNG
 from selfe.system import System
-from selfe.types import Split, signed
+from selfe.types import Packed, Split, signed
 
 LATENTS_PER_SHARD, CAPTIONS_PER_SHARD = 4096, 512
 SAMPLE = 64  # captions encoded to estimate the size of the text cache
@@ -187,15 +187,20 @@ class Precompute:
     ):
         self.system, self.data, self.folder, self.world, self.options = system, data, folder, world, options
         self.num_steps = trainer.max_steps
+        self.feature_encoder = getattr(system.objective, "feature_encoder", None)
         self.images, self.captions = Images(data), Captions(data, trainer.samples.prompts)
 
     @cached_property
     def num_shards(self) -> dict[str, int]:
         text = -(-len(self.captions) // CAPTIONS_PER_SHARD)
-        return {"text": text, "pooled": text, "latents": -(-len(self.images) // LATENTS_PER_SHARD)}
+        images = -(-len(self.images) // LATENTS_PER_SHARD)
+        features = {"features": images} if self.feature_encoder is not None else {}
+        return {"text": text, "pooled": text, "latents": images} | features
 
     def run(self) -> None:
         self.system.load_encoders(self.world.device)
+        if self.feature_encoder is not None:
+            self.feature_encoder.load(self.world.device)
         if self.world.is_main:
             self.check_space()
         collectives.barrier()
@@ -277,7 +282,7 @@ class Precompute:
         progress.advance(len(items))
 
     def encode_images(self, number: int, items: Sequence[int], progress: log.Progress) -> None:
-        """Write one shard of latents."""
+        """Write one shard of latents, and before it one of features: a shard of latents means that both exist."""
         order = sorted(items, key=self.images.shape)  # equal shapes share a batch
         loader = DataLoader(
             self.images,
@@ -288,7 +293,7 @@ class Precompute:
         )
         loader = WatchedLoader(loader, f"rank {self.world.rank}", "--workers")
 
-        entries, stamps = {}, {}
+        entries, features, stamps = {}, {}, {}
         for batch in chunks(loader, self.options.batch_size):
             # unreadable images are recorded and have no entry, or stop the run
             problems = [image for _, _, image in batch if isinstance(image, UserError)]
@@ -300,9 +305,16 @@ class Precompute:
             stamps |= {key: stamp for key, stamp, _ in batch}
             good = {key: image for key, _, image in batch if not isinstance(image, UserError)}
             if good:
-                entries |= zip(good, self.latents(list(good), list(good.values())), strict=True)
+                latents = self.latents(list(good), list(good.values()))
+                entries |= zip(good, latents, strict=True)
+            if good and self.feature_encoder is not None:
+                grids = [tuple(entry.shape[:2]) for entry in latents]
+                encoded = self.feature_encoder([signed(image) for image in good.values()], grids)
+                features |= zip(good, unpacked(encoded), strict=True)
             progress.advance(len(batch))
 
+        if self.feature_encoder is not None:
+            feature_cache.write_shard(self.folder / "features", number, features, stamps)
         feature_cache.write_shard(self.folder / "latents", number, entries, stamps)
 
     def latents(self, keys: Sequence[str], images: Sequence[Tensor]) -> list[Tensor]:
@@ -314,7 +326,7 @@ class Precompute:
             entries = mean.tokens + deviation * noise
         elif deviation is not None:
             entries = torch.cat([mean.tokens, deviation], dim=1)
-        return [tokens.unflatten(0, grid) for tokens, grid in zip(entries.split(mean.lens), mean.grids, strict=True)]
+        return unpacked(mean.with_tokens(entries))
 
     def check_space(self) -> None:
         """Print the estimated size of the cache; raise a UserError if it does not fit on the disk."""
@@ -322,6 +334,8 @@ class Precompute:
         images = (self.images[i][2] for i in range(len(self.images)))
         image = next(image for image in images if not isinstance(image, UserError))
         width = self.latents(["0"], [image])[0].shape[-1]
+        if self.feature_encoder is not None:
+            width += self.feature_encoder.feature_dim
         latents = self.images.num_tokens() * width * BYTES
 
         # text: estimated from a sample of captions
@@ -339,6 +353,11 @@ class Precompute:
         )
         if latents + text - done > free:
             raise UserError(f"{self.folder}: the disk lacks {size(latents + text - done - free)}; use another --out")
+
+
+def unpacked(entries: Packed) -> list[Tensor]:
+    """B x (rows, columns, width)."""
+    return [tokens.unflatten(0, grid) for tokens, grid in zip(entries.split(), entries.grids, strict=True)]
 
 
 def chunks(items: Iterable, length: int) -> Iterator[list]:
@@ -370,15 +389,26 @@ def from_cache(settings: dict, folder: Path) -> dict:
         return {"module": f"selfe.{module}", "params": place | {name: wrapped}}
 
     system, trainer = settings["system"], settings["trainer"]
+    data = wrap("data.cached.CachedData", "source", settings["data"])
+    if (encoder := encoder_settings(system["objective"])) is not None:
+        data["params"]["features"] = encoder
     parts = {
         "text_encoder": wrap("encoders.cached_text.CachedText", "encoder", system["text_encoder"]),
         "autoencoder": wrap("encoders.cached_latents.CachedLatents", "autoencoder", system["autoencoder"]),
     }
     return settings | {
         "system": system | parts,
-        "data": wrap("data.cached.CachedData", "source", settings["data"]),
+        "data": data,
         "trainer": trainer | {"samples": trainer.get("samples", {}) | {"prompts": []}},
     }
+
+
+def encoder_settings(objective: dict) -> dict | None:
+    """The settings of the vision encoder of an objective, or of one that it wraps; None if there is none."""
+    params = objective["params"]
+    if "encoder" in params:
+        return params["encoder"]
+    return encoder_settings(params["objective"]) if "objective" in params else None
 
 
 def main(options: argparse.Namespace) -> None:
@@ -405,6 +435,8 @@ def encode_all(settings: dict, folder: Path, options: argparse.Namespace, world:
     facts = feature_cache.describe("text_encoder", system.text_encoder) | feature_cache.describe(
         "autoencoder", system.autoencoder
     )
+    if (encoder := getattr(system.objective, "feature_encoder", None)) is not None:
+        facts |= feature_cache.describe("features", encoder)
     facts |= data.facts() | {
         "precompute.one_sample": str(options.one_sample),
         "precompute.captions": str(wanted(system.objective, ["PROMPT"], trainer.max_steps)),

@@ -100,6 +100,17 @@ def test_a_batch_is_pinned_and_copied_as_one_tensor(monkeypatch):
     assert torch.equal(again.text.tokens, text.tokens)
 
 
+def test_stored_features_travel_with_the_images():
+    latents = tuple(torch.randn(rows, 3, 4).bfloat16() for rows in (1, 2))
+    features = tuple(torch.randn(rows, 3, 6).bfloat16() for rows in (1, 2))
+    batch = Batch(latents, ("a", "b"), (0, 1), ("x", "y"), features=features)
+    assert batch.num_bytes == 2 * 9 * (4 + 6)
+    for copy in (pickle.loads(pickle.dumps(batch)), batch.to(torch.device("cpu"))):
+        assert all(torch.equal(a, b) for a, b in zip(copy.images, latents, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(copy.features, features, strict=True))
+        assert copy.features[1].untyped_storage().data_ptr() == copy.flat.untyped_storage().data_ptr()
+
+
 def test_batches_are_pinned_for_accelerators_only(monkeypatch):
     asked = []
     monkeypatch.setattr(loader, "DataLoader", lambda part, pin_memory, **rest: asked.append(pin_memory) or iter(()))

@@ -37,6 +37,12 @@ HF_TEXT = (
     "{model: a, text_dim: %d, template: 'a photo of {}', skip_pretrained: true}}, pooled: {module: HF, params: "
     "{model: b, text_dim: %d, skip_pretrained: true}}}}"
 ).replace("HF,", "selfe.encoders.hf_text.HFText,")
+SELF_E = {"tau_steps": 4, "aux_start_step": 4}
+TREAD = {"objective": {"module": "selfe.objectives.self_evaluation.SelfEvaluation", "params": SELF_E}}
+TREAD = {"module": "selfe.objectives.tread.Tread", "params": TREAD | {"first": "double_blocks.0"}}
+TREAD["params"]["last"] = "single_blocks.0"
+SELF_FLOW = {"student_layer": "double_blocks.0", "teacher_layer": "single_blocks.0", "hidden": 8}
+SELF_FLOW = {"module": "selfe.objectives.self_flow.SelfFlow", "params": SELF_FLOW}
 SMALL = [*RANDOM, "trainer.total_batch_size=4", "trainer.micro_batch_size=4", "data.params.pixels=1024"]
 
 
@@ -68,8 +74,10 @@ def measured(path: str, overrides: list[str], batch: Batch, rng: SampleRNG, step
         (SMOKE, [*SMALL, "trainer.activation_checkpointing=2"], 9, {"auxiliary", "auxiliary, backward", "recomputed"}),
         (MINI, ["trainer.total_batch_size=8", "trainer.micro_batch_size=8"], 5, {"flow matching, backward"}),
         (SMOKE, [*SMALL, HF_TEXT % (64, 32)], 5, {"text_encoder.tokens.net", "text_encoder.pooled.net"}),
+        (TINY, [*SMALL, f"system.objective={json.dumps(TREAD)}"], 5, {"auxiliary, backward", "recomputed"}),
+        (TINY, [*SMALL, f"system.objective={json.dumps(SELF_FLOW)}"], 5, {"self-evaluation", "recomputed"}),
     ],
-    ids=["smoke", "auxiliary", "mini", "hf text"],
+    ids=["smoke", "auxiliary", "mini", "hf text", "tread", "self-flow"],
 )
 def test_operations_are_those_of_a_training_step(path, overrides, step, parts, tmp_path, alone):
     overrides = [*overrides, f"trainer.output_dir={tmp_path}"]
@@ -365,6 +373,28 @@ def test_a_cached_run_loads_no_encoder(tmp_path):
     assert cached["gpu_hours"] == pytest.approx(sum(phase["gpu_hours_cached"] for phase in live["phases"]))
     assert cached["gpu_hours"] < live["gpu_hours"]
     assert not any("encoders take" in line for line in cached["warnings"])
+
+
+def test_features_of_images_are_planned_as_they_are_stored():
+    encoder = {"model": "none", "skip_pretrained": True, "feature_dim": 6}
+    inner = {"module": "selfe.objectives.self_evaluation.SelfEvaluation", "params": SELF_E}
+    repa = {"objective": inner, "layer": "double_blocks.0", "hidden": 8, "stop_step": 6}
+    repa["encoder"] = {"module": "selfe.encoders.hf_vision.HFVision", "params": encoder}
+    objective = f"system.objective={json.dumps({'module': 'selfe.objectives.repa.Repa', 'params': repa})}"
+    job = plan_job.load(TINY, [*RANDOM, objective])
+    costs = plan_job.phases(job, 2, 2)
+    storage = plan.storage(job, costs)
+    assert storage["features_per_image"] == {"32x32": 2 * 4 * 6}
+    assert any("features of an image, 32x32" in line for line in plan_page.storage(storage))
+
+    # the head: forward, and backward for its weights and its input
+    assert [phase.start for phase in costs] == [0, 4, 6]
+    head = 2 * 4 * (48 * 8 + 8 * 8 + 8 * 6) * costs[0].step.num_images
+    for name, times in (("flow matching", 1), ("flow matching, backward", 2)):
+        with_head, without = (phase.step.flops[name] for phase in costs[1:])
+        assert with_head - without == times * head
+    plain = plan.parameters(plan_job.load(TINY, RANDOM).system)
+    assert plan.parameters(job.system)["denoiser"] == plain["denoiser"] + 518
 
 
 def test_a_thousand_ranks_take_no_longer():

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from selfe import compare, config, recorded_run
 from selfe.backbones.mmdit import MMDiT
 from selfe.checkpoint import flux, state, verify
+from selfe.checkpoint.weights import remove_heads
 from selfe.encoders.flux_vae import CHANNELS, SCALE, SHIFT, STAGES, FluxVAE
 from selfe.encoders.t5_clip import T5_FOLDER, T5Clip
 from selfe.errors import UserError
@@ -83,6 +84,7 @@ def read_run(path: Path, layout: str, trust: bool) -> tuple[dict, System]:
     with torch.device("meta"):
         system = config.build(settings, "system")
 
+    remove_heads(system.backbone)
     kinds = {"backbone": MMDiT}
     if layout == "diffusers":
         kinds |= {"text_encoder": T5Clip, "autoencoder": FluxVAE}

@@ -204,16 +204,21 @@ def storage(job: Job, costs: list[PhaseCost]) -> dict:
     net, system = job.system.backbone, job.system
     weights = sum(p.nbytes for p in net.parameters())
 
-    # shapes of cached latents, from the autoencoder on the meta device
-    latents = {}
+    # shapes of cached latents, from the autoencoder on the meta device; features are on the same grid
+    latents, features = {}, {}
+    encoder = getattr(system.objective, "feature_encoder", None)
     for shape in dict.fromkeys(shape for phase in costs for shape, _ in phase.shapes):
         mean, deviation = system.autoencoder.moments([torch.empty(3, *shape, device=META)])
         numbers = mean.tokens.numel() * (1 if deviation is None else 2)
-        latents[f"{shape[0]}x{shape[1]}"] = {"cached": BYTES * numbers, "one_sample": BYTES * mean.tokens.numel()}
+        name = f"{shape[0]}x{shape[1]}"
+        latents[name] = {"cached": BYTES * numbers, "one_sample": BYTES * mean.tokens.numel()}
+        if encoder is not None:
+            features[name] = BYTES * len(mean.tokens) * encoder.feature_dim
 
     return {
         "checkpoint": 2 * weights + optimizer_bytes(net),  # live and EMA weights, optimizer state
         "latents_per_image": latents,
+        "features_per_image": features,
         "text_per_token": BYTES * system.text_encoder.text_dim,
         "pooled_per_caption": BYTES * system.text_encoder.pooled_dim,
     }

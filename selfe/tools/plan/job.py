@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -20,7 +20,7 @@ from selfe.objectives.wrapper import Wrapper
 from selfe.protocols import Objective, TextEncoder
 from selfe.system import System
 from selfe.tools.plan.ranks import Later
-from selfe.tools.plan.step import META, Step, blank_batch, measure, networks
+from selfe.tools.plan.step import META, Step, blank_batch, measure, networks, with_features
 from selfe.training.settings import TrainerConfig
 
 Shapes = list[tuple[tuple[int, int], int]]  # (height, width) of images, and their relative frequency
@@ -100,9 +100,16 @@ def load(path: str, overrides: Sequence[str] = (), cached: bool = False) -> Job:
 
 def innermost(objective: Objective) -> Objective:
     """The objective inside of training aids."""
-    while isinstance(objective, Wrapper):
-        objective = objective.objective
+    for aid in aids(objective):
+        objective = aid.objective
     return objective
+
+
+def aids(objective: Objective) -> Iterator[Wrapper]:
+    """The training aids around an objective, the outermost first."""
+    while isinstance(objective, Wrapper):
+        yield objective
+        objective = objective.objective
 
 
 def shapes_of(settings: dict) -> tuple[Callable[[int], Shapes], tuple[int, ...]]:
@@ -163,6 +170,7 @@ def phases(job: Job, gpus: int, num_words: int) -> list[PhaseCost]:
     if start := getattr(schedule, "start_step", 0):
         begins.add(start + 1)  # at start_step itself s is still equal to t
     begins.add(getattr(schedule, "aux_start_step", None) or 0)
+    begins.update(stop for aid in aids(objective) if (stop := getattr(aid, "stop_step", None)) is not None)
     begins = sorted(begin for begin in begins if begin < end)
 
     costs = []
@@ -192,4 +200,5 @@ def run(job: Job, shapes: Shapes, num_words: int, step: int, every: ActivationCh
     times = larger * max(job.trainer.micro_batch_size // smallest, 1) * job.system.objective.batch_multiple
     rows = [shape for shape, count in shapes for _ in range(count * times)]
     setting = {"precision": job.trainer.precision, "activation_checkpointing": every}
-    return measure(job.system, *blank_batch(rows, num_words), step, **setting)
+    batch, rng = blank_batch(rows, num_words)
+    return measure(job.system, with_features(job.system, batch), rng, step, **setting)

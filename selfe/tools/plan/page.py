@@ -124,6 +124,8 @@ def storage(disk: dict) -> list[str]:
         lines.append(f"  {f'latents of an image, {shape}':<34}{size(each['cached']):>16}")
         if each["one_sample"] < each["cached"]:
             lines.append(f"  {'  with --one-sample':<34}{size(each['one_sample']):>16}")
+    for shape, num_bytes in disk["features_per_image"].items():
+        lines.append(f"  {f'features of an image, {shape}':<34}{size(num_bytes):>16}")
     return [
         *lines,
         f"  {'text, per token':<34}{size(disk['text_per_token']):>16}",

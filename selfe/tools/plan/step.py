@@ -7,7 +7,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -68,6 +68,15 @@ def blank_batch(shapes: Sequence[tuple[int, int]], num_words: int) -> tuple[Batc
     images = tuple(torch.empty(3, height, width, device=META) for height, width in shapes)
     captions = tuple(" ".join([str(row)] * num_words) for row in rows)
     return Batch(images, captions, rows, ("",) * len(rows)), SampleRNG(tuple((row,) for row in rows))
+
+
+def with_features(system: System, batch: Batch) -> Batch:
+    """The batch with the stored image features that the objective wants, if it wants any."""
+    if not getattr(system.objective, "wants_features", False):
+        return batch
+    latents, _ = system.autoencoder.moments(batch.images)
+    width = system.objective.feature_encoder.feature_dim
+    return replace(batch, features=tuple(torch.empty(*grid, width, device=META) for grid in latents.grids))
 
 
 def measure(
