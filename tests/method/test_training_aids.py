@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -535,6 +536,25 @@ def test_repa_and_tread_train_from_a_cache_resume_and_are_exported(tmp_path, mon
         *start[1:],
         config=tmp_path / "cache/config.yaml",
     )
+
+
+def test_the_configs_of_the_page_fit_the_shipped_config(tmp_path, monkeypatch):
+    """Their layers exist, and the denoiser gets the heads that they need."""
+    monkeypatch.setenv("SELFE_CACHE_DIR", str(tmp_path))
+    heads = {}
+    page = (ROOT / "docs/training_aids.md").read_text()
+    for text in re.findall(r"^```yaml\n# (.*?)^```", page, re.DOTALL | re.MULTILINE):
+        name, _, settings = text.partition("\n")
+        path = tmp_path / name
+        path.write_text(settings.replace("base: ", f"base: {ROOT}/"))
+        with torch.device("meta"):
+            backbone = config.build(config.load(path), "system").backbone
+        heads[name] = {head: p.shape[0] for head, p in backbone.heads.named_parameters() if head.endswith("4.weight")}
+    assert heads == {
+        "tread.yaml": {},
+        "repa.yaml": {"repa.layers.4.weight": 768},
+        "self_flow.yaml": {"self_flow.layers.4.weight": 1024},
+    }
 
 
 def test_self_flow_trains_and_resumes(tmp_path):
