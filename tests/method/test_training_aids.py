@@ -464,7 +464,6 @@ def test_gradients_of_aids_on_two_ranks_equal_those_of_one():
 
 ENCODER = {"module": "selfe.encoders.hf_vision.HFVision"}
 ENCODER["params"] = {"model": "none", "skip_pretrained": True, "feature_dim": 6, "dtype": "fp32"}
-STEPS = "trainer.checkpoint_every=10", "trainer.num_workers=1", "trainer.stop_step="
 
 
 def aid_config(folder: Path, aid: dict) -> Path:
@@ -476,9 +475,8 @@ def aid_config(folder: Path, aid: dict) -> Path:
 
 def trained_on_two_ranks(folder: Path, path: Path) -> Path:
     """Three steps at once, and the same with an interruption; returns the checkpoint."""
-    finish(folder / "once", 2, *STEPS[:2], f"{STEPS[2]}3", config=path)
-    for stop in (2, 3):
-        finish(folder / "resumed", 2, *STEPS[:2], f"{STEPS[2]}{stop}", config=path)
+    for name, stop in (("once", 3), ("resumed", 2), ("resumed", 3)):
+        finish(folder / name, 2, "trainer.checkpoint_every=10", f"trainer.stop_step={stop}", config=path)
     checkpoint = Path("checkpoints/step_00000003")
     assert files(folder / "once" / checkpoint) == files(folder / "resumed" / checkpoint)
     assert lines(folder / "once")[-1] == lines(folder / "resumed")[-1]
