@@ -28,6 +28,7 @@ from selfe.data.shapes import ShapesData
 from selfe.encoders.cached_latents import CachedLatents
 from selfe.encoders.cached_text import CachedText
 from selfe.encoders.composed_text import ComposedText
+from selfe.encoders.diffusers_vae import DiffusersVAE
 from selfe.encoders.flux_vae import FluxVAE
 from selfe.encoders.hf_text import HFText
 from selfe.encoders.hf_vision import HFVision
@@ -53,7 +54,7 @@ PARTS = (
     ("Sampling", "inferencer", (Inferencer,)),
     ("Backbone", "system.backbone.params", (MMDiT,)),
     ("Text encoders", "system.text_encoder.params", (T5Clip, HFText, ComposedText, Words, CachedText, RememberedText)),
-    ("Autoencoders", "system.autoencoder.params", (FluxVAE, Identity, CachedLatents)),
+    ("Autoencoders", "system.autoencoder.params", (FluxVAE, DiffusersVAE, Identity, CachedLatents)),
     ("Objectives", "system.objective.params", (SelfEvaluation, FlowMatching, Repa, SelfFlow, Tread)),
     ("Image encoders", "system.objective.params.encoder.params", (HFVision,)),
     ("Data sets", "data.params", (BucketedDataset, ShapesData, CachedData)),

@@ -210,6 +210,13 @@ def probe_text(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
+def check_latents(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--images", type=at_least(1), default=200, help="number of images to encode")
+    parser.add_argument("--batch-size", type=at_least(1), default=8, help="images encoded at once")
+
+
 def precompute(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -334,6 +341,12 @@ VERBS = {
         "Validate a manifest or tar shards: every caption and image; all problems are reported in one pass.",
         check_data,
         "exit codes: 0 no problems; 1 problems found; 2 user error",
+    ),
+    "check-latents": Verb(
+        "selfe.tools.check_latents",
+        "Encode and decode some images: mean and deviation of the latents, and the likely wrong constant.",
+        check_latents,
+        "exit codes: 0 the latents can be trained on; 2 they cannot, or user error",
     ),
     "precompute": Verb(
         "selfe.tools.precompute",

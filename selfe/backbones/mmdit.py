@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -23,6 +23,7 @@ from selfe.rng import philox
 from selfe.types import MOST_WIDTH, Packed, Route, TextCond, check_range
 
 SINUSOID = 256  # width of the sinusoidal time embedding
+T_MIN = 0.05  # least time by which an error of x0 is divided (JiT)
 OUTSIDE = "outside of blocks"
 
 
@@ -43,6 +44,8 @@ class MMDiT(nn.Module):
         mlp_ratio: float = 4.0,
         s_branch: bool = True,
         learned_grid: tuple[int, int] | None = None,
+        bottleneck: int | None = None,
+        prediction: Literal["velocity", "x0"] = "velocity",
     ):
         """
         Args:
@@ -59,6 +62,10 @@ class MMDiT(nn.Module):
             s_branch: add an embedding of t - s to the time embedding (s.9-s.10).
             learned_grid: (rows, columns) of the largest image, in patches. Adds a learned position embedding per patch
                 on top of RoPE. Not in the paper; helps small networks on images of few patches.
+            bottleneck: width of a linear layer before the input projection, for wide tokens such as patches of pixels
+                (JiT, arXiv 2511.13720); null for none.
+            prediction: what the output layer predicts. With x0, v = (x_t - x0_hat) / max(t, 0.05), as in JiT: for
+                pixels, whose velocity has too many dimensions for the width.
         """
         super().__init__()
         for name, size in {"patch_dim": patch_dim, "text_dim": text_dim, "pooled_dim": pooled_dim}.items():
@@ -71,6 +78,7 @@ class MMDiT(nn.Module):
         check_range("rope_theta", rope_theta, 1, 1e9)
         check_range("mlp_ratio", mlp_ratio, 1 / width, 64)
         check_range("learned_grid", learned_grid, 1, 4096)
+        check_range("bottleneck", bottleneck, 1, MOST_WIDTH)
         if width != num_heads * sum(rope_axes) or any(axis % 2 for axis in rope_axes):
             raise ValueError(f"rope_axes {rope_axes} must be even and sum to width / num_heads = {width} / {num_heads}")
         self.patch_dim, self.text_dim, self.pooled_dim = patch_dim, text_dim, pooled_dim
@@ -78,7 +86,11 @@ class MMDiT(nn.Module):
         self.rope_axes, self.rope_theta = rope_axes, rope_theta
 
         # Input projections, time embeddings and pooled text embedding.
-        self.image_in = nn.Linear(patch_dim, width)
+        self.bottleneck, self.prediction = bottleneck, prediction
+        if bottleneck is None:
+            self.image_in = nn.Linear(patch_dim, width)
+        else:
+            self.image_in = nn.Sequential(nn.Linear(patch_dim, bottleneck, bias=False), nn.Linear(bottleneck, width))
         self.learned_grid = learned_grid
         self.position = nn.Embedding(math.prod(learned_grid), width) if learned_grid else None
         self.text_in = nn.Linear(text_dim, width)
@@ -111,6 +123,8 @@ class MMDiT(nn.Module):
             "mlp_ratio": self.mlp_ratio,
             "s_branch": self.s_in is not None,
             "learned_grid": self.learned_grid,
+            "bottleneck": self.bottleneck,
+            "prediction": self.prediction,
         }
 
     @property
@@ -148,7 +162,7 @@ class MMDiT(nn.Module):
         Raises:
             UserError: there is no feature of a name, or it is inside of the route.
         """
-        dtype = self.image_in.weight.dtype
+        dtype, times = self.text_in.weight.dtype, t
         place = tuple(self.rope_axes), self.rope_theta, dtype, x_t.tokens.device
         layout = PackedLayout.of(x_t.grids, cond.text.grids, *place)
         layers, inner = self.layers_of(features, route), {}
@@ -191,6 +205,8 @@ class MMDiT(nn.Module):
         _, image_emb = layout.rows_by_modality(emb)
         shift, scale = self.out_modulation(image_emb).chunk(2, dim=-1)
         v = self.out(modulate(image, shift, scale, layout.image)).to(x_t.tokens.dtype)
+        if self.prediction == "x0":
+            v = (x_t.tokens - v) / flow.per_token(times, x_t).clamp_min(T_MIN)
         if not features:
             return v
 

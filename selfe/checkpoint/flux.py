@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -57,6 +57,7 @@ SINGLE = {
     "qk_norm.k_norm": ("norm.key_norm", "attn.norm_k"),
     "attention_mlp_out": ("linear2", "proj_out"),
 }
+UNKNOWN = ("heads.", "position.", "image_in.0.", "image_in.1.")  # parameters that FLUX does not have
 BLOCKS = {"double_blocks": (DOUBLE, "transformer_blocks"), "single_blocks": (SINGLE, "single_transformer_blocks")}
 
 
@@ -195,11 +196,13 @@ def holds_weights(path: Path) -> bool:
 def warm_start(path: Path, *modules: nn.Module) -> FluxStateDict:
     """Initialise sharded denoisers of equal architecture from a FLUX file.
 
-    If the file lacks the embedding of t - s, its output layer is zeroed, so that it has no effect at the start. Heads
-    of training aids keep their initial values.
+    If the file lacks the embedding of t - s, its output layer is zeroed, so that it has no effect at the start.
+    What FLUX does not have, such as heads of training aids, keeps its initial values.
     """
-    wanted = {name: p.shape for name, p in modules[0].named_parameters() if not name.startswith("heads.")}
-    source = FluxStateDict.of(path, wanted)
+    shapes = {name: p.shape for name, p in modules[0].named_parameters()}
+    others = tuple(name for name in shapes if name.startswith(UNKNOWN))
+    source = FluxStateDict.of(path, {name: shape for name, shape in shapes.items() if name not in others})
+    source = replace(source, missing=source.missing + others)
     for name in source.used:
         full = source.read(name)
         for module in modules:

@@ -34,6 +34,7 @@ class FluxVAE:
 
     token_dim = CHANNELS * PATCH**2
     multiple = PIXELS * PATCH
+    constants = {"scaling_factor": SCALE, "shift_factor": SHIFT}  # noqa: RUF012 - not changed
 
     def __init__(
         self,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, Dinov2Config, Dinov2Model
 
 from selfe.errors import UserError
-from selfe.io.model_folder import find_model, model_name
+from selfe.io.model_folder import find_model, model_name, quiet
 from selfe.io.safetensors_files import SafetensorsFiles, read_json
 from selfe.types import DTYPES, MOST_WIDTH, Packed, Precision, check_range, packed
 
@@ -109,7 +107,7 @@ class HFVision:
 
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            with quiet():
+            with quiet("transformers.modeling_utils"):
                 net, info = AutoModel.from_pretrained(
                     folder, config=config, local_files_only=True, use_safetensors=True, output_loading_info=True
                 )
@@ -142,15 +140,3 @@ class HFVision:
         pixels = ((pixels + 1) / 2 - self.mean) / self.std
         states = self.net(pixel_values=pixels.to(self.dtype), **self.options).last_hidden_state
         return states[:, -rows * columns :].float()  # tokens of the class and registers come first
-
-
-@contextmanager
-def quiet():
-    """Without transformers' report of tensors that the vision model does not use."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

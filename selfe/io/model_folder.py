@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from selfe.errors import UserError
@@ -38,3 +41,15 @@ def find_model(model: str, cache_dir: Path | None, key: str) -> Path:
 def model_name(model: str) -> str:
     """What identifies a model in settings that are compared: its name, without the path to it."""
     return Path(model).name if is_path(model) else model
+
+
+@contextmanager
+def quiet(logger_name: str) -> Iterator[None]:
+    """Without the warnings of a library, which lists tensors; what matters of them is an error of ours."""
+    logger = logging.getLogger(logger_name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -77,7 +77,9 @@ def test_every_input_and_parameter_matters():
         assert tensor.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("changes", [{}, {"s_branch": False}, {"mlp_ratio": 2.0, "learned_grid": (4, 4)}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"s_branch": False}, {"mlp_ratio": 2.0, "learned_grid": (4, 4)}, {"bottleneck": 3}], ids=str
+)
 def test_flops_by_formula_are_those_that_run(changes):
     net, (x, t, s, cond) = small(dtype=torch.float32, **changes), inputs(torch.float32)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -234,6 +236,28 @@ def test_calls_with_the_same_shapes_share_a_layout():
     for _ in range(3):
         net(x, t, s, cond)
     assert PackedLayout.of.cache_info().misses - before <= 1
+
+
+def test_a_network_that_predicts_x0_returns_the_velocity_to_it():
+    """v = (x_t - x0_hat) / max(t, 0.05), with times per sample or per token."""
+    net, (x, _, s, cond) = small(), inputs()
+    pixels = small(prediction="x0")
+    pixels.load_state_dict(net.state_dict())
+    t = torch.tensor([0.9, 0.5, 0.02], dtype=torch.float64)
+    x0_hat = net(x, t, s * 0, cond)
+    expected = (x.tokens - x0_hat) / torch.tensor([0.9, 0.5, 0.05], dtype=torch.float64)[x.owner][:, None]
+    torch.testing.assert_close(pixels(x, t, s * 0, cond), expected)
+    torch.testing.assert_close(pixels(x, t[x.owner], (s * 0)[x.owner], cond), expected)
+
+
+def test_a_bottleneck_is_a_product_of_two_matrices_at_the_input():
+    net, (x, t, s, cond) = small(bottleneck=3), inputs()
+    assert [tuple(p.shape) for name, p in net.named_parameters() if "image_in" in name] == [(3, 8), (48, 3), (48,)]
+    plain = small()
+    state = {name: value for name, value in net.state_dict().items() if "image_in" not in name}
+    down, up = net.image_in[0].weight, net.image_in[1]
+    plain.load_state_dict(state | {"image_in.weight": up.weight @ down, "image_in.bias": up.bias})
+    torch.testing.assert_close(net(x, t, s, cond), plain(x, t, s, cond))
 
 
 def test_bad_axes_are_refused():

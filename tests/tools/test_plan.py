@@ -43,6 +43,10 @@ TREAD = {"module": "selfe.objectives.tread.Tread", "params": TREAD | {"first": "
 TREAD["params"]["last"] = "single_blocks.0"
 SELF_FLOW = {"student_layer": "double_blocks.0", "teacher_layer": "single_blocks.0", "hidden": 8}
 SELF_FLOW = {"module": "selfe.objectives.self_flow.SelfFlow", "params": SELF_FLOW}
+DIFFUSERS = {"model": "none", "latent_channels": 4, "downsampling": 4, "skip_pretrained": True, "dtype": "fp32"}
+DIFFUSERS = {"module": "selfe.encoders.diffusers_vae.DiffusersVAE", "params": DIFFUSERS}
+DIFFUSERS = [f"system.autoencoder={json.dumps(DIFFUSERS)}", "system.backbone.params.patch_dim=16"]
+DIFFUSERS += ["system.backbone.params.bottleneck=5", "system.backbone.params.prediction=x0"]
 SMALL = [*RANDOM, "trainer.total_batch_size=4", "trainer.micro_batch_size=4", "data.params.pixels=1024"]
 
 
@@ -76,8 +80,9 @@ def measured(path: str, overrides: list[str], batch: Batch, rng: SampleRNG, step
         (SMOKE, [*SMALL, HF_TEXT % (64, 32)], 5, {"text_encoder.tokens.net", "text_encoder.pooled.net"}),
         (TINY, [*SMALL, f"system.objective={json.dumps(TREAD)}"], 5, {"auxiliary, backward", "recomputed"}),
         (TINY, [*SMALL, f"system.objective={json.dumps(SELF_FLOW)}"], 5, {"self-evaluation", "recomputed"}),
+        (TINY, [*SMALL, *DIFFUSERS], 5, {"autoencoder", "recomputed"}),
     ],
-    ids=["smoke", "auxiliary", "mini", "hf text", "tread", "self-flow"],
+    ids=["smoke", "auxiliary", "mini", "hf text", "tread", "self-flow", "diffusers"],
 )
 def test_operations_are_those_of_a_training_step(path, overrides, step, parts, tmp_path, alone):
     overrides = [*overrides, f"trainer.output_dir={tmp_path}"]

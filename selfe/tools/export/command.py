@@ -95,6 +95,11 @@ def read_run(path: Path, layout: str, trust: bool) -> tuple[dict, System]:
                 f"{settings_path}: --format {layout} supports {kind.__name__} only, the run has "
                 f"{compare.class_path(part)}"
             )
+    for name in ("learned_grid", "bottleneck"):
+        if getattr(system.backbone, name) is not None:
+            raise UserError(f"{settings_path}: system.backbone.params.{name}: FLUX's format has no tensors for it")
+    if layout == "diffusers" and system.backbone.prediction != "velocity":
+        raise UserError(f"{settings_path}: system.backbone.params.prediction: diffusers' FLUX predicts a velocity")
     return settings, system
 
 
@@ -111,7 +116,7 @@ def write_denoiser(
 ) -> None:
     """Write the denoiser under the parameter names of `layout`, tensor by tensor."""
     style, stem = ("diffusers", "diffusion_pytorch_model") if layout == "diffusers" else ("bfl", "model")
-    shapes, width = {name: p.shape for name, p in net.named_parameters()}, net.image_in.out_features
+    shapes, width = {name: p.shape for name, p in net.named_parameters()}, net.width
 
     def read(name: str) -> dict[str, torch.Tensor]:
         full = torch.empty(shapes[name])
@@ -146,7 +151,7 @@ def write_pipeline(out: Path, system: System) -> None:
 
 def transformer_config(net: MMDiT) -> dict:
     """Constructor arguments of `DualTimeFlux` (`diffusers_folder/dual_time_flux.py`)."""
-    width, hidden = net.image_in.out_features, net.double_blocks[0].image.mlp[0].out_features
+    width, hidden = net.width, net.double_blocks[0].image.mlp[0].out_features
     if net.rope_theta != 10000 or hidden != 4 * width:
         raise UserError(
             f"diffusers' FLUX has rope_theta 10000 and mlp_ratio 4, not {net.rope_theta} and {hidden / width}"
