@@ -4,6 +4,7 @@ DIR/fingerprint.json            settings the cache was built with; checked befor
 DIR/config.yaml                 config for training from the cache
 DIR/images.json                 `FileStamp`s of some image files, compared before training
 DIR/latents/  text/  pooled/    one `Store` each
+DIR/features/                   a `Store` of image features, on the grids of the latents, if the objective wants them
 
 Shards are never written again: entries of images that have changed go to further shards, and the index points to the
 last entry of each key.
