@@ -152,7 +152,7 @@ def distorted(images: Tensor, generator: torch.Generator) -> Tensor:
     return images + noise * torch.randn(images.shape, generator=generator)
 
 
-def train(images: Images, steps: int = 4000, batch: int = 128, lr: float = 2e-3) -> Judge:
+def train(images: Images, steps: int = 3000, batch: int = 128, lr: float = 2e-3) -> Judge:
     """A judge of these images."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
@@ -221,13 +221,13 @@ def nearest(images: Tensor, trained: Tensor) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT / "runs/emoji", help="folder of the unpacked shards")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3000)
     given = parser.parse_args()
 
     unpack(given.data)
     splits = {split: real_images(given.data, split) for split in SPLITS}
     judge = train(joined(splits.values()), given.steps)
-    weights = {name: value.half() if value.is_floating_point() else value for name, value in judge.state_dict().items()}
+    weights = {name: value.half().contiguous() for name, value in judge.state_dict().items()}
     save_file({name: value for name, value in weights.items() if "num_batches" not in name}, WEIGHTS)
 
     judge = load()

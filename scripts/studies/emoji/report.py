@@ -17,6 +17,7 @@ from models import Cell, Run
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tables import number, pyplot, table
 
+from selfe.config import load as load_config
 from selfe.device import device_name
 from selfe.io.image_encode import grid, wrap
 
@@ -35,6 +36,7 @@ class Results:
     def __init__(self, out: Path, runs: list[Run], count: int):
         self.out, self.count = out, count
         self.runs = [run for run in runs if (out / run.name / f"cells_{count}").is_dir()]
+        self.rows: dict[tuple[str, Cell], dict | None] = {}
         ends = np.cumsum([len(images) for images in asked(count).values()])
         self.rows_of = {
             name: np.arange(end - len(images), end)
@@ -47,17 +49,20 @@ class Results:
         scorer, sets = judge.load(), judge.joined(judge.real_images(DATA, split) for split in judge.SPLITS)
         return judge.score(scorer, sets.pixels, sets.concepts, sets.styles)["features"].numpy()
 
-    def scores(self, config: str, cell: Cell) -> list[dict[str, np.ndarray]]:
+    def scores(self, model: str, cell: Cell) -> list[dict[str, np.ndarray]]:
         """One table of scores per seed that has this cell."""
-        seeds = [run.seed for run in self.runs if run.config == config]
-        paths = [self.out / f"{config}_{seed}" / f"cells_{self.count}" / f"{cell.name}.npz" for seed in seeds]
+        seeds = [run.seed for run in self.runs if run.config == model]
+        paths = [self.out / f"{model}_{seed}" / f"cells_{self.count}" / f"{cell.name}.npz" for seed in seeds]
         return [dict(np.load(path)) for path in paths if path.exists()]
 
-    def row(self, config: str, steps: int, guidance: float = 1.0, ratio: float | None = None) -> dict | None:
+    def row(self, model: str, steps: int, guidance: float = 1.0, ratio: float | None = None) -> dict | None:
         """All measures of a cell, by set of captions; None if it was not evaluated."""
-        cell = Cell(steps, guidance, 0.0, own_ratio(config) if ratio is None else ratio)
-        scores = self.scores(config, cell)
-        return scores and {"model": config, "cell": cell.name, "seeds": len(scores)} | self.measures(scores)
+        cell = Cell(steps, guidance, 0.0, own_ratio(model) if ratio is None else ratio)
+        if (model, cell) not in self.rows:
+            scores = self.scores(model, cell)
+            facts = {"model": model, "cell": cell.name, "seeds": len(scores)}
+            self.rows[model, cell] = facts | self.measures(scores) if scores else None
+        return self.rows[model, cell]
 
     def measures(self, scores: list[dict[str, np.ndarray]]) -> dict:
         """Measures of tables of scores, one per seed: shares with 95 % intervals, and the Frechet distance."""
@@ -72,9 +77,17 @@ class Results:
         values["fd"] = np.mean([frechet(table["features"], self.reference) for table in scores])
         return values | {"concept@1": everything.mean(), "concept@1/interval": interval(everything)}
 
-    def cpu_seconds(self, config: str) -> float | None:
+    @property
+    def setting(self) -> dict[str, int]:
+        """Images by split, steps and batch size; the latter from the config.yaml of the first run."""
+        trainer = load_config(self.out / self.runs[0].name / "config.yaml")["trainer"]
+        names = {"train": "train", "pairs": "held_out_pairs", "concepts": "held_out_concepts"}
+        counts = {name: len(judge.real_images(DATA, split)) for name, split in names.items()}
+        return counts | {"steps": trainer["max_steps"], "batch": trainer["total_batch_size"]}
+
+    def cpu_seconds(self, model: str) -> float | None:
         """CPU-seconds of training, mean over seeds."""
-        folders = [self.out / run.name for run in self.runs if run.config == config]
+        folders = [self.out / run.name for run in self.runs if run.config == model]
         seconds = [json.loads((folder / "cpu_seconds.json").read_text())["seconds"] for folder in folders]
         return float(np.mean(seconds)) if seconds else None
 
@@ -91,9 +104,9 @@ def table_of_sets(results: Results, models: list[str], guidance: float = 1.0) ->
     """concept@1 by steps, model and set of captions, with intervals; FD, style, concept@5 and copies."""
     lines = []
     for steps in STEPS:
-        for config in models:
-            if row := results.row(config, steps, guidance):
-                cells = [str(steps), LABELS[config]]
+        for model in models:
+            if row := results.row(model, steps, guidance):
+                cells = [str(steps), LABELS[model]]
                 for name in SETS:
                     low, high = row[f"{name}/concept@1/interval"]
                     cells.append(f"{row[f'{name}/concept@1']:.2f} ({low:.2f}-{high:.2f})")
@@ -116,23 +129,23 @@ def table_of_sets(results: Results, models: list[str], guidance: float = 1.0) ->
 def sweep_table(results: Results, models: list[str]) -> str:
     """concept@1 / FD by guidance."""
     lines = []
-    for config in models:
+    for model in models:
         for steps in STEPS:
-            rows = [results.row(config, steps, w) for w in (1.0, *SWEEP)]
+            rows = [results.row(model, steps, w) for w in (1.0, *SWEEP)]
             cells = [f"{row['concept@1']:.2f} / {row['fd']:.1f}" if row else "-" for row in rows]
-            lines.append([LABELS[config], str(steps), *cells])
+            lines.append([LABELS[model], str(steps), *cells])
     return table(["model", "N", *(f"w = {w:g}" for w in (1.0, *SWEEP))], lines)
 
 
 def ratio_table(results: Results, models: list[str]) -> str:
     """concept@1 / FD by the s ratio."""
     lines = []
-    for config in models:
+    for model in models:
         for steps in (1, 2, 4):
-            rows = [results.row(config, steps, 1.0, ratio) for ratio in RATIOS]
+            rows = [results.row(model, steps, 1.0, ratio) for ratio in RATIOS]
             if any(rows):
                 cells = [f"{row['concept@1']:.2f} / {row['fd']:.1f}" if row else "-" for row in rows]
-                lines.append([LABELS[config], str(steps), *cells])
+                lines.append([LABELS[model], str(steps), *cells])
     return table(["model", "N", *(f"r = {ratio:g}" for ratio in RATIOS)], lines)
 
 
@@ -144,15 +157,15 @@ def curves(results: Results, models: list[str], path: Path) -> None:
         ("train/concept@1", "concept@1, trained captions"),
         ("held_out_pairs/concept@1", "concept@1, held-out pairs"),
     )
-    for config in models:
-        rows = [(steps, row) for steps in STEPS if (row := results.row(config, steps))]
+    for model in models:
+        rows = [(steps, row) for steps in STEPS if (row := results.row(model, steps))]
         steps = [steps for steps, _ in rows]
         for axis, (name, title) in zip(axes, panels, strict=False):
-            axis.plot(steps, [row[name] for _, row in rows], "o-", color=COLOURS[config], label=LABELS[config])
+            axis.plot(steps, [row[name] for _, row in rows], "o-", color=COLOURS[model], label=LABELS[model])
             bounds = np.array([row[f"{name}/interval"] for _, row in rows]).T
-            axis.fill_between(steps, *bounds, color=COLOURS[config], alpha=0.2)
+            axis.fill_between(steps, *bounds, color=COLOURS[model], alpha=0.2)
             axis.set(title=title, ylim=(0, 1))
-        axes[2].plot(steps, [row["fd"] for _, row in rows], "o-", color=COLOURS[config])
+        axes[2].plot(steps, [row["fd"] for _, row in rows], "o-", color=COLOURS[model])
     for axis in axes:
         axis.set(xscale="log", xlabel="steps", xticks=STEPS, xticklabels=STEPS)
         axis.minorticks_off()
@@ -168,8 +181,8 @@ def image_grid(results: Results, models: list[str], path: Path, zoom: int = 2) -
     captions = judge.joined(asked(results.count).values()).captions
     shown = [index for rows in results.rows_of.values() for index in rows[:4]]
     blocks = []
-    for config in models:
-        tables = [results.scores(config, Cell(steps, 1.0, 0.0, own_ratio(config)))[0] for steps in STEPS]
+    for model in models:
+        tables = [results.scores(model, Cell(steps, 1.0, 0.0, own_ratio(model)))[0] for steps in STEPS]
         rows = [[enlarged(table["images"][index], zoom) for table in tables] for index in shown]
         blocks.append(grid(rows))
     real = judge.joined(asked(results.count).values()).pixels
@@ -185,7 +198,7 @@ def image_grid(results: Results, models: list[str], path: Path, zoom: int = 2) -
         text = wrap(captions[index], font, left - 8, max_lines=4)
         pen.multiline_text((4, top + y * blocks[0].height // len(shown) + 4), text, fill="black", font=font)
     x = left
-    for block, name in zip(blocks, [*(LABELS[config] for config in models), "real"], strict=True):
+    for block, name in zip(blocks, [*(LABELS[model] for model in models), "real"], strict=True):
         pen.text((x, 4), name, fill="black", font=font)
         sheet.paste(block, (x, top))
         x += block.width + gap
@@ -201,7 +214,7 @@ def enlarged(pixels: np.ndarray, zoom: int) -> Image.Image:
 def report(out: Path, runs: list[Run], count: int, command: str, docs: Path | None) -> None:
     """Print concept@1 of every model; with a folder `docs`, write results.json, the page and its images there."""
     results = Results(out, runs, count)
-    models = [config for config in LABELS if any(run.config == config for run in results.runs)]
+    models = [model for model in LABELS if any(run.config == model for run in results.runs)]
     target = docs or out
     target.mkdir(exist_ok=True)
 
@@ -211,7 +224,7 @@ def report(out: Path, runs: list[Run], count: int, command: str, docs: Path | No
         "command": command,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {device_name(torch.device('cpu'))}",
         "images_per_cell": count,
-        "cpu_seconds": {config: results.cpu_seconds(config) for config in models},
+        "cpu_seconds": {model: results.cpu_seconds(model) for model in models},
         "real": results.ceilings,
         "rows": rows,
     }
@@ -225,6 +238,7 @@ def report(out: Path, runs: list[Run], count: int, command: str, docs: Path | No
     if docs:
         facts = {
             **{key: everything[key] for key in ("command", "machine")},
+            **results.setting,
             "count": count,
             "main": main,
             "guided": table_of_sets(results, models, 2.0),
@@ -233,7 +247,7 @@ def report(out: Path, runs: list[Run], count: int, command: str, docs: Path | No
             "copy": COPY,
             "cost": table(
                 ["model", "CPU-seconds of one training run"],
-                [[LABELS[config], number(results.cpu_seconds(config), 0)] for config in models],
+                [[LABELS[model], number(results.cpu_seconds(model), 0)] for model in models],
             ),
         }
         page = Path(__file__).with_name("page.md").read_text(encoding="utf-8")
