@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,33 +100,56 @@ def real_images(folder: Path, split: str) -> Images:
     )
 
 
-class Judge(nn.Module):
-    """Images (B, 3, 32, 32) -> features (B, 160), unit embeddings (B, 96) of the emoji alone, style logits (B, 4)."""
+def convolutions(widths: Sequence[int]) -> nn.Sequential:
+    """Two convolutions per width, at half the resolution of the previous width."""
+    layers: list[nn.Module] = []
+    for before, width in zip((3, *widths), widths, strict=False):
+        layers += [nn.MaxPool2d(2)] if layers else []
+        for channels in (before, width):
+            layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+class ConceptNet(nn.Module):
+    """Images (B, 3, 32, 32) -> features (B, 160), unit embeddings (B, 96) to compare with those of all emoji."""
 
     def __init__(self, num_concepts: int):
         super().__init__()
-        widths = (16, 48, 96, FEATURES)
-        layers: list[nn.Module] = []
-        for before, width in zip((3, *widths), widths, strict=False):
-            layers += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            layers += [nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            layers += [nn.MaxPool2d(2)] if width != FEATURES else []
-        self.trunk = nn.Sequential(*layers)
+        self.trunk = convolutions((16, 48, 96, FEATURES))
         self.embed = nn.Linear(FEATURES * 16, EMBEDDING, bias=False)  # of a 4 x 4 grid, so that positions count
-        self.style = nn.Linear(FEATURES, len(STYLES))
         self.concepts = nn.Parameter(torch.randn(num_concepts, EMBEDDING))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         grid = self.trunk(images)
-        features = grid.mean(dim=(2, 3))
-        return features, F.normalize(self.embed(grid.flatten(1)), dim=1), self.style(features)
+        return grid.mean(dim=(2, 3)), F.normalize(self.embed(grid.flatten(1)), dim=1)
 
     def similarities(self, embeddings: Tensor) -> Tensor:
         """Cosine similarities (B, C) with all emoji."""
         return embeddings @ F.normalize(self.concepts, dim=1).T
 
 
-def distorted(images: Tensor, generator: torch.Generator) -> Tensor:
+class StyleNet(nn.Module):
+    """Images (B, 3, 32, 32) -> logits of the styles (B, 4). Styles differ in lines and shading, at any place."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = convolutions((32, 48, 64))
+        self.out = nn.Linear(2 * 64, len(STYLES))
+
+    def forward(self, images: Tensor) -> Tensor:
+        grid = self.trunk(images)
+        return self.out(torch.cat([grid.mean(dim=(2, 3)), grid.amax(dim=(2, 3))], dim=1))
+
+
+class Judge(nn.Module):
+    """The two networks."""
+
+    def __init__(self):
+        super().__init__()
+        self.concept, self.style = ConceptNet(len(labels())), StyleNet()
+
+
+def distorted(images: Tensor, generator: torch.Generator, strength: float = 1.0) -> Tensor:
     """Images (B, 3, 32, 32), each scaled, shifted, rotated, recoloured, blurred and with noise, all slightly."""
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -141,25 +164,27 @@ def distorted(images: Tensor, generator: torch.Generator) -> Tensor:
     images = F.grid_sample(images - 1, grid, align_corners=False) + 1
 
     # colour
-    images = images * uniform(0.85, 1.1, 1, 1, 1) + uniform(-0.08, 0.08, 3, 1, 1)
+    recoloured = images * uniform(0.85, 1.1, 1, 1, 1) + uniform(-0.08, 0.08, 3, 1, 1)
+    images = torch.lerp(images, recoloured, strength)
 
-    # half of the images blurred, half with noise
+    # half of the images blurred, half with noise; both hide the lines and shades of a style
     kernel = torch.tensor([0.25, 0.5, 0.25])
     kernel = (kernel[:, None] * kernel)[None, None].expand(3, 1, 3, 3)
     blurred = F.conv2d(F.pad(images, (1, 1, 1, 1), "replicate"), kernel, groups=3)
-    images = torch.where(uniform(0, 1, 1, 1, 1) < 0.5, blurred, images)
-    noise = uniform(-0.2, 0.2, 1, 1, 1).clamp_min(0)
+    images = torch.where(uniform(0, 1, 1, 1, 1) < 0.5 * strength, blurred, images)
+    noise = strength * uniform(-0.2, 0.2, 1, 1, 1).clamp_min(0)
     return images + noise * torch.randn(images.shape, generator=generator)
 
 
-def train(images: Images, steps: int = 3000, batch: int = 128, lr: float = 2e-3) -> Judge:
-    """A judge of these images."""
-    generator = torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
-    judge = Judge(len(labels())).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=0.05)
+def train(
+    net: nn.Module, images: Images, loss: Callable[[Tensor, Tensor], Tensor], strength: float, steps: int
+) -> None:
+    """Train a network on all images by `loss`, of distorted images (B, 3, 32, 32) and their numbers (B,)."""
+    generator, batch, lr = torch.Generator().manual_seed(0), 128, 2e-3
+    net.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    progress = Progress("judge", steps)
+    progress = Progress(type(net).__name__, steps)
 
     order = torch.empty(0, dtype=torch.int64)
     for _ in range(steps):
@@ -167,25 +192,40 @@ def train(images: Images, steps: int = 3000, batch: int = 128, lr: float = 2e-3)
             order = torch.randperm(len(images), generator=generator)
         rows, order = order[:batch], order[batch:]
 
-        inputs = distorted(images.pixels[rows], generator).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
-            _, embeddings, styles = judge(inputs)
-        logits = SCALE * judge.similarities(embeddings.float())
-        loss = F.cross_entropy(logits, images.concepts[rows])
-        loss = loss + 0.3 * F.cross_entropy(styles.float(), images.styles[rows])
-
+        inputs = distorted(images.pixels[rows], generator, strength).contiguous(memory_format=torch.channels_last)
+        value = loss(inputs, rows)
         optimizer.zero_grad()
-        loss.backward()
+        value.backward()
         optimizer.step()
         schedule.step()
-        progress.advance(1, f"loss {loss.item():.4f}")
+        progress.advance(1, f"loss {value.item():.4f}")
     progress.close()
+
+
+def trained(images: Images, steps: int, style_steps: int) -> Judge:
+    """A judge of these images."""
+    torch.manual_seed(0)
+    judge = Judge()
+
+    def concept_loss(inputs: Tensor, rows: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            _, embeddings = judge.concept(inputs)
+        logits = SCALE * judge.concept.similarities(embeddings.float())
+        return F.cross_entropy(logits, images.concepts[rows])
+
+    def style_loss(inputs: Tensor, rows: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = judge.style(inputs)
+        return F.cross_entropy(logits.float(), images.styles[rows])
+
+    train(judge.concept, images, concept_loss, 1.0, steps)
+    train(judge.style, images, style_loss, 0.25, style_steps)
     return judge.eval().requires_grad_(False)
 
 
 def load() -> Judge:
     """The judge of this repository."""
-    judge = Judge(len(labels()))
+    judge = Judge()
     judge.load_state_dict({name: value.float() for name, value in load_file(WEIGHTS).items()}, strict=False)
     return judge.eval().requires_grad_(False)
 
@@ -197,12 +237,12 @@ def score(judge: Judge, pixels: Tensor, concepts: Tensor, styles: Tensor) -> dic
     """
     features, ranks, right = [], [], []
     for part, wanted, style in zip(pixels.split(256), concepts.split(256), styles.split(256), strict=True):
-        feature, embeddings, logits = judge(part.clamp(-1, 1))
-        similarities = judge.similarities(embeddings)
+        feature, embeddings = judge.concept(part.clamp(-1, 1))
+        similarities = judge.concept.similarities(embeddings)
         own = similarities.gather(1, wanted[:, None])
         features.append(feature)
         ranks.append((similarities > own).sum(dim=1))
-        right.append(logits.argmax(dim=1) == style)
+        right.append(judge.style(part.clamp(-1, 1)).argmax(dim=1) == style)
     rank = torch.cat(ranks)
     return {"concept@1": rank < 1, "concept@5": rank < 5, "style": torch.cat(right), "features": torch.cat(features)}
 
@@ -221,12 +261,13 @@ def nearest(images: Tensor, trained: Tensor) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT / "runs/emoji", help="folder of the unpacked shards")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=3000, help="of the network that names emoji")
+    parser.add_argument("--style-steps", type=int, default=1500, help="of the network that names styles")
     given = parser.parse_args()
 
     unpack(given.data)
     splits = {split: real_images(given.data, split) for split in SPLITS}
-    judge = train(joined(splits.values()), given.steps)
+    judge = trained(joined(splits.values()), given.steps, given.style_steps)
     weights = {name: value.half().contiguous() for name, value in judge.state_dict().items()}
     save_file({name: value for name, value in weights.items() if "num_batches" not in name}, WEIGHTS)
 
