@@ -24,7 +24,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from selfe import signatures
+from selfe import packaged, signatures
 from selfe.errors import UserError
 
 SECTIONS = {
@@ -183,12 +183,14 @@ def check_weights(system: dict) -> None:
     for name in ("text_encoder", "autoencoder"):
         for path, part in pretrained_parts(system.get(name, {}), f"system.{name}"):
             params = part.get("params") or {}
-            is_path = str(params.get("model", "")).startswith((".", "~", "/"))  # of HFText: needs no cache folder
-            if not params.get("skip_pretrained") and not params.get("cache_dir") and not is_path:
+            model = str(params.get("model", ""))  # of HFText: a path or an installed model needs no cache folder
+            has_folder = model.startswith((".", "~", "/")) or packaged.folder(model) is not None
+            if not params.get("skip_pretrained") and not params.get("cache_dir") and not has_folder:
                 raise Problem(
                     f"{path}.params.cache_dir",
                     "SELFE_CACHE_DIR is not set; set it to the directory of the weights, run "
-                    "scripts/cache_pretrained_only.sh, or set SELFE_SKIP_PRETRAINED=1 for random weights",
+                    f"scripts/cache_pretrained_only.sh{packaged.remedy(model)}, or set SELFE_SKIP_PRETRAINED=1 for "
+                    "random weights",
                 )
 
 

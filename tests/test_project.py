@@ -20,7 +20,7 @@ from selfe.errors import UserError
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "selfe"
 # which folders and files of selfe/ a folder may import from, besides itself
-BASE = {"balance", "types", "protocols", "flow", "rng", "device", "errors", "log", "signals"}
+BASE = {"balance", "types", "protocols", "flow", "rng", "device", "errors", "log", "packaged", "signals"}
 PARTS = BASE | {"io"}
 EDGES = {
     "balance": set(),
@@ -28,12 +28,13 @@ EDGES = {
     "errors": set(),
     "log": set(),
     "signals": set(),
+    "packaged": set(),
     "signatures": set(),
     "types": {"device", "errors"},
     "rng": {"device", "types"},
     "protocols": {"rng", "types"},
     "flow": {"device", "rng", "types"},
-    "config": {"errors", "signatures"},
+    "config": {"errors", "packaged", "signatures"},
     "compare": {"config", "errors"},
     "io": BASE | {"compare"},  # the fingerprint of a feature cache
     "backbones": PARTS,

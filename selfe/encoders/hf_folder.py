@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from selfe import packaged
 from selfe.encoders.pretrained_tokenizer import SENTENCES, check_files, plain_errors
 from selfe.errors import UserError
 from selfe.io.safetensors_files import SafetensorsFiles, read_json
@@ -36,6 +37,8 @@ OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm
 def model_folder(model: str, cache_dir: Path | None) -> Path:
     """The folder of a model: a path if it is absolute or starts with `.` or `~`, otherwise a name in the cache folder.
 
+    A model that the cache folder does not have may be installed as a package (`selfe.packaged`).
+
     Raises:
         UserError: there is no such folder; the message has the command that downloads it.
     """
@@ -45,12 +48,15 @@ def model_folder(model: str, cache_dir: Path | None) -> Path:
             raise UserError(f"{folder}: no such folder; system.text_encoder.params.model names it")
         return folder
 
-    if cache_dir is None:
+    installed = packaged.folder(model)
+    if cache_dir is None and installed is None:
         raise UserError(
-            f"{model} is needed, but SELFE_CACHE_DIR is not set; set it to the directory of the weights, or set "
-            "SELFE_SKIP_PRETRAINED=1 for random weights"
+            f"{model} is needed, but SELFE_CACHE_DIR is not set; set it to the directory of the weights"
+            f"{packaged.remedy(model)}, or set SELFE_SKIP_PRETRAINED=1 for random weights"
         )
-    folder = Path(cache_dir) / model
+    folder = Path(cache_dir) / model if cache_dir else installed
+    if not folder.is_dir() and installed is not None:
+        return installed
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; {remedy(model)}, or set SELFE_SKIP_PRETRAINED=1 for random weights")
     return folder
@@ -65,7 +71,7 @@ def remedy(model: str) -> str:
     """How to get the files of a model."""
     if is_path(model):
         return "copy the files of the model again"
-    return f"download it with selfe cache-pretrained --text-encoder {model}"
+    return f"download it with selfe cache-pretrained --text-encoder {model}{packaged.remedy(model)}"
 
 
 def read_config(folder: Path, advice: str) -> PreTrainedConfig:

