@@ -36,6 +36,8 @@ from selfe.encoders.identity import Identity
 from selfe.encoders.remembered_text import RememberedText
 from selfe.encoders.t5_clip import T5Clip
 from selfe.encoders.words import Words
+from selfe.evaluation.hf_vision import HFVision
+from selfe.evaluation.settings import EvaluationConfig
 from selfe.infer import Inferencer
 from selfe.objectives.flow_matching import FlowMatching
 from selfe.objectives.repa import Repa
@@ -59,6 +61,8 @@ PARTS = (
     ("Image encoders", "system.objective.params.encoder.params", (HFVision,)),
     ("Data sets", "data.params", (BucketedDataset, ShapesData, CachedData)),
     ("Samplers", "inferencer.defaults.sampler.params", (Renoise, Euler)),
+    ("Evaluation", "evaluation", (EvaluationConfig,)),
+    ("Extractors", "evaluation.extractors.NAME.params", (HFVision,)),
 )
 
 # what a config names, where it is not the class itself
@@ -77,8 +81,8 @@ Every key of a config, with its type, default and meaning. This page is written 
 `scripts/make_keys.py` from the code: do not edit it.
 
 A config has the sections `seed` (an integer of at least 0, by default 0), `system`, `data`,
-`trainer` and `inferencer`, and `base`, the files that are merged first. `system` has four parts,
-`backbone`, `text_encoder`, `autoencoder` and `objective`; `data` is a part too. A part is
+`trainer`, `inferencer` and `evaluation`, and `base`, the files that are merged first. `system` has
+four parts, `backbone`, `text_encoder`, `autoencoder` and `objective`; `data` is a part too. A part is
 `{module: dotted.path.Class, params: {...}}`; [extending.md](extending.md) explains how to write one.
 """
 

@@ -162,6 +162,25 @@ def processes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
 
 
+def evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s CONFIG_OR_JOB [NGPUS] [key=value ...] [options]"
+    parser.add_argument(
+        "job", type=path, metavar="CONFIG_OR_JOB", help="a sampling config, or the folder of its images"
+    )
+    parser.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--reference", type=path, metavar="IMAGES", help="a folder, a manifest, or a pattern of tar files"
+    )
+    parser.add_argument("--metrics", metavar="NAMES", help="such as fd,clip_score (default: all that are possible)")
+    extractor_help = "a Hugging Face vision model: a folder, or a name below SELFE_CACHE_DIR; may be repeated"
+    parser.add_argument("--extractor", action="append", metavar="MODEL", help=extractor_help)
+    parser.add_argument(
+        "--settings", type=path, metavar="FILE", help="for a job: a YAML file with a section evaluation"
+    )
+    table_help = "write the table with its intervals, as Markdown (.md) or LaTeX (.tex); may be repeated"
+    parser.add_argument("--table", type=path, action="append", metavar="FILE", help=table_help)
+
+
 def trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust", action="store_true", help="allow the run's config.yaml to run code that is not part of selfe"
@@ -327,6 +346,13 @@ VERBS = {
         processes,
         PROCESSES.format(override="""'inferencer.prompts=["a red bird on a branch"]'""", grace="", signals=""),
         ("system", "inferencer"),
+    ),
+    "evaluate": Verb(
+        "selfe.tools.evaluate",
+        "Measure the images of a sampling job against real images and captions, by number of sampling steps.",
+        evaluate,
+        "A config is sampled first, as far as images are missing. Run the same command again to resume.\n"
+        "Keys of the section evaluation, also of extractors of your own: docs/evaluation.md",
     ),
     "plan": Verb(
         "selfe.tools.plan.command",

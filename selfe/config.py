@@ -31,6 +31,7 @@ SECTIONS = {
     "system": "selfe.system.System",
     "trainer": "selfe.training.settings.TrainerConfig",
     "inferencer": "selfe.infer.Inferencer",
+    "evaluation": "selfe.evaluation.settings.EvaluationConfig",
 }
 DATA = "selfe.protocols.Data"
 PRETRAINED = (
@@ -95,8 +96,10 @@ class Problem(Exception):
         self.path = path
 
 
-def load(path: str | Path, overrides: Sequence[str] = (), trust: bool = True) -> dict:
+def load(path: str | Path | None, overrides: Sequence[str] = (), trust: bool = True) -> dict:
     """The merged, resolved and checked settings of a file, with values of the types in the constructors' signatures.
+
+    Without a file, those of the overrides alone.
 
     Checking imports the modules that the file names, which runs their code. Without `trust`, for a file that came with
     weights, it may name parts of this package only.
@@ -116,7 +119,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), trust: bool = True) ->
         raise UserError(f"{source(layers, problem.path)}: {problem}") from problem
 
 
-def check(path: str | Path, overrides: Sequence[str], sections: Sequence[str], files: bool = True) -> None:
+def check(path: str | Path | None, overrides: Sequence[str], sections: Sequence[str], files: bool = True) -> None:
     """Check what can be checked without imports, from source files alone, in a fraction of a second.
 
     Args:
@@ -279,11 +282,16 @@ def parse_command(path: str, rest: Sequence[str]) -> tuple[int | None, list[str]
 
     Raises UserError.
     """
-    rest, num_processes = list(rest), None
     if Path(path).is_dir():
         raise UserError(f"{path}: is a folder; the first argument is a YAML file, see --help")
     if not Path(path).is_file():
         raise UserError(f"{path}: no such config file; the first argument is a YAML file, see --help")
+    return parse_rest(rest)
+
+
+def parse_rest(rest: Sequence[str]) -> tuple[int | None, list[str]]:
+    """[NGPUS] [key=value ...] -> as `parse_command`."""
+    rest, num_processes = list(rest), None
 
     # NGPUS is optional: the first argument without "="
     if rest and "=" not in rest[0]:
@@ -295,9 +303,10 @@ def parse_command(path: str, rest: Sequence[str]) -> tuple[int | None, list[str]
     return num_processes, rest
 
 
-def read_layers(path: str | Path, overrides: Sequence[str]) -> list[tuple[str, dict]]:
+def read_layers(path: str | Path | None, overrides: Sequence[str]) -> list[tuple[str, dict]]:
     """(source, tree) of the base files, the file and the command line; later ones override earlier ones."""
-    return [*read(Path(path), ()), *(("command line", parse_override(override)) for override in overrides)]
+    files = [] if path is None else read(Path(path), ())
+    return [*files, *(("command line", parse_override(override)) for override in overrides)]
 
 
 def resolve_layers(layers: list[tuple[str, dict]]) -> dict:

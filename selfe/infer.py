@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -67,8 +67,10 @@ class Inferencer:
         if self.layout == "geneval" and self.format != "png":
             raise ValueError(f"format {self.format}: layout geneval needs png, its evaluator reads only png")
 
-    def run(self, system: System, world: World, settings: dict) -> None:
+    def run(self, system: System, world: World, settings: dict) -> Path:
         """Generate the images missing in `output_dir`; `settings` is the complete config, saved with them.
+
+        Returns the folder of the images.
 
         Raises UserError for invalid prompts or sizes, a missing checkpoint, or an `output_dir` of another job.
         """
@@ -117,6 +119,7 @@ class Inferencer:
                 )
                 if (folder / "gallery.html").is_file():
                     log.print_line(f"open:     {folder / 'gallery.html'}")
+        return folder
 
     def choose_folder(self, identity: dict, todo: Sequence[ImageSpec]) -> Path:
         """`output_dir`, or its sub-folder for this job's settings, reported in a line."""
@@ -270,19 +273,31 @@ def check_one_size(todo: Sequence[ImageSpec]) -> None:
 def main(arguments: list[str]) -> None:
     """Run the sampling job that a config file describes: CONFIG [key=value ...]."""
     settings = config.load(arguments[0], arguments[1:])
+    generate = prepare(settings)
+
+    # long timeout: ranks finish at different times and only synchronise at the end
+    with collectives.process_group(timeout_minutes=24 * 60) as world:
+        generate(world)
+
+
+def prepare(settings: dict) -> Callable[[World], Path]:
+    """Build the parts of a sampling job; the function that it returns generates what is missing, on all processes.
+
+    The function returns the folder of the images. Raises UserError.
+    """
     with torch.device("meta"):
         system = config.build(settings, "system")
     inferencer = config.build(settings, "inferencer")
 
-    # long timeout: ranks finish at different times and only synchronise at the end
-    with collectives.process_group(timeout_minutes=24 * 60) as world:
+    def generate(world: World) -> Path:
         # the first process decides on `auto` for all, and the choice is recorded
         chosen = collectives.broadcast(choose_precision(inferencer.precision, world.device), world)
         if inferencer.precision == "auto" and world.is_main:
             log.print_line(f"inferencer.precision: auto is {chosen} on this machine ({device_name(world.device)})")
-        settings["inferencer"]["precision"] = chosen
-        inferencer = replace(inferencer, precision=chosen)
-        inferencer.run(system, world, settings)
+        recorded = settings | {"inferencer": settings["inferencer"] | {"precision": chosen}}
+        return replace(inferencer, precision=chosen).run(system, world, recorded)
+
+    return generate
 
 
 if __name__ == "__main__":

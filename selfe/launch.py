@@ -139,10 +139,15 @@ class ProcessWatch:
 def parse(path: str, rest: Sequence[str]) -> tuple[str, int, list[str]]:
     """CONFIG and [NGPUS] [key=value ...] -> path, number of processes, overrides. Raises UserError."""
     requested, overrides = config.parse_command(path, rest)
+    return path, choose_processes(requested), overrides
+
+
+def choose_processes(requested: int | None) -> int:
+    """The number of processes on this machine: as requested, or one per accelerator. Raises UserError."""
     available = device.accelerator_count()
     if available and (requested or 0) > available:
         raise UserError(f"NGPUS: {requested} requested, this machine has {available}; use at most {available}")
-    return path, requested or available or 1, overrides
+    return requested or available or 1
 
 
 def single_node(folder: Path) -> dict:

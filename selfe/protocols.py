@@ -1,4 +1,4 @@
-"""Protocols of the swappable parts: denoiser, encoders, data, objective, sampler."""
+"""Protocols of the swappable parts: denoiser, encoders, data, objective, sampler, extractor."""
 
 from __future__ import annotations
 
@@ -222,4 +222,32 @@ class Sampler(Protocol):
 
     def __call__(self, denoise: GuidedDenoiser, noise: Packed, t: Tensor, s: Tensor, rng: SampleRNG) -> Tensor:
         """noise (T, d), times t (N + 1, B) from 1 to 0, secondary times s (N, B) -> x0 (T, d) after N calls."""
+        ...
+
+
+class Extractor(Protocol):
+    """Turns images into the features from which evaluation computes its metrics. Built without weights."""
+
+    has_texts: bool  # whether `texts` works
+
+    def record(self) -> dict[str, Any]:
+        """What decides its output, in YAML types: the model, a hash of its weights, how images are resized.
+
+        Numbers with different records are not comparable. May be called before `load`.
+        """
+        ...
+
+    def load(self, device: torch.device) -> None: ...
+
+    def __call__(self, images: Sequence[Tensor], captions: Sequence[str]) -> dict[str, Tensor]:
+        """B x (3, H, W) in [-1, 1], and their captions -> by name, float32 on any device:
+
+        `features` (B, d): for distances between sets of images. Required.
+        `aligned` (B, e): to compare with the output of `texts`.
+        Any other name (B,): a score per image, whose mean is a metric of that name.
+        """
+        ...
+
+    def texts(self, captions: Sequence[str]) -> Tensor:
+        """Captions -> (B, e): the nearer to an image's `aligned` by cosine, the better they fit."""
         ...

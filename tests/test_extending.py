@@ -1,5 +1,6 @@
 """The parts of examples/ do what they say, the configs of docs/extending.md run, and so does the Python of the docs."""
 
+import json
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
-from selfe import config, flow, infer, train
+from selfe import config, evaluate, flow, infer, train
 from selfe.errors import UserError
 from selfe.generator import Generator
 from selfe.rng import SampleRNG
@@ -40,7 +41,7 @@ def latents() -> tuple:
 
 def test_examples_are_short_and_all_are_on_the_page():
     page = (ROOT / "docs/extending.md").read_text()
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 6
     for path in EXAMPLES:
         assert len(path.read_text().splitlines()) < 50, path
         assert f"[examples/{path.name}](../examples/{path.name})" in page
@@ -136,6 +137,24 @@ def test_the_configs_of_the_page_train_and_sample(extended):
     for path in EXAMPLES:
         assert any(module.startswith(f"{path.stem}.") for module in modules), path
     assert len(list((extended / "images").glob("*.png"))) == 2
+
+
+def test_the_extractor_of_the_page_evaluates_the_sampling_job(extended):
+    evaluate.main([str(extended / "config.yaml"), "-", "evaluation.bootstrap=0"])
+    evaluation = json.loads((extended / "images" / "evaluation.json").read_text())
+    assert evaluation["extractors"] == {"colours": {"grid": 4, "tolerance": 0.4}}
+    assert [(value["metric"], value["value"]) for value in evaluation["values"]] == [("colours", 1.0)]  # none named
+
+
+def test_colours_are_those_that_captions_name():
+    from colours import NAMES, Colours
+
+    extractor = Colours(grid=2)
+    extractor.load(torch.device("cpu"))
+    red = torch.tensor(NAMES["red"])[:, None, None].expand(3, 4, 4)
+    output = extractor([red, red, red], ["a red square", "red on blue", "a drawing"])
+    assert output["colours"].tolist() == [1, 0, 1]
+    assert torch.equal(output["features"][0].view(3, 4), red[:, :2, :2].flatten(1))
 
 
 def test_the_generator_makes_the_images_of_the_sampling_job(extended):

@@ -1,0 +1,216 @@
+"""The metrics of evaluation, computed from the features of generated and reference images."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from selfe.errors import UserError
+from selfe.evaluation import statistics
+from selfe.evaluation.features import FeatureSet
+from selfe.evaluation.image_sets import evenly_spaced
+from selfe.evaluation.statistics import Bootstrap, Estimate, Moments, Neighbours
+
+if TYPE_CHECKING:
+    from selfe.evaluation.settings import EvaluationConfig
+
+FEWEST_PROMPTS = 20  # with fewer, images are resampled one by one, because intervals of few groups are too narrow
+OWN = ("features", "aligned")  # outputs of an extractor that are not scores
+
+
+class Reference:
+    """The features of the real images, with what all sampling settings are compared to."""
+
+    def __init__(self, features: FeatureSet, most: int):
+        self.features, self.most = features, most
+
+    @cached_property
+    def moments(self) -> Moments:
+        return Moments.of(self.features)
+
+    @cached_property
+    def root(self) -> Tensor:
+        return statistics.root(self.moments.covariance)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """At most `most` rows, of which all pairs are compared."""
+        return self.features.some(self.most)[0]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What metrics are computed from: the images of a sampling setting, as one extractor sees them."""
+
+    features: FeatureSet
+    captions: Sequence[int]  # the number of each image's caption
+    texts: Tensor | None  # features of all captions of the job (C, e); None: the extractor has no text encoder
+    reference: Reference | None
+    settings: EvaluationConfig
+
+    @cached_property
+    def bootstrap(self) -> Bootstrap:
+        return self.bootstrap_of(range(len(self.features)))
+
+    def bootstrap_of(self, indices: Sequence[int]) -> Bootstrap:
+        """Resamples the prompts of these images; if there are too few, the images."""
+        places: dict[int, int] = {}
+        groups = [places.setdefault(self.captions[index], len(places)) for index in indices]
+        return Bootstrap(groups if len(places) >= FEWEST_PROMPTS else range(len(groups)), self.settings.bootstrap)
+
+    @cached_property
+    def rows(self) -> tuple[Tensor, Bootstrap]:
+        """At most `max_features` rows, of which all pairs are compared."""
+        rows, indices = self.features.some(self.settings.max_features)
+        return rows, self.bootstrap_of(indices.tolist())
+
+    @cached_property
+    def neighbours(self) -> Neighbours:
+        k = self.settings.nearest_k
+        if min(len(self.rows[0]), len(self.reference.rows)) <= k:
+            raise UserError(
+                f"evaluation.nearest_k: {k} neighbours need more than {k} images in each set, got "
+                f"{len(self.rows[0])} generated and {len(self.reference.rows)} reference images"
+            )
+        return statistics.neighbours(self.rows[0], self.reference.rows, k)
+
+
+Values = dict[str, Estimate]
+
+
+# ---- distances to the reference ----
+
+
+def fd(measured: Measured) -> Values:
+    """Frechet distance of the features: FID with Inception features, FD-DINOv2 with those of DINOv2."""
+    reference = measured.reference
+    value = statistics.frechet_distance(measured.features, reference.moments, reference.root, measured.bootstrap)
+    return {"fd": value}
+
+
+def kid(measured: Measured) -> Values:
+    """Kernel distance, polynomial kernel."""
+    rows, bootstrap = measured.rows
+    return {"kid": statistics.kid(rows, measured.reference.rows, bootstrap)}
+
+
+def cmmd(measured: Measured) -> Values:
+    """Kernel distance of unit features, Gaussian kernel."""
+    rows, bootstrap = measured.rows
+    return {"cmmd": statistics.cmmd(rows, measured.reference.rows, bootstrap)}
+
+
+def neighbour_metric(name: str) -> Callable[[Measured], Values]:
+    """One of the metrics of nearest neighbours.
+
+    Precision and density are means over generated images, recall and coverage over reference images: these are
+    resampled, with the balls around all images as they are.
+    """
+
+    def metric(measured: Measured) -> Values:
+        values = getattr(measured.neighbours, name)
+        of_reference = Bootstrap(range(len(values)), measured.settings.bootstrap)
+        return {name: (of_reference if name in ("recall", "coverage") else measured.rows[1]).mean(values.cpu())}
+
+    return metric
+
+
+# ---- captions ----
+
+
+def clip_score(measured: Measured) -> Values:
+    """100 x cosine similarity of image and caption, mean over images; CLIPScore as in torchmetrics with CLIP."""
+    texts = F.normalize(measured.texts, dim=1)
+    cosines, start = [], 0
+    for block in measured.features.blocks("aligned"):
+        own = texts[torch.tensor(measured.captions[start : start + len(block)], device=texts.device)]
+        cosines.append((F.normalize(block, dim=1) * own).sum(dim=1))
+        start += len(block)
+    return {"clip_score": measured.bootstrap.mean(100 * torch.cat(cosines).cpu())}
+
+
+def retrieval(measured: Measured) -> Values:
+    """retrieval@k: how often an image's own caption is among the k most similar of all captions of the job.
+
+    Captions with equal features count as one.
+    """
+    candidates, places = torch.unique(F.normalize(measured.texts, dim=1), dim=0, return_inverse=True)
+    ranks, start = [], 0
+    for block in measured.features.blocks("aligned"):
+        own = places[torch.tensor(measured.captions[start : start + len(block)], device=places.device)]
+        similarities = F.normalize(block, dim=1) @ candidates.T
+        ranks.append((similarities > similarities.gather(1, own[:, None])).sum(dim=1))
+        start += len(block)
+    rank = torch.cat(ranks).cpu()
+    return {f"retrieval@{k}": measured.bootstrap.mean(rank < k) for k in measured.settings.retrieval_k}
+
+
+def diversity(measured: Measured) -> Values:
+    """Mean cosine distance between the features of two images of one prompt; prompts with one image are left out.
+
+    Over at most `max_features` / 2 prompts, evenly spaced.
+    """
+    counts = Counter(measured.captions)
+    several = [caption for caption, count in counts.items() if count > 1]
+    kept = evenly_spaced(len(several), max(measured.settings.max_features // 2, 1))
+    sums: dict[int, Tensor | float] = {several[i]: 0.0 for i in kept}
+    if not sums:
+        return {}
+
+    # the sum of the unit features of a prompt's images gives the mean cosine of all pairs
+    captions = iter(measured.captions)
+    for block in measured.features.blocks():
+        for row, caption in zip(F.normalize(block, dim=1), captions, strict=False):
+            if caption in sums:
+                sums[caption] = sums[caption] + row
+    distances = []
+    for caption, total in sums.items():
+        n = counts[caption]
+        distances.append(1 - (total.square().sum().item() - n) / (n * (n - 1)))
+    return {"diversity": Bootstrap(range(len(distances)), measured.settings.bootstrap).mean(torch.tensor(distances))}
+
+
+def scores(measured: Measured) -> Values:
+    """The extractor's own scores: means over images."""
+    names = sorted(measured.features.names() - set(OWN))
+    return {name: measured.bootstrap.mean(measured.features.all(name).cpu()) for name in names}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is computed and what it needs."""
+
+    compute: Callable[[Measured], Values]
+    needs_reference: bool = False
+    needs_texts: bool = False
+
+
+METRICS = {
+    "fd": Metric(fd, needs_reference=True),
+    "kid": Metric(kid, needs_reference=True),
+    "cmmd": Metric(cmmd, needs_reference=True),
+    **{name: Metric(neighbour_metric(name), needs_reference=True) for name in Neighbours._fields},
+    "clip_score": Metric(clip_score, needs_texts=True),
+    "retrieval": Metric(retrieval, needs_texts=True),
+    "diversity": Metric(diversity),
+    "scores": Metric(scores),
+}
+
+
+def compute(names: Sequence[str], measured: Measured) -> Values:
+    """The metrics of these names that the extractor and the reference allow."""
+    values: Values = {}
+    for name in names:
+        metric = METRICS[name]
+        has_reference = measured.reference is not None or not metric.needs_reference
+        has_texts = measured.texts is not None or not metric.needs_texts
+        if has_reference and has_texts:
+            values |= metric.compute(measured)
+    return values
