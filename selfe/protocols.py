@@ -228,7 +228,7 @@ class Sampler(Protocol):
 class Extractor(Protocol):
     """Turns images into the features from which evaluation computes its metrics. Built without weights."""
 
-    has_texts: bool  # whether `texts` works
+    has_texts: bool  # whether it is a `TextExtractor`
 
     def record(self) -> dict[str, Any]:
         """What decides its output, in YAML types: the model, a hash of its weights, how images are resized.
@@ -247,6 +247,10 @@ class Extractor(Protocol):
         Any other name (B,): a score per image, whose mean is a metric of that name.
         """
         ...
+
+
+class TextExtractor(Extractor, Protocol):
+    """An extractor that compares images with captions."""
 
     def texts(self, captions: Sequence[str]) -> Tensor:
         """Captions -> (B, e): the nearer to an image's `aligned` by cosine, the better they fit."""

@@ -139,7 +139,7 @@ def test_the_configs_of_the_page_train_and_sample(extended):
     assert len(list((extended / "images").glob("*.png"))) == 2
 
 
-def test_the_extractor_of_the_page_evaluates_the_sampling_job(extended):
+def test_the_extractor_of_the_page_evaluates_the_images(extended):
     evaluate.main([str(extended / "config.yaml"), "-", "evaluation.bootstrap=0"])
     evaluation = json.loads((extended / "images" / "evaluation.json").read_text())
     assert evaluation["extractors"] == {"colours": {"grid": 4, "tolerance": 0.4}}
