@@ -13,7 +13,7 @@ from selfe.errors import UserError
 
 FILE = "evaluation.json"
 FORMAT = 1
-LOWER_IS_BETTER = ("fd", "kid", "cmmd")
+FACTS = {"count": "numbers of images", "extractor": "extractors", "reference": "reference images"}
 
 
 class Value(NamedTuple):
@@ -95,24 +95,61 @@ def nfe(settings: dict[str, Any]) -> int:
     return settings["num_steps"] * (1 if settings["cfg_scale"] == 1 else 2)
 
 
+def curves(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Numbers over the number of steps, a curve per metric and setting: extractor, metric, label, points."""
+    by_setting: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for value in evaluation.values:
+        settings = evaluation.cells[value.cell]["settings"]
+        others = json.dumps({name: fact for name, fact in settings.items() if name != "num_steps"}, sort_keys=True)
+        curve = {"extractor": value.extractor, "metric": value.metric, "label": curve_label(settings), "points": []}
+        point = {"steps": settings["num_steps"], "nfe": nfe(settings)} | value._asdict()
+        by_setting.setdefault((value.extractor, value.metric, others), curve)["points"].append(point)
+    for curve in by_setting.values():
+        curve["points"].sort(key=lambda point: point["steps"])
+    return list(by_setting.values())
+
+
+def curve_label(settings: dict[str, Any]) -> str:
+    """A sampling setting without its number of steps."""
+    sampler = [settings["sampler"].rpartition(".")[2]]
+    others = set(settings) - {"sampler", "num_steps", "cfg_scale", "s_ratio", "weights", "step", "fingerprint"}
+    sampler += [f"{name} {setting_text(settings[name])}" for name in sorted(others)]
+    words = [f"guidance {settings['cfg_scale']:g}", f"s ratio {settings['s_ratio']:g}", " ".join(sampler)]
+    return ", ".join(words if settings["weights"] == "ema" else [*words, f"{settings['weights']} weights"])
+
+
+def setting_text(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def digest(texts: Iterable[str]) -> str:
     return hashlib.blake2b(json.dumps(list(texts)).encode(), digest_size=8).hexdigest()
 
 
-def differences(evaluations: Sequence[Evaluation]) -> list[str]:
-    """Warnings about metrics whose numbers have different records, a line each."""
+def differences(evaluations: Sequence[Evaluation]) -> dict[tuple[str, ...], list[tuple[str, str]]]:
+    """What numbers that are shown together must not differ in, but do: names of facts -> (extractor, metric)."""
     records: dict[tuple[str, str], dict[str, dict]] = {}
     for evaluation in evaluations:
         for value in evaluation.values:
             record = evaluation.record(value)
             records.setdefault((value.extractor, value.metric), {})[json.dumps(record, sort_keys=True)] = record
 
-    # metrics that differ in the same facts share a line
-    warned: dict[tuple[str, ...], list[str]] = {}
-    for (extractor, metric), variants in records.items():
-        if len(variants) > 1:
-            first, *others = variants.values()
-            keys = [key for key in first if any(other.get(key) != first[key] for other in others)]
-            keys += [key for other in others for key in other if key not in first]
-            warned.setdefault(tuple(dict.fromkeys(keys)), []).append(f"{metric} ({extractor})")
-    return [f"{', '.join(names)}: not comparable, {' and '.join(keys)} differ" for keys, names in warned.items()]
+    # metrics that differ in the same facts share an entry
+    different: dict[tuple[str, ...], list[tuple[str, str]]] = {}
+    for column, variants in records.items():
+        keys = dict.fromkeys(key for record in variants.values() for key in record)
+        differing = []
+        for key in keys:
+            facts = {json.dumps(record.get(key), sort_keys=True) for record in variants.values()}
+            if len(facts) > 1:
+                differing.append(key)
+        if differing:
+            different.setdefault(tuple(differing), []).append(column)
+    return different
+
+
+def warning(facts: Sequence[str], columns: Sequence[tuple[str, str]]) -> str:
+    """An entry of `differences` as a sentence."""
+    names = ", ".join(f"{metric} ({extractor})" for extractor, metric in columns)
+    different = ", ".join(FACTS.get(fact, fact) for fact in facts)
+    return f"These values are not comparable, they were measured with different {different}: {names}."

@@ -76,7 +76,7 @@ def cells(evaluations: Sequence[Evaluation], intervals: bool) -> tuple[list[str]
     for evaluation in evaluations:
         for cell in evaluation.cells:
             settings = cell["settings"] | {"model": evaluation.folder, "nfe": results.nfe(cell["settings"])}
-            described.append([setting_text(settings[name]) for name in SETTINGS])
+            described.append([results.setting_text(settings[name]) for name in SETTINGS])
     kept = [
         place for place, name in enumerate(SETTINGS) if name in ALWAYS or len({row[place] for row in described}) > 1
     ]
@@ -93,10 +93,6 @@ def cells(evaluations: Sequence[Evaluation], intervals: bool) -> tuple[list[str]
     names = list(SETTINGS.values())
     head = [f"{metric} ({extractor})" if several else metric for extractor, metric in columns]
     return [*(names[place] for place in kept), *head], rows
-
-
-def setting_text(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def value_text(value: Value | None, intervals: bool) -> str:
@@ -121,5 +117,5 @@ def notes(evaluations: Sequence[Evaluation]) -> list[str]:
         reference = evaluation.reference
         against = f", {reference['count']:,} reference images {reference['images']}" if reference else ""
         lines.append(f"{of} images per row{against}")
-    warnings = [f"WARNING: {text}" for text in results.differences(evaluations)]
+    warnings = [results.warning(*entry) for entry in results.differences(evaluations).items()]
     return [*dict.fromkeys(lines), *warnings]

@@ -25,7 +25,7 @@ def main(options: argparse.Namespace) -> None:
         return server.serve(runs, options.port)
 
     for run in runs:
-        if not run.metrics.num_lines:
+        if not run.metrics.num_lines and not run.evaluations:
             raise UserError(f"{run.path}: metrics.jsonl has no lines; wait for the first logged step, or use --serve")
     html = page.page(page.static(runs, options.sheets)).encode()
     image_encode.write(options.out, html)

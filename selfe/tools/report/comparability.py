@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from selfe import compare
+from selfe.evaluation import results
 from selfe.tools.report.run_folder import RunFolder, plain_text
 
 MOST_NAMED = 4  # differing keys that a warning names
@@ -22,6 +24,21 @@ VALIDATION_KEYS = ("seed", "trainer.val_batches", "trainer.total_batch_size", "d
 
 def warnings(runs: Sequence[RunFolder]) -> list[dict]:
     """`text`, and `metrics`: a regular expression of the names that the warning is about."""
+    return [*training_warnings(runs), *evaluation_warnings(runs)]
+
+
+def evaluation_warnings(runs: Sequence[RunFolder]) -> list[dict]:
+    """Of metrics of sampling jobs, which the page names EXTRACTOR/METRIC."""
+    evaluations = [evaluation for run in runs for _, evaluation in run.evaluations.values()]
+    lines = []
+    for facts, columns in results.differences(evaluations).items():
+        names = "|".join(re.escape("/".join(column)) for column in columns)
+        lines.append({"metrics": f"^evaluation/({names})$", "text": results.warning(facts, columns)})
+    return lines
+
+
+def training_warnings(runs: Sequence[RunFolder]) -> list[dict]:
+    """Of losses."""
     runs = [run for run in runs if run.settings]
     settings = {run.name: comparable_settings(run) for run in runs}
     lines = []

@@ -13,7 +13,7 @@ from importlib.resources import files
 from selfe.tools.report import comparability, sheets
 from selfe.tools.report.run_folder import RunFolder
 
-SCRIPTS = ("core.js", "curves.js", "shares.js", "maps.js", "samples.js", "runs.js", "main.js")
+SCRIPTS = ("core.js", "curves.js", "shares.js", "maps.js", "samples.js", "evaluations.js", "runs.js", "main.js")
 
 
 def page(data: dict) -> str:

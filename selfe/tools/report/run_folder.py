@@ -13,6 +13,8 @@ import yaml
 
 from selfe import compare, config
 from selfe.errors import UserError
+from selfe.evaluation import results
+from selfe.evaluation.results import Evaluation
 from selfe.io import folder_lock
 from selfe.protocols import Objective
 from selfe.signals import process_start
@@ -41,16 +43,18 @@ class RunFolder:
         self.notes: list[str] = []  # shown with the run
         self.version = 0  # increases whenever something in the folder has changed
         self.sheets: dict[str, dict[int, tuple[Path, int]]] = {}  # weights -> step -> path, time of modification
+        self.evaluations: dict[Path, tuple[int, Evaluation]] = {}  # file -> time of modification, content
 
         if not path.is_dir():
             raise UserError(f"{path}: no such folder; pass the output folder of a training run (trainer.output_dir)")
         self.refresh()
-        if not self.settings and not self.metrics.num_lines:
+        if not self.settings and not self.metrics.num_lines and not self.evaluations:
             raise UserError(f"{path}: neither config.yaml nor metrics.jsonl; pass the output folder of a training run")
 
     def refresh(self) -> None:
         """Read what has changed since the last call. Raises UserError for files that cannot be read."""
         changed = [self.refresh_config(), self.refresh_metrics(), self.refresh_lists(), self.refresh_sheets()]
+        changed.append(self.refresh_evaluations())
         self.version += any(changed)
 
     def refresh_config(self) -> bool:
@@ -101,6 +105,17 @@ class RunFolder:
         self.sheets = {weights: sheets.files(self.path, weights) for weights in sheets.FOLDERS}
         return self.sheets != before
 
+    def refresh_evaluations(self) -> bool:
+        """Read the evaluations of sampling jobs in the folder; it may be that of a job itself."""
+        before = self.evaluations
+        files = [file for pattern in (".", "*", "*/*") for file in sorted(self.path.glob(f"{pattern}/{results.FILE}"))]
+        modified = {file: file.stat().st_mtime_ns for file in files}
+        self.evaluations = {
+            file: before[file] if file in before and before[file][0] == time_ns else (time_ns, Evaluation.read(file))
+            for file, time_ns in modified.items()
+        }
+        return self.evaluations != before
+
     # ---- for the page ----
 
     def describe(self) -> dict:
@@ -114,7 +129,17 @@ class RunFolder:
             "config": {key: plain_text(value) for key, value in compare.flat(self.settings).items()},
             "starts": [start | {"command": typed_command(start)} for start in self.starts],
             "notes": self.notes,
+            "evaluations": self.quality(),
         }
+
+    def quality(self) -> list[dict]:
+        """Curves of metrics over the number of steps: extractor, metric, label, and points by steps."""
+        curves = []
+        for file, (_, evaluation) in self.evaluations.items():
+            folder = f"{file.parent.name}, " if len(self.evaluations) > 1 else ""
+            for curve in results.curves(evaluation):
+                curves.append(curve | {"label": folder + curve["label"]})
+        return curves
 
     def tables(self) -> dict:
         """At most `MOST_CELLS` tables [t][s] per metric, with their steps: step, and name -> tables."""

@@ -13,7 +13,7 @@ const AXES = {
 };
 // the sections of the page
 const ORDER = [
-  "runs", "loss", "validation", "self-evaluation", "samples", "maps", "optimisation", "training", "time", "speed",
+  "runs", "quality", "loss", "validation", "self-evaluation", "samples", "maps", "optimisation", "training", "time", "speed",
   "other", "configs",
 ];
 const NOT_METRICS = new Set(["step", "samples", "elapsed", "time", "epoch"]);

@@ -1,7 +1,7 @@
 // The controls, and the updates of a served page.
 
 /** Functions that build or update sections from the data. */
-const SECTIONS = [buildRuns, buildCurves, buildShares, buildMaps, buildSamples, buildConfigs];
+const SECTIONS = [buildRuns, buildEvaluations, buildCurves, buildShares, buildMaps, buildSamples, buildConfigs];
 
 function buildPage() {
   SECTIONS.forEach((build) => build());

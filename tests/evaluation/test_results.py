@@ -1,0 +1,108 @@
+"""Evaluations in tables and in the report: values with intervals, curves over steps, warnings for unlike records."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from selfe.errors import UserError
+from selfe.evaluation import results, tables
+from selfe.evaluation.results import Evaluation, Value
+from selfe.io import image_encode
+from selfe.tools.report import comparability, page
+from selfe.tools.report.run_folder import RunFolder
+from tests.helpers.run_folders import make_run
+
+SETTINGS = {"s_ratio": 0.0, "weights": "ema", "sampler": "renoise", "eta": 1.0, "step": 700, "fingerprint": "0123"}
+SIZES = {"count": 50, "prompts": "ab", "seeds": [0], "sizes": [[32, 32]], "images": "cd"}
+
+
+def evaluation(folder: str = "runs/a/images", shift: float = 0, **reference) -> Evaluation:
+    """FD at guidance 1 and 3 in 1 and 4 steps, and a CLIP score without intervals."""
+    grid = [(cfg_scale, steps) for cfg_scale in (1.0, 3.0) for steps in (1, 4)]
+    cells = [{"settings": SETTINGS | {"cfg_scale": cfg_scale, "num_steps": steps}} | SIZES for cfg_scale, steps in grid]
+    values = []
+    for number, (cfg_scale, steps) in enumerate(grid):
+        fd = shift + 10 / steps + cfg_scale
+        values.append(Value(number, "dino", "fd", fd, fd - 0.5, fd + 0.5))
+        values.append(Value(number, "clip", "clip_score", 20.123456 + steps))
+    facts = {"path": "val.tsv", "count": 100, "resized": "unchanged", "images": "ef"} | reference
+    records = {"dino": {"weights": "aa"}, "clip": {"weights": "bb"}}
+    return Evaluation(folder, cells, facts, records, {"max_features": 10_000, "nearest_k": 5}, 100, values)
+
+
+def write(folder: Path, content: Evaluation) -> None:
+    image_encode.write(folder / results.FILE, content.to_json().encode())
+
+
+def test_a_file_is_read_as_it_was_written(tmp_path):
+    write(tmp_path, evaluation())
+    assert Evaluation.read(tmp_path / results.FILE) == evaluation()
+    (tmp_path / results.FILE).write_text("{}")
+    with pytest.raises(UserError, match="not an evaluation of this version; run selfe evaluate again"):
+        Evaluation.read(tmp_path / results.FILE)
+
+
+def test_tables_have_a_row_per_setting_with_intervals():
+    lines = tables.markdown([evaluation()]).splitlines()
+    assert lines[0] == "| guidance | steps | NFE | fd (dino) | clip_score (clip) |"
+    assert lines[2] == "| 1 | 1 | 1 | 11 [10.5, 11.5] | 21.12 |"
+    assert lines[5] == "| 3 | 4 | 8 | 5.5 [5, 6] | 24.12 |"
+    assert lines[-1] == "50 images per row, 100 reference images ef"
+    console = tables.plain([evaluation()]).splitlines()
+    assert console[1].split() == ["1", "1", "1", "11", "21.12"]
+
+
+def test_latex_is_escaped():
+    text = tables.latex([evaluation()])
+    assert r"guidance & steps & NFE & fd (dino) & clip\_score (clip) \\" in text
+    assert r"3 & 4 & 8 & 5.5 [5, 6] & 24.12 \\" in text
+    assert text.startswith("% 50 images per row")
+
+
+def test_numbers_with_different_records_have_a_warning():
+    a, b = evaluation(), evaluation("runs/b/images", 1)
+    assert results.differences([a, b]) == {}
+    assert "model" in tables.markdown([a, b])
+
+    other = evaluation("runs/b/images", images="gh", count=99)
+    assert results.differences([a, other]) == {("reference",): [("dino", "fd"), ("clip", "clip_score")]}
+    warning = "measured with different reference images: fd (dino), clip_score (clip)."
+    assert warning in tables.plain([a, other])
+
+
+def test_the_report_has_curves_over_steps_with_warnings(tmp_path):
+    for name, count in (("first", 100), ("second", 99)):
+        run = make_run(tmp_path / name, 1)
+        write(run / "images", evaluation(count=count))
+    runs = [RunFolder(tmp_path / name, name) for name in ("first", "second")]
+    data = json.loads(json.dumps(page.static(runs, 1)))
+
+    curves = data["runs"][0]["evaluations"]
+    assert [(curve["extractor"], curve["metric"], curve["label"]) for curve in curves] == [
+        ("dino", "fd", "guidance 1, s ratio 0, renoise eta 1"),
+        ("clip", "clip_score", "guidance 1, s ratio 0, renoise eta 1"),
+        ("dino", "fd", "guidance 3, s ratio 0, renoise eta 1"),
+        ("clip", "clip_score", "guidance 3, s ratio 0, renoise eta 1"),
+    ]
+    points = [(point["steps"], point["nfe"], point["value"], point["low"]) for point in curves[2]["points"]]
+    assert points == [(1, 2, 13.0, 12.5), (4, 8, 5.5, 5.0)]
+
+    (warning,) = [each for each in comparability.warnings(runs) if "reference" in each["text"]]
+    assert re.search(warning["metrics"], "evaluation/dino/fd")
+    assert not re.search(warning["metrics"], "train/loss")
+
+
+def test_the_report_takes_the_folder_of_a_job_and_sees_new_evaluations(tmp_path):
+    write(tmp_path / "images", evaluation())
+    run = RunFolder(tmp_path / "images", "images")
+    assert [curve["metric"] for curve in run.describe()["evaluations"]][:2] == ["fd", "clip_score"]
+    assert run.state()["state"] == "stopped"
+    before = run.version
+    run.refresh()
+    assert run.version == before
+    write(tmp_path / "images", evaluation(shift=1))
+    run.refresh()
+    assert run.version == before + 1
+    assert run.describe()["evaluations"][0]["points"][0]["value"] == 12
