@@ -12,7 +12,7 @@ from pathlib import Path
 from selfe import config, launch
 from selfe.errors import UserError
 
-HF_VISION = "selfe.evaluation.hf_vision.HFVision"
+HF_EXTRACTOR = "selfe.evaluation.hf_extractor.HFExtractor"
 
 
 def main(options: argparse.Namespace) -> None:
@@ -57,5 +57,5 @@ def hf_parts(models: Sequence[str]) -> dict[str, dict]:
         params = {"model": model}
         if folder := os.environ.get("SELFE_CACHE_DIR"):
             params["cache_dir"] = folder
-        parts[Path(model).name] = {"module": HF_VISION, "params": params}
+        parts[Path(model).name] = {"module": HF_EXTRACTOR, "params": params}
     return parts

@@ -18,7 +18,7 @@ from selfe.errors import UserError
 from selfe.io.safetensors_files import read_json, shards
 
 
-class HFVision:
+class HFExtractor:
     """A model in a folder of the Hugging Face layout, with `preprocessor_config.json`.
 
     Images are resized to a square of the model's size, antialiased bicubic in floating point and clipped, as clean-fid

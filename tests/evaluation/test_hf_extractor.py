@@ -10,8 +10,8 @@ from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model
 
 from selfe.errors import UserError
-from selfe.evaluation import hf_vision
-from selfe.evaluation.hf_vision import HFVision
+from selfe.evaluation import hf_extractor
+from selfe.evaluation.hf_extractor import HFExtractor
 from tests.helpers.encoder_files import write_clip
 from tests.helpers.images import make_image
 
@@ -34,8 +34,8 @@ def cache(tmp_path_factory) -> Path:
     return folder
 
 
-def loaded(*arguments, **keywords) -> HFVision:
-    extractor = HFVision(*arguments, **keywords)
+def loaded(*arguments, **keywords) -> HFExtractor:
+    extractor = HFExtractor(*arguments, **keywords)
     extractor.load(CPU)
     return extractor
 
@@ -55,7 +55,7 @@ def as_clean_fid(image: torch.Tensor, side: int) -> np.ndarray:
 @pytest.mark.parametrize("side", [16, 56])
 def test_images_are_resized_as_clean_fid_does(side):
     for image in images():
-        ours = (hf_vision.resized(image[None], side)[0].permute(1, 2, 0) + 1) * 127.5
+        ours = (hf_extractor.resized(image[None], side)[0].permute(1, 2, 0) + 1) * 127.5
         np.testing.assert_allclose(ours, as_clean_fid(image, side), atol=0.01)
 
 
@@ -70,14 +70,14 @@ def test_clip_gives_aligned_embeddings_of_images_and_captions(cache):
     mean, std = np.array(PROCESSOR["image_mean"]), np.array(PROCESSOR["image_std"])
     pixels = np.stack([(as_clean_fid(image, 224) / 255 - mean) / std for image in images()])
     wanted = net.get_image_features(pixel_values=torch.from_numpy(pixels).float().permute(0, 3, 1, 2))
-    torch.testing.assert_close(output["features"], hf_vision.embedding(wanted), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(output["features"], hf_extractor.embedding(wanted), atol=1e-3, rtol=1e-3)
     assert output["aligned"] is output["features"]
 
     # captions of different lengths, alone and together
     captions = ["a red bird", "a quiet street in the rain at night, seen from above"]
     together = extractor.texts(captions)
     for caption, row in zip(captions, together, strict=True):
-        wanted = hf_vision.embedding(net.get_text_features(**tokenizer([caption], return_tensors="pt")))
+        wanted = hf_extractor.embedding(net.get_text_features(**tokenizer([caption], return_tensors="pt")))
         torch.testing.assert_close(row[None], wanted, atol=1e-5, rtol=1e-4)
 
 
@@ -96,18 +96,18 @@ def test_models_without_texts_give_their_pooled_output_or_means_of_tokens(cache)
 
 
 def test_the_record_names_model_weights_and_resizing(cache):
-    record = HFVision("facebook/dino", cache).record()
+    record = HFExtractor("facebook/dino", cache).record()
     assert record["model"] == "facebook/dino"
     assert record["resize"] == "56 x 56, antialiased bicubic, no crop"
     assert [len(value) for value in record["weights"]] == [64]
-    assert HFVision(str(cache / "openai/clip")).record()["weights"] != record["weights"]
+    assert HFExtractor(str(cache / "openai/clip")).record()["weights"] != record["weights"]
 
 
 def test_a_missing_model_is_named_with_the_command_that_downloads_it(cache, tmp_path):
     with pytest.raises(UserError, match="no such folder; download it with: hf download facebook/x --local-dir"):
-        HFVision("facebook/x", cache)
+        HFExtractor("facebook/x", cache)
     with pytest.raises(UserError, match="SELFE_CACHE_DIR is not set"):
-        HFVision("facebook/dino")
+        HFExtractor("facebook/dino")
 
     # weights without a tensor of the model
     copy = tmp_path / "dino"
