@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -39,7 +39,7 @@ class Captions(NamedTuple):
 
     @property
     def first(self) -> str:
-        return next(text for text in self.texts if text)
+        return self.texts[0] or next(text for text in self.texts if text)
 
     @property
     def mean_bytes(self) -> int:
@@ -108,7 +108,7 @@ def read(caption: Any, texts: Any, weights: Any, clean: Callable[[Any], str]) ->
     return Captions(tuple(lines), tuple(numbers)) if numbers else without_weights(lines)
 
 
-def without_weights(texts: Sequence[str]) -> Captions:
+def without_weights(texts: Iterable[str]) -> Captions:
     """The captions in these columns; empty ones at the end are left out."""
     texts = list(texts)
     while len(texts) > 1 and not texts[-1]:

@@ -189,8 +189,9 @@ class Manifest(Source):
             for offset, number, record in records(file, self.format):
                 try:
                     _, captions, size = self.format.parse(record, previous)
-                    rows.append((offset, *(size or (0, 0)), captions.mean_bytes))
-                    num_enclosed += captions.first[0] == '"' and text_files.in_csv_quotes(captions.first)
+                    first, length = captions.first, captions.mean_bytes if self.in_table else 0
+                    rows.append((offset, *(size or (0, 0)), length))
+                    num_enclosed += first[0] == '"' and text_files.in_csv_quotes(first)
                 except BadSample as problem:
                     located = BadSample(problem.kind, f"{self.path}, line {number}: {problem}")
                     if problem.kind != "CSV quotes":

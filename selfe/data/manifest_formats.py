@@ -195,13 +195,12 @@ def choose_keys(
     return columns if caption or columns.more else columns._replace(texts=captions.LIST, weights=captions.WEIGHTS)
 
 
-def check_fields(path: str, prompts: Sequence[str], record: str) -> None:
-    """Raise BadSample for an empty path, or without a prompt, or for control characters."""
-    if not path or not any(prompts):
+def check_fields(path: str, text: str, record: str) -> None:
+    """Raise BadSample for an empty path, an empty text of all prompts, or control characters."""
+    if not path or not text:
         kind = "empty caption" if path else "empty path"
         raise BadSample(kind, f"path or prompt is empty in {record[:60]!r}; give both")
-    fields = path + "".join(prompts)
-    if not fields.isprintable() and (control := text_files.CONTROL.search(fields)):
+    if not (path + text).isprintable() and (control := text_files.CONTROL.search(path + text)):
         raise BadSample("control character", f"contains the control character U+{ord(control[0]):04X}; remove it")
 
 
@@ -280,29 +279,30 @@ class Tsv(RecordPerLine):
                 `empty caption`, `control character`, `CSV quotes` or `bad size`.
         """
         line = decode(record).rstrip("\r\n")
-        fields = [field.strip() for field in line.split("\t")]
+        fields = line.split("\t")
         if "\r" in line or not (2 <= len(fields) <= len(self.header) if self.header else len(fields) in (2, 4)):
             raise wrong_columns(line, previous, self.header)
 
         if not self.header:
-            path, prompt, *size = fields
-            prompts = [prompt]
+            path, prompt, size = fields[0].strip(), fields[1].strip(), fields[2:]
+            check_fields(path, prompt, line)
+            of_image, quoted = Captions((prompt,)), has_doubled_quotes(prompt)
         else:
-            values = dict(zip(self.header, fields, strict=False))
+            values = dict(zip(self.header, map(str.strip, fields), strict=False))
             path = values.pop("path", "")
             size = [values.pop(name, "") for name in SIZE if name in self.header]
-            prompts = list(values.values())
+            check_fields(path, "".join(values.values()), line)
+            of_image, quoted = captions.without_weights(values.values()), any(map(has_doubled_quotes, values.values()))
 
-        check_fields(path, prompts, line)
-        if (path[0] == '"' and text_files.in_csv_quotes(path)) or any(map(has_doubled_quotes, prompts)):
+        if quoted or (path[0] == '"' and text_files.in_csv_quotes(path)):
             raise BadSample("CSV quotes", f"{line[:60]!r} has the quotes of CSV files; {CONVERT}")
-
         if not size:
-            return Line(path, captions.without_weights(prompts), None)
-        width, height = size
+            return Line(path, of_image, None)
+
+        width, height = size[0].strip(), size[1].strip()
         if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
             raise BadSample("bad size", f"width and height must be positive integers (pixels) in {line[:60]!r}")
-        return Line(path, captions.without_weights(prompts), (int(height), int(width)))
+        return Line(path, of_image, (int(height), int(width)))
 
 
 def caption_columns(count: int) -> list[str]:
@@ -370,7 +370,7 @@ class Csv:
         check_width(row, len(self.header))
         values = dict(zip(self.header, row, strict=False))  # empty fields at the end of a row may be missing
         path, of_image = values.get(self.columns.image, "").strip(), self.columns.captions(values, lists_are_text=True)
-        check_fields(path, of_image.texts, text.strip())
+        check_fields(path, "".join(of_image.texts), text.strip())
         return Line(path, of_image, None)
 
 
@@ -421,5 +421,5 @@ class JsonLines(RecordPerLine):
         if path is not None and not isinstance(path, str):
             raise BadSample("not a text", f"the image is not a path but {type(path).__name__} {str(path)[:60]!r}")
         path = (path or "").strip()
-        check_fields(path, of_image.texts, text.strip())
+        check_fields(path, "".join(of_image.texts), text.strip())
         return Line(path, of_image, None)

@@ -113,7 +113,7 @@ class TableReader:
             raise BadSample("empty path", f"{where}: there is no image")
         try:
             captions = columns.captions(record, clean=one_line)
-            check_fields("image", captions.texts, str(record))
+            check_fields("image", "".join(captions.texts), str(record))
         except BadSample as problem:
             raise BadSample(problem.kind, f"{where}: {problem}") from problem
         image = value.path if value.content is None else memoryview(value.content)

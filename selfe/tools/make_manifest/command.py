@@ -89,7 +89,7 @@ def to_line(row: Row) -> Line:
         raise UserError(f"{row.where}: stores the image itself, not a path; write tar shards with --shards DIR")
     line = Line(row.image, row.captions, None)
     try:
-        check_fields(line.path, line.captions.texts, "".join(line.captions.texts) or line.path)
+        check_fields(line.path, "".join(line.captions.texts), "".join(line.captions.texts) or line.path)
         manifest_writer.check(line)
     except BadSample as problem:
         raise BadSample(problem.kind, f"{row.where}: {problem}") from problem
@@ -102,7 +102,7 @@ def to_line(row: Row) -> Line:
 def to_sample(row: Row, base_dir: Path) -> make_shards.Sample:
     """The members of a shard, not numbered yet. Raises BadSample if the caption or the image header is invalid."""
     try:
-        check_fields("image", row.captions.texts, row.where)
+        check_fields("image", "".join(row.captions.texts), row.where)
     except BadSample as problem:
         raise BadSample(problem.kind, f"{row.where}: {problem}") from problem
 
