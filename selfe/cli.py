@@ -155,6 +155,11 @@ def path(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from error
 
 
+def path_or_url(text: str) -> str | Path:
+    """As `path`; URLs of files in stores stay as they are."""
+    return text if "://" in text else path(text)
+
+
 def processes(parser: argparse.ArgumentParser) -> None:
     """CONFIG [NGPUS] [key=value ...]; `launch.parse` separates the last two."""
     parser.usage = "%(prog)s CONFIG [NGPUS] [key=value ...]"
@@ -199,8 +204,13 @@ def plan(parser: argparse.ArgumentParser) -> None:
 
 
 def check_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("manifest", type=path, help="a .tsv, .csv or .jsonl file, or a pattern of tar files in quotes")
-    parser.add_argument("--base-dir", type=path, default=Path(), help="folder that relative image paths start from")
+    manifest_help = "a .tsv, .csv or .jsonl file, or a pattern of .tar, .parquet or .arrow files in quotes; also a URL"
+    parser.add_argument("manifest", type=path_or_url, help=manifest_help)
+    base_help = "folder or URL that relative image paths start from"
+    parser.add_argument("--base-dir", type=path_or_url, default=Path(), help=base_help)
+    parser.add_argument("--image-column", metavar="NAME", help="column or key of the images, if it has another name")
+    parser.add_argument("--caption-column", metavar="NAME", help="the same for the captions")
+    parser.add_argument("--cache-dir", type=path, help="folder for copies of remote data")
     parser.add_argument("--workers", type=at_least(0), default=4, help="reader processes; 0: read in this process")
     parser.add_argument("--write-clean", type=path, metavar="OUT", help="write the valid lines, with image sizes")
     parser.add_argument(

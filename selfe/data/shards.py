@@ -25,7 +25,7 @@ from selfe import log
 from selfe.data import captions, index, patterns
 from selfe.data.captions import Captions
 from selfe.data.containers import Container, Entry
-from selfe.data.dataset import BucketedDataset, Source
+from selfe.data.dataset import BucketedDataset, Reading, Source
 from selfe.errors import BadSample, UserError
 from selfe.io import image_decode, text_files
 from selfe.io.storage import RemotePath
@@ -44,8 +44,13 @@ class ShardData(BucketedDataset):
 
     def open(self, path: Path | RemotePath, base_dir: Path | RemotePath) -> Shards | Container:
         if isinstance(path, RemotePath):
-            return Container(str(path), matching_files(path), TarReader(), self.reading(base_dir))
+            return open_remote(path, self.reading(base_dir))
         return Shards(path, self.max_pixels, self.index_dir, self.on_bad_image == "error", self.convert_icc)
+
+
+def open_remote(pattern: RemotePath, reading: Reading) -> Container:
+    """The source for tar files in a store."""
+    return Container(str(pattern), matching_files(pattern), TarReader(), reading)
 
 
 class Shards(Source):

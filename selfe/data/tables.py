@@ -17,7 +17,7 @@ import numpy as np
 from selfe.data import patterns
 from selfe.data.captions import one_line
 from selfe.data.containers import Container, Entry
-from selfe.data.dataset import BucketedDataset
+from selfe.data.dataset import BucketedDataset, Reading
 from selfe.data.manifest_formats import Columns, check_fields, choose_columns
 from selfe.errors import BadSample, UserError
 from selfe.io.storage import RemotePath
@@ -31,10 +31,14 @@ class TableData(BucketedDataset):
     """As `ManifestData`, with Parquet and Arrow files, such as `data/train-*.parquet`, or a saved data set."""
 
     def open(self, path: Path | RemotePath, base_dir: Path | RemotePath) -> Container:
-        files = table_files(path)
-        kind = ParquetReader if files[0].suffix == PARQUET else ArrowReader
-        reader = kind(self.image_column, self.caption_column)
-        return Container(str(path), files, reader, self.reading(base_dir))
+        return open_table(path, self.reading(base_dir))
+
+
+def open_table(path: Path | RemotePath, reading: Reading) -> Container:
+    """The source for a pattern or a saved data set."""
+    files = table_files(path)
+    kind = ParquetReader if files[0].suffix.lower() == PARQUET else ArrowReader
+    return Container(str(path), files, kind(reading.image_column, reading.caption_column), reading)
 
 
 def table_files(path: Path | RemotePath) -> list[Path] | list[RemotePath]:

@@ -89,9 +89,6 @@ class RemotePath:
             return RemotePath(urljoin(self.url, name))
         return RemotePath(f"{self.url.rstrip('/')}/{name}")
 
-    def __reduce__(self) -> tuple:
-        return RemotePath, (self.url,)
-
     @property
     def name(self) -> str:
         return urlsplit(self.url).path.rpartition("/")[2] or urlsplit(self.url).netloc

@@ -1,4 +1,7 @@
-"""The verb `selfe check-data`: validate every caption and image of a manifest or of tar shards, in one pass."""
+"""The verb `selfe check-data`: validate every caption and image of a manifest, of tar shards or of tables, in one pass.
+
+Tables, and tar files in stores, are read through the index that training uses.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from io import BytesIO
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -20,11 +24,15 @@ from selfe import log
 from selfe.data import manifest_writer
 from selfe.data.buckets import Buckets
 from selfe.data.captions import CaptionPhase, Captions
-from selfe.data.dataset import BYTES_PER_TOKEN
-from selfe.data.manifest_formats import ENCLOSED, Format, Line, Tsv, detect, records
-from selfe.data.shards import Sample, describe_unused, matching_files, read_captions, read_samples
+from selfe.data.containers import Container
+from selfe.data.dataset import BYTES_PER_TOKEN, Reading
+from selfe.data.manifest_formats import ENCLOSED, TABLES, Format, Line, Tsv, detect, records
+from selfe.data.shards import Sample, describe_unused, matching_files, open_remote, read_captions, read_samples
+from selfe.data.tables import open_table
 from selfe.errors import BadSample, UserError
-from selfe.io import image_decode
+from selfe.io import image_decode, storage
+from selfe.io.disk_cache import DiskCache
+from selfe.io.storage import RemotePath, as_path
 from selfe.io.text_files import in_csv_quotes
 
 BATCH = 64  # lines or samples per task of a worker
@@ -36,10 +44,11 @@ FLAT = 16  # levels of 255; 12-bit samples read as 16-bit ones cover no more
 class Limits:
     """How lines are read, where images are, and which sizes are accepted."""
 
-    base_dir: Path
+    base_dir: Path | RemotePath
     min_side: int
     max_pixels: int
     format: Format = TSV  # of a manifest
+    source: Container | None = None  # of samples that are read through an index
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,18 @@ class Finding:
     problem: str = ""
 
 
-Item = tuple[int, bytes | Sample]  # a record of a manifest, or a sample of a tar file, with its number from 1
+@dataclass(frozen=True)
+class Stored:
+    """A sample that is read through an index."""
+
+    index: int
+    num_bytes: int
+
+    def __len__(self) -> int:
+        return self.num_bytes
+
+
+Item = tuple[int, bytes | Sample | Stored]  # a record of a manifest or a sample, with its number from 1
 
 
 def examine(item: Item, limits: Limits) -> Finding:
@@ -66,9 +86,11 @@ def examine(item: Item, limits: Limits) -> Finding:
     try:
         if isinstance(content, Sample):
             return examine_sample(f"sample {number}", content, limits)
+        if isinstance(content, Stored):
+            return examine_stored(f"sample {number}", content.index, limits)
         return examine_line(f"line {number}", content, limits)
     except BadSample as problem:
-        where = f"{'sample' if isinstance(content, Sample) else 'line'} {number}"
+        where = f"{'line' if isinstance(content, bytes) else 'sample'} {number}"
         message = str(problem) if str(problem).startswith(where) else f"{where}: {problem}"
         return Finding(where, kind=problem.kind, problem=message)
 
@@ -76,9 +98,8 @@ def examine(item: Item, limits: Limits) -> Finding:
 def examine_line(where: str, line: bytes, limits: Limits) -> Finding:
     """Raises BadSample for a line that cannot be parsed or an image that cannot be read."""
     path, captions, size = limits.format.parse(line)
-    full = limits.base_dir / path
-    with image_decode.naming(f"{where}: {full}"), image_decode.opened(full) as stream:
-        file = stream.read()
+    full = storage.join(limits.base_dir, path)
+    file = read_image(full, f"{where}: {full}")
 
     finding = examine_image(Finding(where, path, captions), str(full), file, limits)
     if size and size != finding.size and not finding.kind:
@@ -97,6 +118,24 @@ def examine_sample(where: str, sample: Sample, limits: Limits) -> Finding:
     name = f"{sample.tar}, {member}"
     captions = read_captions(sample.content(caption_place), suffix, name)
     return examine_image(Finding(where, name, captions), name, sample.content(place), limits)
+
+
+def examine_stored(where: str, index: int, limits: Limits) -> Finding:
+    """Raises BadSample for a sample that the index says is bad, or an image that cannot be read."""
+    source, name = limits.source, limits.source.name(index)
+    captions, content = source.captions(index), source.content(index)
+    return examine_image(Finding(where, name, captions), name, read_image(content, f"{where}: {name}"), limits)
+
+
+def read_image(file: Path | RemotePath | BinaryIO, name: str) -> bytes:
+    """The content of an image file. Raises BadSample if it is missing."""
+    if isinstance(file, RemotePath):
+        try:
+            return file.read_bytes()
+        except FileNotFoundError as error:
+            raise BadSample("missing", f"{name}: no such image; correct the line or --base-dir") from error
+    with image_decode.naming(name), image_decode.opened(file) as stream:
+        return stream.read()
 
 
 def examine_image(finding: Finding, name: str, file: bytes, limits: Limits) -> Finding:
@@ -147,7 +186,7 @@ def findings(batches: Iterable[list[Item]], total: int, limits: Limits, workers:
     progress.close()
 
 
-def read_records(manifest: Path, format: Format) -> Iterator[Item]:
+def read_records(manifest: Path | RemotePath, format: Format) -> Iterator[Item]:
     with manifest.open("rb") as file:
         for _, number, record in records(file, format):
             yield number, record
@@ -323,26 +362,32 @@ def main(options: argparse.Namespace) -> None:
     except ValueError as error:
         raise UserError(f"--pixels, --multiple, --max-aspect: {error}") from error
 
-    in_shards = options.manifest.suffix == ".tar"
-    format = TSV if in_shards else detect(options.manifest)
-    limits = Limits(options.base_dir, options.min_side, options.max_pixels, format)
-    report = Report(
-        options.tokenizer, "samples" if in_shards else "lines", isinstance(format, Tsv), check_weights(options)
-    )
-    unused = Counter()
-
-    if in_shards:
-        if options.write_clean:
-            raise UserError("--write-clean: writes a manifest; it cannot be used with tar shards")
-        files = matching_files(options.manifest)
-        items = enumerate((sample for tar in files for sample in read_samples(tar, unused)), start=1)
-    else:
-        files, items = [options.manifest], read_records(options.manifest, format)
-    total = sum(file.stat().st_size for file in files)
-
+    path, columns, unused = as_path(options.manifest), (options.image_column, options.caption_column), Counter()
+    limits = Limits(as_path(options.base_dir), options.min_side, options.max_pixels)
+    in_tar, in_table = path.suffix.lower() == ".tar", path.suffix.lower() in TABLES or path.is_dir()
+    if options.write_clean and (in_tar or in_table):
+        raise UserError("--write-clean: writes a manifest; it cannot be used with tar shards and tables")
     if options.write_clean:
         manifest_writer.check_name(options.write_clean, "--write-clean")
 
+    # the samples, and how many bytes they have
+    if in_table or (in_tar and isinstance(path, RemotePath)):
+        cache = DiskCache(options.cache_dir)
+        reading = Reading(limits.base_dir, options.max_pixels, None, False, True, cache, *columns)
+        limits = replace(limits, source=open_table(path, reading) if in_table else open_remote(path, reading))
+        sizes = limits.source.records.records["image_bytes"]
+        items = enumerate((Stored(index, int(size)) for index, size in enumerate(sizes)), start=1)
+        total = int(sizes.sum(dtype=np.int64))
+    elif in_tar:
+        files = matching_files(path)
+        items = enumerate((sample for tar in files for sample in read_samples(tar, unused)), start=1)
+        total = sum(file.stat().st_size for file in files)
+    else:
+        limits = replace(limits, format=detect(path, *columns))
+        items, total = read_records(path, limits.format), path.stat().st_size
+
+    kind, in_tsv = "samples" if in_tar or in_table else "lines", isinstance(limits.format, Tsv)
+    report = Report(options.tokenizer, kind, in_tsv and kind == "lines", check_weights(options))
     valid = (finding for finding in findings(batched(items), total, limits, options.workers) if report.add(finding))
     lines = (Line(finding.path, finding.captions, finding.size) for finding in valid)
     if options.write_clean:

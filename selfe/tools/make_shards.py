@@ -61,7 +61,7 @@ def caption_member(of_sample: Captions) -> dict[str, bytes]:
 
 def samples_of(manifest: Manifest, indices: range) -> Iterator[Sample]:
     for index in indices:
-        path = Path(manifest.name(index))
+        path = manifest.image_path(index)
         yield Sample(index, path.suffix[1:].lower(), path.read_bytes(), manifest.captions(index))
 
 

@@ -150,6 +150,22 @@ def test_a_web_server_is_read_in_ranges(folder, tmp_path, monkeypatch):
             path.read(512, 100)
 
 
+def test_check_data_reads_what_is_in_a_store(folder, store, tmp_path, capsys):
+    url = store.put(sorted((folder / "s").glob("*.tar"))[0])
+    lines = (folder / "train.tsv").read_text().splitlines()[:3]
+    (tmp_path / "few.tsv").write_text("\n".join([*lines, "none.jpg\tx"]) + "\n")
+    for number in range(3):
+        store.put(folder / f"train_{number:04d}.jpg", f"images/train_{number:04d}.jpg")
+    options = ["--workers", "0", "--min-side", "8", "--cache-dir", str(tmp_path / "cache")]
+    cli.run(["check-data", url, *options])
+    assert "100 valid samples, 0 with problems" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.run(["check-data", store.put(tmp_path / "few.tsv"), "--base-dir", "s3://data/images", *options])
+    printed = capsys.readouterr().out
+    assert "missing: line 4: s3://data/images/none.jpg: no such image; correct the line or --base-dir" in printed
+    assert "3 valid lines, 1 with problems" in printed
+
+
 def test_stamps_of_cached_features_notice_another_version(folder, store):
     path = RemotePath(store.put(folder / "train_0000.jpg", "x.jpg"))
     stamp = feature_cache.file_stamp((path, 0, None))

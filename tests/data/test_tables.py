@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from selfe import cli
 from selfe.data.captions import Captions
 from selfe.data.dataset import BucketedDataset
 from selfe.data.manifest import ManifestData
@@ -100,6 +101,26 @@ def test_images_of_tables_may_be_paths_and_columns_may_be_chosen(folder):
     assert [chosen.prompt(i) for i in range(4)] == list("efgh")
     with pytest.raises(UserError, match=r"no column words; set data.params.caption_column to one of 'file', 'text'"):
         opened(folder, "paths.parquet", caption_column="words")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_check_data_reads_tables(folder, tmp_path, capsys, workers):
+    good, bad = ({"bytes": content, "path": None} for content in ((folder / "0.png").read_bytes(), b"no image"))
+    table = pyarrow.table({"image": [good, bad, None, good], "text": [["a", "b"], ["c"], ["d"], ["e"]]})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    options = ["--workers", str(workers), "--min-side", "8", "--cache-dir", str(tmp_path / "cache")]
+    with pytest.raises(SystemExit) as ended:
+        cli.run(["check-data", str(tmp_path / "x.parquet"), *options])
+    assert ended.value.code == 1
+    printed = capsys.readouterr().out
+    assert f"undecodable: sample 2: {tmp_path}/x.parquet, row 2: cannot be decoded" in printed
+    assert f"empty path: sample 3: {tmp_path}/x.parquet, row 3: there is no image" in printed
+    assert "2 valid samples, 2 with problems" in printed
+    assert ["2", "1", "50.0%"] in [line.split()[:3] for line in printed.splitlines()] or "captions per image" in printed
+    with pytest.raises(
+        UserError, match="--write-clean: writes a manifest; it cannot be used with tar shards and tables"
+    ):
+        cli.run(["check-data", str(folder / "saved"), "--write-clean", str(tmp_path / "m.tsv")])
 
 
 def test_a_file_that_changed_since_it_was_indexed_is_one_line(folder, tmp_path):
