@@ -53,6 +53,11 @@ def table_files(path: Path | RemotePath) -> list[Path] | list[RemotePath]:
     return files
 
 
+def is_saved(path: Path | RemotePath) -> bool:
+    """Whether this is a folder that `datasets.save_to_disk` has written."""
+    return isinstance(path, Path) and any((path / name).is_file() for name in (STATE, SPLITS))
+
+
 def saved_files(folder: Path) -> list[Path]:
     """The Arrow files of a data set that `datasets.save_to_disk` has written."""
     if (folder / SPLITS).is_file():

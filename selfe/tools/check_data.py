@@ -28,7 +28,7 @@ from selfe.data.containers import Container
 from selfe.data.dataset import BYTES_PER_TOKEN, Reading
 from selfe.data.manifest_formats import ENCLOSED, TABLES, Format, Line, Tsv, detect, records
 from selfe.data.shards import Sample, describe_unused, matching_files, open_remote, read_captions, read_samples
-from selfe.data.tables import open_table
+from selfe.data.tables import is_saved, open_table
 from selfe.errors import BadSample, UserError
 from selfe.io import image_decode, storage
 from selfe.io.disk_cache import DiskCache
@@ -364,7 +364,7 @@ def main(options: argparse.Namespace) -> None:
 
     path, columns, unused = as_path(options.manifest), (options.image_column, options.caption_column), Counter()
     limits = Limits(as_path(options.base_dir), options.min_side, options.max_pixels)
-    in_tar, in_table = path.suffix.lower() == ".tar", path.suffix.lower() in TABLES or path.is_dir()
+    in_tar, in_table = path.suffix.lower() == ".tar", path.suffix.lower() in TABLES or is_saved(path)
     if options.write_clean and (in_tar or in_table):
         raise UserError("--write-clean: writes a manifest; it cannot be used with tar shards and tables")
     if options.write_clean:

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 from selfe.data.captions import SPACES, Captions, stripped
 from selfe.data.manifest_formats import JSON_LINES, Columns, check_width, choose_columns, choose_keys, read_object
 from selfe.data.shards import IMAGES
-from selfe.data.tables import SPLITS, STATE, import_optional, naming_arrow_errors, read_json
+from selfe.data.tables import SPLITS, STATE, import_optional, is_saved, naming_arrow_errors, read_json
 from selfe.errors import BadSample, UserError
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".txt": "\t"}
@@ -84,7 +84,7 @@ def read(source: Path, options: Options, notes: Notes) -> Rows:
     Raises:
         UserError: it cannot be read at all, or its columns are unknown.
     """
-    if source.is_dir() and any((source / name).is_file() for name in (STATE, SPLITS)):
+    if is_saved(source):
         return saved_rows(source, options, notes)
     if source.is_dir():
         return folder_rows(source, options, notes)
