@@ -297,6 +297,8 @@ def report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=path, default=Path("report.html"), help="HTML file (default: %(default)s)")
     sheets_help = "steps of each run whose sample sheets are embedded, evenly spaced (default: %(default)s)"
     parser.add_argument("--sheets", type=at_least(1), default=40, help=sheets_help)
+    table_help = "also write a table of all evaluations, Markdown (.md) or LaTeX (.tex); may be repeated"
+    parser.add_argument("--table", type=path, action="append", default=[], metavar="FILE", help=table_help)
     parser.add_argument("--serve", action="store_true", help="serve the page on this machine and update it")
     parser.add_argument("--port", type=int, help="of --serve (default: the first free one from 7870)")
 

@@ -12,10 +12,13 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from selfe.device import to_device
-from selfe.encoders.hf_folder import is_path, sha256
+from selfe.encoders.hf_folder import sha256
 from selfe.encoders.pretrained_tokenizer import plain_errors
 from selfe.errors import UserError
+from selfe.io.model_folder import find_model, model_name
 from selfe.io.safetensors_files import read_json, shards
+
+KEY = "evaluation.extractors.NAME.params.model"
 
 
 class HFExtractor:
@@ -41,7 +44,7 @@ class HFExtractor:
             side: pixels to which images are resized; default: that of the model's preprocessor.
             output: pooled output, first token or mean over tokens; `auto`: embeddings, pooled output or mean.
         """
-        self.folder = model_folder(model, cache_dir)
+        self.folder = find_model(model, cache_dir, KEY)
         self.model, self.output = model, output
 
         self.advice = advice = f"download all files of {model} again"
@@ -59,7 +62,7 @@ class HFExtractor:
     def record(self) -> dict[str, Any]:
         """See `Extractor`."""
         return {
-            "model": self.model if not is_path(self.model) else self.folder.name,
+            "model": model_name(self.model),
             "weights": [sha256(file) for file in shards(self.folder, self.advice)],
             "output": self.output,
             "resize": f"{self.side} x {self.side}, antialiased bicubic, no crop",
@@ -138,19 +141,3 @@ def side_of(processor: dict, described: dict, folder: Path) -> int:
     if not isinstance(size, int):
         raise UserError(f"{folder}/preprocessor_config.json: names no size of images; set side")
     return size
-
-
-def model_folder(model: str, cache_dir: Path | None) -> Path:
-    """The folder of a model. Raises UserError if there is none."""
-    if is_path(model):
-        folder = Path(model).expanduser()
-    elif cache_dir is None:
-        raise UserError(
-            f"{model}: SELFE_CACHE_DIR is not set; set it to the directory of the weights, or give a folder"
-        )
-    else:
-        folder = Path(cache_dir) / model
-    if not folder.is_dir():
-        download = "" if is_path(model) else f"; download it with: hf download {model} --local-dir {folder}"
-        raise UserError(f"{folder}: no such folder{download}")
-    return folder

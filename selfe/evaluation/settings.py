@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from selfe.evaluation.metrics import METRICS
+from selfe.evaluation.tables import SUFFIXES
 from selfe.io.sampling_limits import check_size
 from selfe.protocols import Extractor
 from selfe.types import MOST_SAMPLES, check_range
@@ -15,7 +16,7 @@ from selfe.types import MOST_SAMPLES, check_range
 class EvaluationConfig:
     """How the images of a sampling job are evaluated."""
 
-    extractors: dict[str, Extractor]  # what computes features, by a name of your choice
+    extractors: dict[str, Extractor] = field(default_factory=dict)  # what computes features, by a name of your choice
     # real images: a folder, a manifest (.tsv, .csv, .jsonl) or a pattern of tar shards
     reference: Path | None = None
     base_dir: Path = Path()  # folder that relative image paths of the reference manifest start from
@@ -38,7 +39,7 @@ class EvaluationConfig:
             if name not in METRICS:
                 raise ValueError(f"metrics: no metric {name!r}; valid: {', '.join(METRICS)}")
         for path in self.table:
-            if path.suffix not in (".md", ".tex"):
+            if path.suffix not in SUFFIXES:
                 raise ValueError(f"table: {path}: the file must be .md (Markdown) or .tex (LaTeX)")
         if self.reference_size is not None:
             check_size(*self.reference_size)

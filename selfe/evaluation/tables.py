@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from selfe.evaluation import results
 from selfe.evaluation.results import Evaluation, Value
 
+SUFFIXES = (".md", ".tex")
 SETTINGS = {
     "model": "model",
     "weights": "weights",

@@ -147,6 +147,7 @@ def test_a_replaced_image_gets_new_features(job):
         ("evaluation.metrics=[fid]", "no metric 'fid'; valid: fd, kid"),
         ("evaluation.reference=nowhere.tsv", "nowhere.tsv: no such file"),
         ("evaluation.reference=model.pt", "give a folder of images, a manifest"),
+        ("evaluation.extractors=null", "extractors: expected"),
         ("evaluation.nearest_k=50", "50 neighbours need more than 50 images in each set, got 66 generated and 33"),
         ("evaluation.table=[a.csv]", "a.csv: the file must be .md"),
     ],

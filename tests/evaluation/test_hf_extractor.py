@@ -103,8 +103,8 @@ def test_the_record_names_model_weights_and_resizing(cache):
     assert HFExtractor(str(cache / "openai/clip")).record()["weights"] != record["weights"]
 
 
-def test_a_missing_model_is_named_with_the_command_that_downloads_it(cache, tmp_path):
-    with pytest.raises(UserError, match="no such folder; download it with: hf download facebook/x --local-dir"):
+def test_missing_models_and_weights_are_named(cache, tmp_path):
+    with pytest.raises(UserError, match="facebook/x: no such folder; download facebook/x from the Hub to it"):
         HFExtractor("facebook/x", cache)
     with pytest.raises(UserError, match="SELFE_CACHE_DIR is not set"):
         HFExtractor("facebook/dino")

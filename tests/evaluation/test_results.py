@@ -2,42 +2,20 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
+from selfe import cli
 from selfe.errors import UserError
 from selfe.evaluation import results, tables
-from selfe.evaluation.results import Evaluation, Value
-from selfe.io import image_encode
+from selfe.evaluation.results import Evaluation
 from selfe.tools.report import comparability, page
 from selfe.tools.report.run_folder import RunFolder
-from tests.helpers.run_folders import make_run
-
-SETTINGS = {"s_ratio": 0.0, "weights": "ema", "sampler": "renoise", "eta": 1.0, "step": 700, "fingerprint": "0123"}
-SIZES = {"count": 50, "prompts": "ab", "seeds": [0], "sizes": [[32, 32]], "images": "cd"}
-
-
-def evaluation(folder: str = "runs/a/images", shift: float = 0, **reference) -> Evaluation:
-    """FD at guidance 1 and 3 in 1 and 4 steps, and a CLIP score without intervals."""
-    grid = [(cfg_scale, steps) for cfg_scale in (1.0, 3.0) for steps in (1, 4)]
-    cells = [{"settings": SETTINGS | {"cfg_scale": cfg_scale, "num_steps": steps}} | SIZES for cfg_scale, steps in grid]
-    values = []
-    for number, (cfg_scale, steps) in enumerate(grid):
-        fd = shift + 10 / steps + cfg_scale
-        values.append(Value(number, "dino", "fd", fd, fd - 0.5, fd + 0.5))
-        values.append(Value(number, "clip", "clip_score", 20.123456 + steps))
-    facts = {"path": "val.tsv", "count": 100, "resized": "unchanged", "images": "ef"} | reference
-    records = {"dino": {"weights": "aa"}, "clip": {"weights": "bb"}}
-    return Evaluation(folder, cells, facts, records, {"max_features": 10_000, "nearest_k": 5}, 100, values)
-
-
-def write(folder: Path, content: Evaluation) -> None:
-    image_encode.write(folder / results.FILE, content.to_json().encode())
+from tests.helpers.run_folders import add_evaluation, evaluation, make_run
 
 
 def test_a_file_is_read_as_it_was_written(tmp_path):
-    write(tmp_path, evaluation())
+    add_evaluation(tmp_path, evaluation())
     assert Evaluation.read(tmp_path / results.FILE) == evaluation()
     (tmp_path / results.FILE).write_text("{}")
     with pytest.raises(UserError, match="not an evaluation of this version; run selfe evaluate again"):
@@ -75,7 +53,7 @@ def test_numbers_with_different_records_have_a_warning():
 def test_the_report_has_curves_over_steps_with_warnings(tmp_path):
     for name, count in (("first", 100), ("second", 99)):
         run = make_run(tmp_path / name, 1)
-        write(run / "images", evaluation(count=count))
+        add_evaluation(run / "images", evaluation(count=count))
     runs = [RunFolder(tmp_path / name, name) for name in ("first", "second")]
     data = json.loads(json.dumps(page.static(runs, 1)))
 
@@ -94,15 +72,28 @@ def test_the_report_has_curves_over_steps_with_warnings(tmp_path):
     assert not re.search(warning["metrics"], "train/loss")
 
 
+def test_the_report_writes_a_table_of_all_jobs(tmp_path, capsys):
+    for name in ("first", "second"):
+        add_evaluation(make_run(tmp_path / name, 1) / "images", evaluation(f"runs/{name}/images"))
+    table = tmp_path / "table.md"
+    given = ["report", str(tmp_path / "first"), str(tmp_path / "second"), "--out", str(tmp_path / "report.html")]
+    cli.run([*given, "--table", str(table)])
+    lines = table.read_text().splitlines()
+    assert lines[0].startswith("| model | guidance | steps | NFE | fd (dino) |")
+    assert [line.split(" | ")[0] for line in lines[2:10]] == ["| runs/first/images"] * 4 + ["| runs/second/images"] * 4
+    with pytest.raises(UserError, match=r"--table .*t.csv: the file must be .md"):
+        cli.run([*given, "--table", str(tmp_path / "t.csv")])
+
+
 def test_the_report_takes_the_folder_of_a_job_and_sees_new_evaluations(tmp_path):
-    write(tmp_path / "images", evaluation())
+    add_evaluation(tmp_path / "images", evaluation())
     run = RunFolder(tmp_path / "images", "images")
     assert [curve["metric"] for curve in run.describe()["evaluations"]][:2] == ["fd", "clip_score"]
     assert run.state()["state"] == "stopped"
     before = run.version
     run.refresh()
     assert run.version == before
-    write(tmp_path / "images", evaluation(shift=1))
+    add_evaluation(tmp_path / "images", evaluation(shift=1))
     run.refresh()
     assert run.version == before + 1
     assert run.describe()["evaluations"][0]["points"][0]["value"] == 12

@@ -7,6 +7,8 @@ from pathlib import Path
 from PIL import Image
 
 from selfe import config
+from selfe.evaluation import results
+from selfe.evaluation.results import Evaluation, Value
 from selfe.io import image_encode
 
 ROOT = Path(__file__).parents[2]
@@ -91,3 +93,27 @@ def make_run(folder: Path, steps: int = 40, offset: float = 0.0, *changes: str) 
         (folder / f"checkpoints/step_{step:08d}").mkdir(parents=True)
         (folder / f"checkpoints/step_{step:08d}/progress.json").write_text("{}")
     return folder
+
+
+SAMPLING = {"s_ratio": 0.0, "weights": "ema", "sampler": "renoise", "eta": 1.0, "step": 700, "fingerprint": "0123"}
+SIZES = {"count": 50, "prompts": "ab", "seeds": [0], "sizes": [[32, 32]], "images": "cd"}
+
+
+def evaluation(folder: str = "runs/a/images", shift: float = 0, **reference) -> Evaluation:
+    """FD at guidance 1 and 3 in 1 and 4 steps, and a CLIP score without intervals."""
+    grid = [(cfg_scale, steps) for cfg_scale in (1.0, 3.0) for steps in (1, 4)]
+    cells = [{"settings": SAMPLING | {"cfg_scale": cfg_scale, "num_steps": steps}} | SIZES for cfg_scale, steps in grid]
+    values = []
+    for number, (cfg_scale, steps) in enumerate(grid):
+        fd = shift + 10 / steps + cfg_scale
+        values.append(Value(number, "dino", "fd", fd, fd - 0.5, fd + 0.5))
+        values.append(Value(number, "clip", "clip_score", 20.123456 + steps))
+    facts = {"path": "val.tsv", "count": 100, "resized": "unchanged", "images": "ef"} | reference
+    records = {"dino": {"weights": "aa"}, "clip": {"weights": "bb"}}
+    return Evaluation(folder, cells, facts, records, {"max_features": 10_000, "nearest_k": 5}, 100, values)
+
+
+def add_evaluation(folder: Path, content: Evaluation | None = None) -> None:
+    """An evaluation of a sampling job in this folder."""
+    content = content or evaluation()
+    image_encode.write(folder / results.FILE, content.to_json().encode())

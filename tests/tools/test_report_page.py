@@ -28,7 +28,7 @@ from selfe.tools.report.lines import JsonLines
 from selfe.tools.report.run_folder import RunFolder
 from tests.helpers import browser, run_folders
 from tests.helpers.browser import all_of, resize, until
-from tests.helpers.run_folders import append, make_run
+from tests.helpers.run_folders import add_evaluation, append, make_run
 
 FLOW_MATCHING = "system.objective={module: selfe.objectives.flow_matching.FlowMatching, params: {}}"
 
@@ -38,6 +38,7 @@ def runs(tmp_path_factory) -> list[RunFolder]:
     home = tmp_path_factory.mktemp("runs")
     make_run(home / "first")
     make_run(home / "second", 60, 0.5, "trainer.lr=2e-3", "system.objective.params.tau_steps=20")
+    add_evaluation(home / "first" / "images")
     return [RunFolder(home / name, name) for name in ("first", "second")]
 
 
@@ -395,7 +396,7 @@ def test_the_page_in_a_browser(runs, driver, tmp_path):
 
     # groups in order; two lines with the numbers of the files
     titles = [node.text for node in all_of(driver, "section > h2") if node.text]
-    assert titles[:4] == ["Loss", "Validation", "Self-evaluation", "Samples"]
+    assert titles[:5] == ["Quality over sampling steps", "Loss", "Validation", "Self-evaluation", "Samples"]
     losses = [
         [run_folders.line(step, offset)["train/loss"] for step in range(1, n + 1)] for n, offset in ((40, 0), (60, 0.5))
     ]
@@ -408,6 +409,14 @@ def test_the_page_in_a_browser(runs, driver, tmp_path):
     assert len(all_of(driver, "[data-panel^=cells] h3 .mark")) == 1
     assert all_of(driver, "#optimisation .zeros")[0].text == "Always 0: train/skipped."
     assert chart(driver, "val/loss", "chart.data.map((line) => line.line.dash)") == ["solid", "dot"] * 2
+
+    # quality over sampling steps, with intervals, and over network evaluations
+    fd = "evaluation/dino/fd"
+    assert chart(driver, fd, "chart.data.map((line) => Array.from(line.x))") == [[1, 4], [1, 4]]
+    assert chart(driver, fd, "chart.data.map((line) => Array.from(line.y))") == [[11, 3.5], [13, 5.5]]
+    assert chart(driver, fd, "Array.from(chart.data[0].error_y.arrayminus)") == [0.5, 0.5]
+    press(driver, f"[data-panel='{fd}'] .tools button")
+    assert chart(driver, fd, "chart.data.map((line) => Array.from(line.x))") == [[1, 4], [2, 8]]
 
     # x axis, logarithmic y axis, smoothing
     press(driver, "[data-axis=samples]")

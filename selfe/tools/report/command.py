@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 
 from selfe.errors import UserError
+from selfe.evaluation import tables
 from selfe.gallery.build import names
 from selfe.io import image_encode
 from selfe.tools.report import page, server
@@ -21,6 +24,8 @@ def main(options: argparse.Namespace) -> None:
             raise UserError(f"{path}: given {count} times")
     runs = [RunFolder(path, name) for path, name in zip(options.runs, names(options.runs), strict=True)]
 
+    for path in options.table:
+        write_table(runs, path)
     if options.serve:
         return server.serve(runs, options.port)
 
@@ -31,3 +36,14 @@ def main(options: argparse.Namespace) -> None:
     image_encode.write(options.out, html)
     count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
     print(f"{options.out}: {count}, {len(html) / 2**20:.1f} MiB")
+
+
+def write_table(runs: Sequence[RunFolder], path: Path) -> None:
+    """Write the numbers of `selfe evaluate` of all runs as one table. Raises UserError."""
+    evaluations = [evaluation for run in runs for _, evaluation in run.evaluations.values()]
+    if path.suffix not in tables.SUFFIXES:
+        raise UserError(f"--table {path}: the file must be .md (Markdown) or .tex (LaTeX)")
+    if not evaluations:
+        raise UserError(f"--table {path}: none of the runs has an evaluation; run selfe evaluate first")
+    image_encode.write(path, tables.written(evaluations, path.suffix).encode())
+    print(f"{path}: {len(evaluations)} evaluated sampling jobs")
