@@ -153,16 +153,21 @@ def check_files(section: dict, path: str) -> None:
         if not section.get("prompts"):
             expect_file(section.get("defaults", {}).get("prompt_file"), f"{path}.defaults.prompt_file")
 
-    # `source` is the data behind a cache; classes of others may name anything by their keys
+    # only data sets of this package: the keys of other classes may mean anything
     part, path = section, f"{path}.params"
     while str(part.get("module")).startswith("selfe.data."):
         params = part.get("params") or {}
         expect_manifest(params.get("val_manifest"), f"{path}.val_manifest")
+
+        # one manifest, or a list of several with weights
         train = params.get("train_manifest")
-        for number, entry in enumerate(train if isinstance(train, list) else ()):
-            expect_manifest(entry["manifest"], f"{path}.train_manifest[{number}].manifest")
-        if not isinstance(train, list):
+        if isinstance(train, list):
+            for index, entry in enumerate(train):
+                expect_manifest(entry["manifest"], f"{path}.train_manifest[{index}].manifest")
+        else:
             expect_manifest(train, f"{path}.train_manifest")
+
+        # the data set behind a feature cache
         part, path = params.get("source", {}), f"{path}.source.params"
 
 

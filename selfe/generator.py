@@ -20,6 +20,7 @@ from selfe.errors import UserError
 from selfe.inference import prompts as prompt_lists
 from selfe.inference.prompts import SamplingDefaults
 from selfe.io import image_encode
+from selfe.io.sampling_limits import check_multiple, check_size
 from selfe.protocols import Sampler
 from selfe.rng import SampleRNG
 from selfe.types import DTYPES, PrecisionOrAuto
@@ -37,6 +38,7 @@ class Generator:
         weights: Literal["ema", "live"] = "ema",
         precision: PrecisionOrAuto = "auto",
         trust: bool = False,
+        size: tuple[int, int] | None = None,
     ):
         """
         Args:
@@ -45,26 +47,41 @@ class Generator:
             precision: of the denoiser; auto: bf16 where the hardware has it, otherwise fp32.
             trust: let the config.yaml beside the checkpoints name modules that are not part of this package, which
                 runs their code.
+            size: height and width of images in pixels; None: those of the run's sample grids.
 
         Raises:
-            UserError: there is no complete checkpoint or no config, or one does not fit the other.
+            UserError: there is no complete checkpoint or no config, or one does not fit the other; an invalid size.
         """
         path = find_weights(Path(checkpoint))
         settings_path = config_path or compare.config_beside(path)
         if settings_path is None:
-            raise UserError(f"{path}: no config.yaml found beside the checkpoints; pass config_path")
-        settings = recorded_run.load_settings(Path(settings_path), trust=trust or config_path is not None)
+            raise UserError(f"{path}: no config.yaml beside the checkpoints; give the run's (config_path, --config)")
+        self.settings = recorded_run.load_settings(Path(settings_path), trust=trust or config_path is not None)
         with torch.device("meta"):
-            self.system = config.build(settings, "system")
+            self.system = config.build(self.settings, "system")
 
-        self.size = recorded_run.image_size(settings) or (DEFAULTS.height, DEFAULTS.width)
+        # an invalid size is refused before any weight is loaded
+        self.size = size or recorded_run.image_size(self.settings) or (DEFAULTS.height, DEFAULTS.width)
+        try:
+            check_size(*self.size)
+            for side in self.size:
+                check_multiple("size", side, self.system.autoencoder.multiple)
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
         self.device = device.choose_device(0)
+        self.weights, self.dtype = weights, DTYPES[device.choose_precision(precision, self.device)]
         self.net = self.system.backbone.to_empty(device=self.device).requires_grad_(False)
-        self.step = load_weights(path, self.net, weights)
-        self.net.to(DTYPES[device.choose_precision(precision, self.device)])
+        self.load(path)
         self.system.text_encoder = RememberedText(self.system.text_encoder)
         self.system.load_encoders(self.device)
+
+    def load(self, path: Path) -> None:
+        """Load the weights of a checkpoint of the same system."""
+        self.net.float()  # the dtype of the files, from which the weights are rounded
+        self.step = load_weights(path, self.net, self.weights)
+        self.net.to(self.dtype)
+        self.path = path
 
     def generate(
         self,
@@ -87,7 +104,7 @@ class Generator:
             cfg_scale: guidance; 1 is none, and takes half the time.
             s_ratio: second time of a step: 0 for few steps, 0.5 for one step, 1 as in flow matching.
             sample: number of the image of this prompt and seed.
-            height: pixels; None: that of the run's sample grids, as for the width.
+            height: pixels; None: that of `size`, as for the width.
             negative_prompt: replaces the null prompt in guidance.
             batch_size: maximum number of images in a batch.
 

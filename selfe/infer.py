@@ -95,8 +95,8 @@ class Inferencer:
         identity = shared | compare.describe_system(settings["system"])
         folder = collectives.broadcast(self.choose_folder(identity, todo) if world.is_main else None, world)
         opened = job.opened(folder, identity, todo, self.layout, lost=partial(launch.end, 1))
-        new = removed_on_failure(folder, ["job.json"])
-        with errors.writing_to(folder), collectives.on_main(new, world), collectives.on_main(opened, world):
+        cleanup = removed_on_failure(folder, ["job.json"])
+        with errors.writing_to(folder), collectives.on_main(cleanup, world), collectives.on_main(opened, world):
             # generate what is missing
             existing = collectives.broadcast(set(job.existing_images(folder)) if world.is_main else None, world)
             existing &= {spec.file for spec in todo}
@@ -108,14 +108,15 @@ class Inferencer:
 
             # write config, metadata and gallery
             if world.is_main:
-                again = {name: value for name, value in settings["inferencer"].items() if name != "prompts"}
-                config.save(settings | {"inferencer": again | {"output_dir": folder}}, folder / "config.yaml")
-                new = len(todo) - len(existing)
-                self.describe(folder, todo, requests, facts | {"checkpoint": str(path)}, any_new=new > 0)
+                inferencer = {name: value for name, value in settings["inferencer"].items() if name != "prompts"}
+                config.save(settings | {"inferencer": inferencer | {"output_dir": folder}}, folder / "config.yaml")
+                num_new = len(todo) - len(existing)
+                self.describe(folder, todo, requests, facts | {"checkpoint": str(path)}, any_new=num_new > 0)
+
                 seconds = log.duration(time.monotonic() - begun)
                 images = log.count(len(todo), "image", "images")
                 log.print_line(
-                    f"{images} from {path} ({self.weights} weights) in {folder}, {new} of them new, in {seconds}"
+                    f"{images} from {path} ({self.weights} weights) in {folder}, {num_new} of them new, in {seconds}"
                 )
                 if (folder / "gallery.html").is_file():
                     log.print_line(f"open:     {folder / 'gallery.html'}")
@@ -256,8 +257,11 @@ class Inferencer:
 
 def record(spec: ImageSpec, facts: dict) -> dict:
     """Metadata of an image: its settings, and the checkpoint and fingerprint of the weights."""
-    mine = {"fingerprint": facts[f"{spec.weights}_fingerprint"]}
-    return spec.record() | {name: facts[name] for name in ("step", "checkpoint") if name in facts} | mine
+    metadata = spec.record()
+    for name in ("step", "checkpoint"):
+        if name in facts:
+            metadata[name] = facts[name]
+    return metadata | {"fingerprint": facts[f"{spec.weights}_fingerprint"]}
 
 
 def check_one_size(todo: Sequence[ImageSpec]) -> None:

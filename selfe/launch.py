@@ -39,7 +39,8 @@ def main(options: argparse.Namespace) -> None:
 
 def start(program: str, path: str, num_processes: int, overrides: Sequence[str]) -> int:
     """Run `python -m selfe.{program} PATH OVERRIDES` on `num_processes` processes; returns the exit code."""
-    nodes, max_restarts = multi_node(), number("MAX_RESTARTS", 0)
+    nodes = multi_node()
+    max_restarts = environment_number("MAX_RESTARTS", 0)
     if not device.accelerator_count():
         print("no GPU found: all processes run on the CPU", flush=True)
     set_environment(num_processes)
@@ -86,11 +87,11 @@ def set_environment(num_processes: int) -> None:
 
 def grace_seconds() -> int:
     """Seconds between a stop signal and the end of all processes."""
-    return number("GRACE_SECONDS", 600)
+    return environment_number("GRACE_SECONDS", 600)
 
 
 class ProcessWatch:
-    """A thread of the launcher that notices when a process of this machine was killed, and publishes it.
+    """A thread of the launcher that detects when a process of this machine was killed, and publishes it.
 
     Every process keeps a file with its id until it reports how it ended (`end`). The other processes, which may be on
     other machines, read the failure from the store; they may hang in a collective otherwise.
@@ -105,14 +106,14 @@ class ProcessWatch:
         self.thread.start()
 
     def run(self) -> None:
-        """The thread: looks twice a second."""
+        """The thread: checks the processes twice a second."""
         while not self.closed.wait(0.5):
-            self.look()
+            self.check()
 
-    def look(self) -> bool:
+    def check(self) -> bool:
         """Publish the failure of a process that was killed; whether there was one."""
         for path in sorted(self.folder.glob("process_*")):
-            with suppress(FileNotFoundError):  # it has just ended in good order
+            with suppress(FileNotFoundError):  # it has just reported how it ended
                 pid = path.read_text()  # empty while it is written
                 if pid and signals.process_start(int(pid)) is None:
                     _, restart, rank = path.name.split("_")
@@ -128,10 +129,10 @@ class ProcessWatch:
             collectives.publish_failure(notes, message)
 
     def close(self) -> None:
-        """Look a last time. The launcher of node 0 holds the store: let the others read it."""
+        """Check a last time. The launcher of node 0 holds the store, so it waits until the others have read it."""
         self.closed.set()
         self.thread.join()
-        self.look()
+        self.check()
         if self.address and self.node == "0":
             time.sleep(3)
 
@@ -166,14 +167,14 @@ def single_node(folder: Path) -> dict:
 
 def multi_node() -> dict | None:
     """Launch settings from torchrun's environment variables, or None for a single machine."""
-    nodes = number("NNODES", 1)
+    nodes = environment_number("NNODES", 1)
     if nodes == 1:
         return None
     for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise UserError(f"NNODES is {nodes}, but {name} is not set; see --help")
 
-    rank, port = number("NODE_RANK"), number("MASTER_PORT")
+    rank, port = environment_number("NODE_RANK"), environment_number("MASTER_PORT")
     if rank >= nodes:
         raise UserError(f"NODE_RANK: {rank} is not less than NNODES = {nodes}; ranks start at 0")
 
@@ -186,7 +187,7 @@ def multi_node() -> dict | None:
     }
 
 
-def number(name: str, default: int | None = None) -> int:
+def environment_number(name: str, default: int | None = None) -> int:
     """A non-negative integer from an environment variable. Raises UserError."""
     value = os.environ.get(name, str(default))
     if not value.isdecimal():
@@ -199,8 +200,11 @@ def report(error: ChildFailedError) -> int:
     others = [failure.timestamp for failure in error.failures.values() if failure.error_file_data.get("time_ns")]
 
     def order(item: tuple[int, ProcessFailure]) -> tuple[bool, int]:
-        # After a failure torchrun sends SIGTERM to the other processes, and SIGKILL half a minute later to those that
-        # hang. Any other kill left no error file and is the cause, so it sorts first (time_ns 0).
+        """Sorts consequences after causes, and causes by time.
+
+        After a failure torchrun sends SIGTERM to the other processes, and SIGKILL half a minute later to those that
+        hang. Any other kill left no error file and is the cause, so it sorts first (time_ns 0).
+        """
         _, failure = item
         late = failure.exitcode == -signal.SIGKILL and others and failure.timestamp > min(others) + 15
         return failure.exitcode == -signal.SIGTERM or bool(late), failure.error_file_data.get("time_ns", 0)
@@ -255,7 +259,7 @@ def worker(program: Callable[[], None]) -> None:
 
 
 def process_file() -> Path | None:
-    """The file that holds this process's id as long as it has not ended in good order; None without a launcher."""
+    """The file that holds this process's id until it reports how it ended; None without a launcher."""
     if "SELFE_PROCESSES" not in os.environ or "RANK" not in os.environ:
         return None
     name = f"process_{os.environ['TORCHELASTIC_RESTART_COUNT']}_{os.environ['RANK']}"

@@ -320,8 +320,8 @@ class Trainer:
         ended = self.guard.enter(phase)
         if ended and self.world.is_main:
             other_terms = terms != self.system.objective.phase(step - 1)
-            why = "; the loss is a sum of other terms from here on, so its value jumps" if other_terms else ""
-            why += ", that of val_plain/loss does not" if other_terms and self.data.has_val else ""
+            why = "; the loss has other terms from here on, so its value jumps" if other_terms else ""
+            why += ", val_plain/loss stays comparable" if other_terms and self.data.has_val else ""
             log.print_line(f"after step {step}: now {phase} (before: {ended}){why}")
 
     def skip(self, number: int, grad_norm: float, limit: float, measured: MetricAccumulator) -> None:

@@ -35,9 +35,11 @@ def apply_activation_checkpointing(module: nn.Module, recompute: ActivationCheck
     `recompute`: True for all blocks, an int k for every k-th block, False for none, or "selective" to recompute only
     the cheap operations of all blocks.
     """
+    if not recompute:
+        return
     every = 1 if recompute == "selective" else int(recompute)
-    for number, block in blocks(module) if every else ():
-        if number % every == 0:
+    for index, block in blocks(module):
+        if index % every == 0:
             # Replace `forward` instead of wrapping the module, so that parameter names do not change.
             block.forward = checkpointed(block.forward, selective=recompute == "selective")
 

@@ -87,22 +87,23 @@ def shard(
 
     # Shard the blocks, then the root.
     policy = MixedPrecisionPolicy(DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False)
-    parts = [block for _, block in activation_checkpoint.blocks(module)]
-    for block in parts:
+    blocks = [block for _, block in activation_checkpoint.blocks(module)]
+    for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=after)
     # Reshard the root too: the EMA copy has no backward pass that would free it.
     fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=after or True)
 
     # Explicit prefetching: each module all-gathers the blocks that follow it.
-    for number, part in enumerate([module, *parts] if gathering.prefetch else ()):
-        part.set_modules_to_forward_prefetch(parts[number : number + gathering.prefetch])
+    if gathering.prefetch:
+        for index, unit in enumerate([module, *blocks]):
+            unit.set_modules_to_forward_prefetch(blocks[index : index + gathering.prefetch])
 
 
 def reshard(module: nn.Module) -> None:
     """Reshard modules left unsharded by forward-only passes."""
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
+    for submodule in module.modules():
+        if isinstance(submodule, FSDPModule):
+            submodule.reshard()
 
 
 def materialise(module: nn.Module, device: torch.device, seed: int) -> None:
@@ -132,8 +133,8 @@ def load_sharded(module: nn.Module, blocks: Iterable[nn.Module], read: TensorRea
 
 def shard_frozen(module: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) -> None:
     """Shard a frozen module over the mesh, block by block, on its current device."""
-    for part in (*blocks, module):
-        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    for unit in (*blocks, module):
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
 
 
 def build_model_and_ema(

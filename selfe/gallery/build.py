@@ -31,7 +31,16 @@ MOST = 20_000  # maximum number of images for a gallery that is built automatica
 THUMBNAIL = 384  # longer side, pixels
 MIME = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
 FACTS = (
-    *("prompt", "negative_prompt", "seed", "sample", "height", "width", "cfg_scale", "s_ratio", "sampler", "weights"),
+    "prompt",
+    "negative_prompt",
+    "seed",
+    "sample",
+    "height",
+    "width",
+    "cfg_scale",
+    "s_ratio",
+    "sampler",
+    "weights",
     "fingerprint",
 )
 NOT_PARAMETERS = {*FACTS, "file", "num_steps", "step", "checkpoint"}  # all other keys are sampler parameters
@@ -40,29 +49,29 @@ NOT_PARAMETERS = {*FACTS, "file", "num_steps", "step", "checkpoint"}  # all othe
 def build(folders: Sequence[Path], output: Path, embed_bytes: int = EMBED_BYTES) -> None:
     """Write the gallery of one job, or of several jobs side by side."""
     jobs = [read(folder) for folder in folders]
-    sources = [folder / record["file"] for folder, job in zip(folders, jobs, strict=True) for record in job]
-    embed = sum(path.stat().st_size for path in sources) <= embed_bytes
-    thumbs = {} if embed else thumbnails(sources, output.parent / "thumbs")
+    paths = [folder / record["file"] for folder, job in zip(folders, jobs, strict=True) for record in job]
+    embed = sum(path.stat().st_size for path in paths) <= embed_bytes
+    thumbs = {} if embed else thumbnails(paths, output.parent / "thumbs")
 
     # group images that differ only in the number of steps: one sweep per group
     prompts: dict[str, int] = {}
     sweeps: dict[tuple, dict] = {}
     for number, (folder, job) in enumerate(zip(folders, jobs, strict=True)):
         for record in job:
-            facts = {name: record[name] for name in FACTS}
-            facts["parameters"] = {name: record[name] for name in record if name not in NOT_PARAMETERS}
-            facts["sampler_setting"] = sampler_setting(record["sampler"], facts["parameters"])
-            facts |= {"folder": number, "prompt": prompts.setdefault(record["prompt"], len(prompts)), "files": {}}
+            facts = describe(record) | {"folder": number, "files": {}}
+            facts["prompt"] = prompts.setdefault(record["prompt"], len(prompts))
             sweep = sweeps.setdefault((number, json.dumps(facts)), facts)
-            path = folder / record["file"]
-            sweep["files"][record["num_steps"]] = inline(path) if embed else relative(path, output)
-            if embed:
-                sweep.setdefault("names", {})[record["num_steps"]] = path.name
-            if path in thumbs:
-                sweep.setdefault("thumbs", {})[record["num_steps"]] = relative(thumbs[path], output)
 
+            path, num_steps = folder / record["file"], record["num_steps"]
+            sweep["files"][num_steps] = inline(path) if embed else relative(path, output)
+            if embed:
+                sweep.setdefault("names", {})[num_steps] = path.name
+            if path in thumbs:
+                sweep.setdefault("thumbs", {})[num_steps] = relative(thumbs[path], output)
+
+    one_title = "/".join(folders[0].resolve().parts[-2:])
     data = {
-        "title": " and ".join(names(folders)) if len(folders) > 1 else "/".join(folders[0].resolve().parts[-2:]),
+        "title": " and ".join(names(folders)) if len(folders) > 1 else one_title,
         "about": ", ".join(dict.fromkeys(f"step {job[0]['step']:,}" for job in jobs)),
         "folders": [about(*each) for each in zip(folders, names(folders), jobs, strict=True)],
         "prompts": list(prompts),
@@ -70,6 +79,14 @@ def build(folders: Sequence[Path], output: Path, embed_bytes: int = EMBED_BYTES)
         "sweeps": sorted(sweeps.values(), key=lambda s: (s["sample"], s["cfg_scale"], s["s_ratio"], s["sampler"])),
     }
     image_encode.write(output, page(data).encode())
+
+
+def describe(record: dict) -> dict:
+    """The settings of an image that the page shows."""
+    facts = {name: record[name] for name in FACTS}
+    facts["parameters"] = {name: record[name] for name in record if name not in NOT_PARAMETERS}
+    facts["sampler_setting"] = sampler_setting(record["sampler"], facts["parameters"])
+    return facts
 
 
 def page(data: dict) -> str:
@@ -131,11 +148,13 @@ def python_path(config_file: Path, job: Sequence[dict]) -> str:
         spec = find_spec(package) if package.isidentifier() and package != "selfe" else None
         if spec is None or not (spec.origin or spec.submodule_search_locations):
             continue
-        file = (
-            Path(spec.origin) if spec.submodule_search_locations is None else Path(spec.submodule_search_locations[0])
-        )
-        if file.parent.resolve() not in standard:
-            folders.append(str(file.parent.resolve()))
+
+        # a package is a folder, a module a file
+        is_package = spec.submodule_search_locations is not None
+        location = Path(spec.submodule_search_locations[0] if is_package else spec.origin)
+        folder = location.parent.resolve()
+        if folder not in standard:
+            folders.append(str(folder))
     return os.pathsep.join(dict.fromkeys(folders))
 
 

@@ -30,8 +30,17 @@ from selfe import compare
 from selfe.errors import BadSample, UserError
 from selfe.io.storage import RemotePath
 
-FIELDS = "high:<u8 low:<u8 offset:<u8 shard:<u4 width:<u4 rows:<u2 columns:<u2"  # high and low: the 128-bit key
-RECORD = np.dtype([tuple(field.split(":")) for field in FIELDS.split()])
+RECORD = np.dtype(
+    [
+        ("high", "<u8"),  # the two halves of the 128-bit key
+        ("low", "<u8"),
+        ("offset", "<u8"),
+        ("shard", "<u4"),
+        ("width", "<u4"),
+        ("rows", "<u2"),
+        ("columns", "<u2"),
+    ]
+)
 AGAIN = "run selfe precompute again"
 
 

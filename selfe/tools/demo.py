@@ -12,22 +12,19 @@ import socket
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from selfe import compare, config, device, recorded_run
+from selfe import config
 from selfe.checkpoint import verify
-from selfe.checkpoint.weights import find_weights, is_export, load_weights
-from selfe.encoders.remembered_text import RememberedText
+from selfe.checkpoint.weights import is_export
 from selfe.errors import UserError
+from selfe.generator import Generator
 from selfe.inference import prompts
 from selfe.inference.prompts import SamplingDefaults
-from selfe.io import image_encode
-from selfe.rng import SampleRNG
-from selfe.types import DTYPES
+from selfe.io.sampling_limits import normal_prompt
 
 STRIP = (1, 2, 4, 8)
 SHIPPED = ("renoise", "euler")  # samplers that every system offers
@@ -47,65 +44,28 @@ PIXELATED = "#image img, #strip img { image-rendering: pixelated; }"
 
 
 class DemoModel:
-    """A checkpoint loaded for sampling."""
+    """Images of a generator with the time that they took, for the page."""
 
-    def __init__(
-        self,
-        ckpt: Path,
-        config_path: Path | None,
-        weights: str,
-        precision: str,
-        size: tuple[int, int] | None,
-        trust: bool = False,
-    ):
-        """
-        Args:
-            ckpt: checkpoint directory, or a parent directory (newest is used).
-            config_path: the run's `config.yaml`; None: the one beside the checkpoints.
-            size: height and width of the images; None: those of the run's sample grids.
-            trust: let the config.yaml beside the checkpoints name modules that are not part of this package, which
-                runs their code.
-        """
-        path = find_weights(ckpt)
-        settings_path = config_path or compare.config_beside(path)
-        if settings_path is None:
-            raise UserError(f"{path}: no config.yaml found beside the checkpoints; pass it with --config")
-        settings = recorded_run.load_settings(settings_path, trust=trust or config_path is not None)
-        with torch.device("meta"):
-            self.system = config.build(settings, "system")
-
-        # reject an invalid size before any weight is loaded
-        height, width = size or recorded_run.image_size(settings) or (256, 256)
-        self.defaults = sampling_defaults(settings, height, width)
-        self.check("an image", self.defaults)
-
-        accelerator = device.choose_device(0)
-        self.weights, self.dtype = weights, DTYPES[device.choose_precision(precision, accelerator)]
-        self.net = self.system.backbone.to_empty(device=accelerator).requires_grad_(False)
-        self.load(path)
-        self.system.text_encoder = RememberedText(self.system.text_encoder)
-        self.system.load_encoders(accelerator)
+    def __init__(self, generator: Generator):
+        self.generator = generator
+        self.defaults = sampling_defaults(generator.settings, *generator.size)
 
         # the first calls compile kernels and allocate memory, which would be part of the first times shown
         for cfg_scale in (1.0, 2.0):
             self.draw("warm-up", replace(self.defaults, cfg_scale=cfg_scale), 2)
 
-    def load(self, path: Path) -> None:
-        """Load the weights of a checkpoint."""
-        self.net.float()
-        self.step = load_weights(path, self.net, self.weights)
-        self.net.to(self.dtype)
-        self.path = path
-
     @property
     def title(self) -> str:
-        return f"{self.path}, {'EMA' if self.weights == 'ema' else 'live'} weights of step {self.step:,}"
+        generator = self.generator
+        kind = "EMA" if generator.weights == "ema" else "live"
+        return f"{generator.path}, {kind} weights of step {generator.step:,}"
 
     def checkpoints(self) -> list[str]:
         """The names of the complete checkpoints of the run, newest first."""
-        if is_export(self.path):
-            return [self.path.name]
-        return [path.name for path in verify.list_checkpoints(self.path.parent) if verify.is_complete(path)]
+        path = self.generator.path
+        if is_export(path):
+            return [path.name]
+        return [other.name for other in verify.list_checkpoints(path.parent) if verify.is_complete(other)]
 
     def choose(self, name: str) -> None:
         """Load the weights of another checkpoint of the run, if they are not loaded already.
@@ -113,39 +73,33 @@ class DemoModel:
         Raises:
             UserError: there is no such checkpoint, for example because training has deleted it meanwhile.
         """
-        if name == self.path.name:
+        folder = self.generator.path.parent
+        if name == self.generator.path.name:
             return
         if name not in self.checkpoints():
-            raise UserError(f"{self.path.parent}: no complete checkpoint {name!r}; choose another one")
-        self.load(self.path.parent / name)
+            raise UserError(f"{folder}: no complete checkpoint {name!r}; choose another one")
+        self.generator.load(folder / name)
 
     def samplers(self) -> list[str]:
         """The names of the samplers to choose from: those of the run's config and those of selfe."""
         return list(dict.fromkeys([prompts.sampler_name(self.defaults.sampler), *self.defaults.samplers, *SHIPPED]))
 
-    def check(self, prompt: str, settings: SamplingDefaults) -> str:
-        """The normalized prompt; raises a UserError if prompt or settings are invalid."""
-        (request,) = prompts.from_list([prompt], settings, self.system.autoencoder.multiple)
-        return request.prompt
-
     def draw(self, prompt: str, settings: SamplingDefaults, num_steps: int) -> tuple[Image.Image, float]:
         """The generated image, and the seconds it took without encoding the prompt."""
-        prompt = self.check(prompt, settings)
-        self.system.encode({"cond": [prompt], "null": [settings.negative_prompt]})  # cached, and not part of the time
+        # encoded texts are kept, so that this is not part of the time
+        self.generator.system.encode({"cond": [prompt], "null": [settings.negative_prompt]})
+
         start = time.perf_counter()
-        (image,) = self.system.generate(
-            self.net,
+        (image,) = self.generator.generate(
             [prompt],
-            [(settings.height, settings.width)],
-            SampleRNG.of_images([(settings.seed, prompt, 0)]),
-            sampler=settings.sampler,
             num_steps=num_steps,
             cfg_scale=settings.cfg_scale,
             s_ratio=settings.s_ratio,
-            negative_prompts=[settings.negative_prompt],
+            seed=settings.seed,
+            sampler=settings.sampler,
+            negative_prompt=settings.negative_prompt,
         )
-        pixels = image_encode.to_image(image)  # waits for the device
-        return pixels, time.perf_counter() - start
+        return image, time.perf_counter() - start
 
     def show(
         self,
@@ -168,8 +122,9 @@ class DemoModel:
         Raises:
             UserError: a value is out of range.
         """
-        self.choose(checkpoint or self.path.name)
+        self.choose(checkpoint or self.generator.path.name)
         try:
+            prompt = normal_prompt(prompt)
             chosen = prompts.sampler_of(sampler, None, self.defaults)
             if "eta" in chosen.output_settings():
                 chosen = prompts.sampler_of(sampler, float(eta), self.defaults)
@@ -201,24 +156,22 @@ def steps(count: int) -> str:
 
 
 def sampling_defaults(settings: dict, height: int, width: int) -> SamplingDefaults:
-    """The defaults of a run's inferencer for one image of this size."""
+    """The defaults of a run's inferencer for one image of this size; of lists, the first value."""
     values = settings.get("inferencer", {}).get("defaults", {})
     defaults = config.call(SamplingDefaults, values, "inferencer.defaults", build=True)
-    return replace(defaults, prompt_file=None, num_samples=1, first_sample=0, height=height, width=width)
+    single = {name: prompts.sweep(getattr(defaults, name))[0] for name in ("num_steps", "cfg_scale", "s_ratio")}
+    return replace(defaults, prompt_file=None, num_samples=1, first_sample=0, height=height, width=width, **single)
 
 
 def page(model: DemoModel) -> Any:
-    """The gradio page."""
+    """The gradio page: controls on the left, the image on the right, the strip below."""
     import gradio as gr
 
-    defaults = model.defaults
-    eta_default = defaults.sampler.output_settings().get("eta", 1)
-
     def show(*values: Any) -> Iterator[tuple]:
-        """Title, image, time, strip and error; what is known so far is kept when an error occurs."""
+        """Title, image, time, strip and error; after an error, what is shown already is kept."""
         unchanged = gr.skip()
         try:
-            for image, summary, strip in model.show(*values):
+            for image, summary, strip in model.show(**dict(zip(inputs, values, strict=True))):
                 yield model.title, image, summary, strip, gr.update(value="", visible=False)
         except UserError as error:
             yield model.title, unchanged, unchanged, unchanged, gr.update(value=str(error), visible=True)
@@ -226,46 +179,16 @@ def page(model: DemoModel) -> Any:
             message = "out of memory; start selfe demo with a smaller --size"
             yield model.title, unchanged, unchanged, unchanged, gr.update(value=message, visible=True)
 
-    # controls on the left, the image on the right, the strip below
+    buttons = ["download", "fullscreen"]
     with gr.Blocks(title="Self-E", analytics_enabled=False) as blocks:
         gr.Markdown("# Self-E: any number of steps")
         title = gr.Textbox(model.title, show_label=False, interactive=False, container=False)
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                prompt = gr.Textbox("a red bird on a branch", label="Prompt", lines=2, elem_id="prompt")
-                num_steps = gr.Slider(1, 50, value=4, step=1, label="Steps", elem_id="num_steps")
-                guidance = prompts.sweep(defaults.cfg_scale)[0]
-                cfg_scale = gr.Slider(0, max(10, guidance), value=guidance, step=0.1, label="Guidance (1: none)")
-                with gr.Row():
-                    seed = gr.Number(
-                        prompts.sweep(defaults.seed)[0],
-                        label="Seed",
-                        precision=0,
-                        minimum=0,
-                        min_width=120,
-                        elem_id="seed",
-                    )
-                    shuffle = gr.Button("Random seed", min_width=120, elem_id="shuffle")
-                button = gr.Button("Generate", variant="primary", elem_id="draw")
-                with gr.Accordion("More", open=False):
-                    checkpoint = gr.Dropdown(
-                        model.checkpoints(), value=model.path.name, label="Checkpoint", elem_id="checkpoint"
-                    )
-                    negative_prompt = gr.Textbox(defaults.negative_prompt, label="Negative prompt")
-                    names = model.samplers()
-                    sampler = gr.Radio(names, value=names[0], label="Sampler", elem_id="sampler")
-                    eta = gr.Slider(0, 1, value=eta_default, step=0.05, label="eta: share of fresh noise (renoise)")
-                    s_ratio = gr.Slider(
-                        *(0, 1),
-                        value=prompts.sweep(defaults.s_ratio)[0],
-                        step=0.05,
-                        label="s ratio: 0 few steps, 0.5 one step, 1 flow matching",
-                    )
+                inputs, generate, shuffle = controls(model)
             with gr.Column(scale=3, min_width=300):
                 problem = gr.Textbox(label="Error", visible=False, interactive=False, elem_id="problem")
-                image = gr.Image(
-                    label="Image", format="png", height=520, buttons=["download", "fullscreen"], elem_id="image"
-                )
+                image = gr.Image(label="Image", format="png", height=520, buttons=buttons, elem_id="image")
                 seconds = gr.Textbox(label="Time, without encoding the prompt", interactive=False, elem_id="time")
         strip = gr.Gallery(
             label="The same noise in 1, 2, 4 and 8 steps",
@@ -273,19 +196,46 @@ def page(model: DemoModel) -> Any:
             height="auto",
             format="png",
             object_fit="contain",
-            buttons=["download", "fullscreen"],
+            buttons=buttons,
             elem_id="strip",
         )
 
-        inputs = [prompt, negative_prompt, num_steps, cfg_scale, seed, sampler, eta, s_ratio, checkpoint]
-        outputs = [title, image, seconds, strip, problem]
-        gr.on([button.click, prompt.submit], show, inputs, outputs, api_name=False)
-        drawn = shuffle.click(lambda: secrets.randbelow(2**31), None, seed, api_name=False)
-        drawn.then(show, inputs, outputs, api_name=False)
+        # what generates images: the button, Enter in the prompt, another seed
+        values, outputs = list(inputs.values()), [title, image, seconds, strip, problem]
+        gr.on([generate.click, inputs["prompt"].submit], show, values, outputs, api_name=False)
+        shuffled = shuffle.click(lambda: secrets.randbelow(2**31), None, inputs["seed"], api_name=False)
+        shuffled.then(show, values, outputs, api_name=False)
 
         # a run that still trains has saved further checkpoints when the page is loaded again
-        blocks.load(lambda: gr.update(choices=model.checkpoints()), None, checkpoint, api_name=False)
+        blocks.load(lambda: gr.update(choices=model.checkpoints()), None, inputs["checkpoint"], api_name=False)
     return blocks
+
+
+def controls(model: DemoModel) -> tuple[dict[str, Any], Any, Any]:
+    """The controls in the current column: inputs, by argument of `DemoModel.show`, and buttons (generate, shuffle)."""
+    import gradio as gr
+
+    defaults, samplers = model.defaults, model.samplers()
+    guidance, eta = defaults.cfg_scale, defaults.sampler.output_settings().get("eta", 1)
+    inputs = {}
+
+    inputs["prompt"] = gr.Textbox("a red bird on a branch", label="Prompt", lines=2, elem_id="prompt")
+    inputs["num_steps"] = gr.Slider(1, 50, value=4, step=1, label="Steps", elem_id="num_steps")
+    inputs["cfg_scale"] = gr.Slider(0, max(10, guidance), value=guidance, step=0.1, label="Guidance (1: none)")
+    with gr.Row():
+        inputs["seed"] = gr.Number(defaults.seed, label="Seed", precision=0, minimum=0, min_width=120, elem_id="seed")
+        shuffle = gr.Button("Random seed", min_width=120, elem_id="shuffle")
+    generate = gr.Button("Generate", variant="primary", elem_id="draw")
+
+    with gr.Accordion("More", open=False):
+        current = model.generator.path.name
+        inputs["checkpoint"] = gr.Dropdown(model.checkpoints(), value=current, label="Checkpoint", elem_id="checkpoint")
+        inputs["negative_prompt"] = gr.Textbox(defaults.negative_prompt, label="Negative prompt")
+        inputs["sampler"] = gr.Radio(samplers, value=samplers[0], label="Sampler", elem_id="sampler")
+        inputs["eta"] = gr.Slider(0, 1, value=eta, step=0.05, label="eta: share of fresh noise (renoise)")
+        s_ratio_label = "s ratio: 0 few steps, 0.5 one step, 1 flow matching"
+        inputs["s_ratio"] = gr.Slider(0, 1, value=defaults.s_ratio, step=0.05, label=s_ratio_label)
+    return inputs, generate, shuffle
 
 
 def check_address(port: int | None, everywhere: bool) -> str:
@@ -339,5 +289,6 @@ def main(options: argparse.Namespace) -> None:
         raise UserError(f"{error.name} is not installed; {remedy}") from error
     check_address(options.port, options.listen_on_all_interfaces)
 
-    model = DemoModel(options.ckpt, options.config, options.weights, options.precision, options.size, options.trust)
-    serve(model, options.port, options.listen_on_all_interfaces, block=True)
+    size = tuple(options.size) if options.size else None
+    generator = Generator(options.ckpt, options.config, options.weights, options.precision, options.trust, size)
+    serve(DemoModel(generator), options.port, options.listen_on_all_interfaces, block=True)

@@ -27,7 +27,7 @@ WEIGHTS = {"t5": T5_FOLDER, "clip": CLIP_FOLDER, "autoencoder": "ae.safetensors"
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """The result of one check."""
 
     subject: str
@@ -41,19 +41,19 @@ class Finding:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Print all findings. Raises UserError if one is an error."""
-    findings = list(examine(options.cache_dir, options.output_dir))
-    for finding in findings:
-        print(finding)
+    """Print all results. Raises UserError if one is an error."""
+    results = list(examine(options.cache_dir, options.output_dir))
+    for result in results:
+        print(result)
 
-    num_errors = sum(finding.status == "error" for finding in findings)
+    num_errors = sum(result.status == "error" for result in results)
     if num_errors:
-        raise UserError(f"{num_errors} of {len(findings)} checks failed; the lines above name the remedies")
+        raise UserError(f"{num_errors} of {len(results)} checks failed; the lines above name the remedies")
 
 
-def examine(cache_dir: str | None, output_dir: Path) -> Iterator[Finding]:
-    """All findings. `cache_dir`: weights of the frozen encoders; `output_dir`: where runs are written."""
-    yield Finding("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+def examine(cache_dir: str | None, output_dir: Path) -> Iterator[CheckResult]:
+    """All results. `cache_dir`: weights of the frozen encoders; `output_dir`: where runs are written."""
+    yield CheckResult("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     yield torch_build()
     yield from accelerators()
     yield shared_memory(Path("/dev/shm"))
@@ -62,17 +62,17 @@ def examine(cache_dir: str | None, output_dir: Path) -> Iterator[Finding]:
     yield from encoder_weights(cache_dir)
 
 
-def torch_build() -> Finding:
+def torch_build() -> CheckResult:
     """Version of torch, and whether its build fits the machine: a GPU needs a build for CUDA."""
     driver = driver_version()
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
     text = f"{torch.__version__}, build for {build}"
     if driver and not torch.version.cuda:
-        return Finding("torch", "error", f"{text}, but there is a GPU", "install the build of torch for its driver")
+        return CheckResult("torch", "error", f"{text}, but there is a GPU", "install the build of torch for its driver")
     if driver and not torch.cuda.is_available():
         remedy = f"install the build of torch that fits driver {driver}, or a newer driver"
-        return Finding("torch", "error", f"{text}, which cannot use the GPU", remedy)
-    return Finding("torch", "ok", text)
+        return CheckResult("torch", "error", f"{text}, which cannot use the GPU", remedy)
+    return CheckResult("torch", "ok", text)
 
 
 def driver_version() -> str | None:
@@ -84,16 +84,16 @@ def driver_version() -> str | None:
     return done.stdout.split("\n")[0].strip() or None if done.returncode == 0 else None
 
 
-def accelerators() -> Iterator[Finding]:
+def accelerators() -> Iterator[CheckResult]:
     """Accelerators that torch can use, and the library that connects them; without one, the CPU."""
     count = device.accelerator_count()
     if not count:
         cores = f"{os.cpu_count()} CPU cores, {torch.backends.cpu.get_cpu_capability()}"
-        yield Finding("devices", "ok", f"no GPU; processes run on {cores}")
+        yield CheckResult("devices", "ok", f"no GPU; processes run on {cores}")
         return
 
     if not torch.cuda.is_available():
-        yield Finding("devices", "ok", f"{count} x {device.choose_device(0).type}")
+        yield CheckResult("devices", "ok", f"{count} x {device.choose_device(0).type}")
         return
 
     cards = [torch.cuda.get_device_properties(index) for index in range(count)]
@@ -101,62 +101,62 @@ def accelerators() -> Iterator[Finding]:
         same = [card for card in cards if card.name == name]
         text = f"{len(same)} x {name}, {same[0].total_memory / GIB:.0f} GiB, driver {driver_version()}"
         if device.has_fast_bf16(torch.device("cuda")):
-            yield Finding("devices", "ok", text)
+            yield CheckResult("devices", "ok", text)
         else:
-            yield Finding(
+            yield CheckResult(
                 "devices",
                 "warning",
                 f"{text}, without bf16",
                 "trainer.precision=auto uses fp32, at a fraction of the speed",
             )
-    yield Finding("nccl", "ok", ".".join(map(str, torch.cuda.nccl.version())))
+    yield CheckResult("nccl", "ok", ".".join(map(str, torch.cuda.nccl.version())))
 
 
-def shared_memory(folder: Path) -> Finding:
+def shared_memory(folder: Path) -> CheckResult:
     """Room in /dev/shm, through which loader workers hand over their batches."""
     if not folder.is_dir():
-        return Finding("shared memory", "ok", f"no {folder} on this system")
+        return CheckResult("shared memory", "ok", f"no {folder} on this system")
     size = shutil.disk_usage(folder).total
     if size < SHARED_MEMORY:
         remedy = "start the container with --shm-size=8g or --ipc=host, or train with trainer.num_workers=0"
-        return Finding("shared memory", "warning", f"{folder} holds only {size / 2**20:.0f} MiB", remedy)
-    return Finding("shared memory", "ok", f"{folder} holds {size / GIB:.1f} GiB")
+        return CheckResult("shared memory", "warning", f"{folder} holds only {size / 2**20:.0f} MiB", remedy)
+    return CheckResult("shared memory", "ok", f"{folder} holds {size / GIB:.1f} GiB")
 
 
-def open_files() -> Finding:
+def open_files() -> CheckResult:
     """The limit on open files; workers and shards need many."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < OPEN_FILES:
         remedy = f"raise it with ulimit -n {OPEN_FILES if hard < 0 else min(OPEN_FILES, hard)}"
-        return Finding("open files", "warning", f"at most {soft} per process", remedy)
-    return Finding("open files", "ok", f"at most {soft} per process")
+        return CheckResult("open files", "warning", f"at most {soft} per process", remedy)
+    return CheckResult("open files", "ok", f"at most {soft} per process")
 
 
-def disk(output_dir: Path) -> Finding:
+def disk(output_dir: Path) -> CheckResult:
     """Free space where runs are written, and whether they can be."""
     parent = output_dir.expanduser().resolve()
     while not parent.exists():
         parent = parent.parent
     free = shutil.disk_usage(parent).free / GIB
     if not os.access(parent, os.W_OK):
-        return Finding("disk", "error", f"{parent} is not writable", "choose another trainer.output_dir")
+        return CheckResult("disk", "error", f"{parent} is not writable", "choose another trainer.output_dir")
     if free < 10:
         remedy = "`selfe plan CONFIG` states what the checkpoints of a run need"
-        return Finding("disk", "warning", f"{free:.1f} GiB free in {parent}", remedy)
-    return Finding("disk", "ok", f"{free:.0f} GiB free in {parent}")
+        return CheckResult("disk", "warning", f"{free:.1f} GiB free in {parent}", remedy)
+    return CheckResult("disk", "ok", f"{free:.0f} GiB free in {parent}")
 
 
-def encoder_weights(cache_dir: str | None) -> Iterator[Finding]:
+def encoder_weights(cache_dir: str | None) -> Iterator[CheckResult]:
     """Whether the weights of the frozen encoders are in the cache folder, with readable headers."""
     if cache_dir is None:
         remedy = "`selfe cache-pretrained` downloads the weights; SELFE_SKIP_PRETRAINED=1 replaces them by random ones"
-        yield Finding("encoders", "warning", "SELFE_CACHE_DIR is not set", remedy)
+        yield CheckResult("encoders", "warning", "SELFE_CACHE_DIR is not set", remedy)
         return
 
     for subject, name in WEIGHTS.items():
         try:
             weights = SafetensorsFiles.open(cached(cache_dir, name))
         except UserError as error:
-            yield Finding(subject, "warning", str(error))
+            yield CheckResult(subject, "warning", str(error))
         else:
-            yield Finding(subject, "ok", f"{len(weights.shapes)} tensors in {weights.path}")
+            yield CheckResult(subject, "ok", f"{len(weights.shapes)} tensors in {weights.path}")

@@ -29,7 +29,8 @@ MEASURED = ("time", "elapsed", "speed/", "memory/")  # by clocks, not reproducib
 def main(options: argparse.Namespace) -> None:
     """Entry point of `selfe verify-resume`."""
     path, processes, overrides = launch.parse(options.config, options.rest)
-    steps, seed = launch.number("VERIFY_STEPS", 8), launch.number("VERIFY_SEED", random.randrange(10**6))
+    steps = launch.environment_number("VERIFY_STEPS", 8)
+    seed = launch.environment_number("VERIFY_SEED", random.randrange(10**6))
     if steps < 4:
         raise UserError(f"VERIFY_STEPS: {steps} is too small to resume after the first checkpoint; use at least 4")
 
@@ -47,22 +48,23 @@ def main(options: argparse.Namespace) -> None:
     ]
     command = [sys.executable, "-m", "selfe", "train", path, str(processes), *overrides, *short, *quiet]
 
-    say(f"{steps} steps on {log.count(processes, 'process', 'processes')}, uninterrupted")
+    log.print_line(f"{steps} steps on {log.count(processes, 'process', 'processes')}, uninterrupted")
     seconds = train(command, work / "uninterrupted")
 
     # the same run again, killed and resumed
     share = random.Random(seed).uniform(0, 0.8)
-    say(f"second run, killed {share:.0%} of the way from the first checkpoint to the end (VERIFY_SEED={seed})")
+    moment = f"{share:.0%} of the way from the first checkpoint to the end"
+    log.print_line(f"second run, killed {moment} (VERIFY_SEED={seed})")
     kill(command, work / "killed", share * seconds)
     done = resumes_from(work / "killed", steps)
-    say(f"resuming from {done.name}")
+    log.print_line(f"resuming from {done.name}")
     train(command, work / "killed")
 
     problems = compare(work / "uninterrupted", work / "killed", steps)
     if problems:
         raise UserError(f"the resumed run differs from the uninterrupted one: {problems[0]}; see {work}")
     shutil.rmtree(work)
-    say("bitwise identical: weights, EMA, optimizer state and all logged metrics")
+    log.print_line("bitwise identical: weights, EMA, optimizer state and all logged metrics")
 
 
 def resumes_from(folder: Path, steps: int) -> Path:
@@ -75,10 +77,6 @@ def resumes_from(folder: Path, steps: int) -> Path:
             "VERIFY_STEPS to more steps"
         )
     return done
-
-
-def say(message: str) -> None:
-    print(message, flush=True)
 
 
 def train(command: list[str], folder: Path) -> float:
@@ -115,36 +113,44 @@ def kill(command: list[str], folder: Path, seconds: float) -> None:
             "set VERIFY_STEPS to more steps, or run this command again"
         )
 
-    for pid in [run.pid, *below(run.pid)]:
+    for pid in [run.pid, *descendants(run.pid)]:
         with suppress(ProcessLookupError):  # has just exited
             os.kill(pid, signal.SIGKILL)
     run.wait()
 
 
-def below(parent: int) -> list[int]:
-    """Ids of all descendants of a process."""
+def descendants(parent: int) -> list[int]:
+    """Ids of the processes that a process has started, directly or not."""
     table = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
     pairs = [tuple(map(int, line.split())) for line in table.splitlines()]
     children = [pid for pid, ppid in pairs if ppid == parent]
-    return children + [pid for child in children for pid in below(child)]
+    return children + [pid for child in children for pid in descendants(child)]
 
 
 def compare(uninterrupted: Path, killed: Path, steps: int) -> list[str]:
     """Differences between two finished runs: files of the last checkpoint, and logged metrics."""
-    markers = [verify.read_marker(run / "checkpoints" / f"step_{steps:08d}") for run in (uninterrupted, killed)]
-    first, second = ({k: v for k, v in marker["files"].items() if k != ".metadata"} for marker in markers)
-    # checkpoint files by checksum; .metadata is not compared
-    problems = [
-        f"{name} of the last checkpoint differs" for name in first | second if first.get(name) != second.get(name)
-    ]
+    problems = []
 
-    for before, after in zip(numbers(uninterrupted), numbers(killed), strict=True):
-        wrong = [name for name in before | after if before.get(name) != after.get(name)]
-        problems += [f"step {before['step']}: {name} {before.get(name)} and {after.get(name)}" for name in wrong]
+    # sizes and checksums of the files
+    first, second = checkpoint_files(uninterrupted, steps), checkpoint_files(killed, steps)
+    for name in first | second:
+        if first.get(name) != second.get(name):
+            problems.append(f"{name} of the last checkpoint differs")
+
+    for before, after in zip(logged_metrics(uninterrupted), logged_metrics(killed), strict=True):
+        for name in before | after:
+            if before.get(name) != after.get(name):
+                problems.append(f"step {before['step']}: {name} {before.get(name)} and {after.get(name)}")
     return problems
 
 
-def numbers(run: Path) -> list[dict]:
+def checkpoint_files(run: Path, step: int) -> dict[str, list[int]]:
+    """Size and checksum of the files of a checkpoint, without torch's index of them, a pickle."""
+    files = verify.read_marker(run / "checkpoints" / f"step_{step:08d}")["files"]
+    return {name: entry for name, entry in files.items() if name != ".metadata"}
+
+
+def logged_metrics(run: Path) -> list[dict]:
     """Logged metrics of a run by line, without timings."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_bytes().split(b"\n") if line]
     return [{name: value for name, value in line.items() if not name.startswith(MEASURED)} for line in lines]

@@ -1,4 +1,4 @@
-"""A real browser without a window: Chromium, with every request and every word on its console on record."""
+"""Headless Chromium that records its requests and its console."""
 
 import json
 import shutil
@@ -19,9 +19,7 @@ FLAGS = (
 )
 
 
-needed = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="no browser here: apt-get install chromium chromium-driver"
-)
+needed = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no browser: apt-get install chromium chromium-driver")
 
 
 @contextmanager
@@ -52,12 +50,12 @@ def until(driver: webdriver.Chrome, condition: str, seconds: float = 30) -> None
     """Wait for an expression of JavaScript to hold."""
     end = time.monotonic() + seconds
     while not driver.execute_script(f"return Boolean({condition})"):
-        assert time.monotonic() < end, f"never came true: {condition}"
+        assert time.monotonic() < end, f"not true after {seconds} s: {condition}"
         time.sleep(0.05)
 
 
 def requests(driver: webdriver.Chrome) -> list[str]:
-    """The addresses asked for since the last call, by the page and all that it loads."""
+    """The addresses that the page and what it loads have requested since the last call."""
     events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     return [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
 

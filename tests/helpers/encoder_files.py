@@ -1,4 +1,4 @@
-"""A folder as the cache script leaves it, in the sizes of the smoke run: real formats and tokenizers, random weights.
+"""The folder that `selfe cache-pretrained` writes, in the sizes of the smoke run: real formats, random weights.
 
 Every file is written by the library that defines its format.
 """
@@ -48,7 +48,7 @@ def write_cache(folder: Path) -> Path:
 
 
 def write_t5(folder: Path) -> None:
-    """The whole of T5, as Google's folder has it, with a sentencepiece model."""
+    """The complete T5, encoder and decoder as in Google's folder, with a sentencepiece model."""
     folder.mkdir(parents=True)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -73,7 +73,7 @@ def write_t5(folder: Path) -> None:
 
 
 def write_clip(folder: Path) -> None:
-    """All of CLIP, with its image tower, with byte-pair merges."""
+    """The complete CLIP, with its image encoder, and a byte-pair tokenizer."""
     folder.mkdir(parents=True)
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on the loopback interface: the few endpoints that fetching needs, and its ways to say no."""
+"""A Hugging Face Hub on the loopback interface: the endpoints that a download needs, and its errors."""
 
 import hashlib
 import json
@@ -13,12 +13,12 @@ LARGE = (".safetensors", ".bin", ".model")  # kept outside git, with sha256
 
 @dataclass
 class Hub:
-    """Folders as repositories. Every request is noted; the rest says how to misbehave."""
+    """Folders as repositories. Every request is recorded; `gated`, `stall` and `wrong` select faults."""
 
     repos: dict[str, Path]
     token: str = "hf_right"
     gated: str | None = None
-    stall: str | None = None  # a file that stops half way until the hub is closed
+    stall: str | None = None  # a file that stops half way, until the hub is closed
     wrong: dict[str, bytes] = field(default_factory=dict)  # other contents under the promised size and hash
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, Range
     served: int = 0  # bytes of files
@@ -26,7 +26,7 @@ class Hub:
     closing: threading.Event = field(default_factory=threading.Event)
 
     def gets(self) -> list[tuple[str, str]]:
-        """(repository, file) of every file that was asked for."""
+        """(repository, file) of every file that was requested."""
         paths = [path for method, path, _ in self.requests if method == "GET" and "/resolve/" in path]
         return [tuple(path[1:].split(f"/resolve/{COMMIT}/")) for path in paths]
 
@@ -93,7 +93,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             etag = hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
 
-        # a file that is not what its hash says, and the part of it that is asked for
+        # possibly not the content of its hash; only the requested range
         content = self.hub.wrong.get(path.name, content)
         start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
 

@@ -1,4 +1,4 @@
-"""Parts that stand in a run's way: an objective whose steps take long, a sampler that fails."""
+"""Faulty parts: an objective whose steps take long, a sampler that fails."""
 
 import time
 
@@ -10,7 +10,7 @@ from selfe.types import Loss
 
 
 class SlowObjective(SelfEvaluation):
-    """The objective of tiny.yaml; a step takes as long as a test needs to do something meanwhile."""
+    """The objective of tiny.yaml with a pause in every step, in which a test can act."""
 
     def __init__(self, seconds: float):
         super().__init__(start_step=0, tau_steps=4, aux_start_step=4)

@@ -1,4 +1,4 @@
-"""Sampling in real processes that start at once: forked from a server that has imported everything."""
+"""Sampling in processes that start quickly: forks of a server that has imported everything."""
 
 import os
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Run a function on several gloo processes and bring back what rank 0 returned."""
+"""Run a function on several gloo processes and return the result of rank 0."""
 
 import os
 import tempfile

@@ -1,4 +1,4 @@
-"""A sampling job's folder without sampling: the bundled photographs, the more blurred the fewer steps, with records."""
+"""The folder of a sampling job without sampling: blurred photographs (the fewer steps, the more) with metadata."""
 
 import json
 from collections.abc import Sequence

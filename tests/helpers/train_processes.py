@@ -1,4 +1,4 @@
-"""Training runs as real processes, started without waiting for imports: forks of a process that has done them once."""
+"""Training runs in processes that start quickly: forks of a process that has imported everything."""
 
 import json
 import multiprocessing
@@ -23,7 +23,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 
 
 class Run:
-    """`size` processes of one run, without a launcher: what they say is in `out`, why they failed in `failures`."""
+    """`size` processes of one run, without a launcher: `out` is what they print, `failures` why they failed."""
 
     def __init__(
         self, folder: Path, size: int, *overrides: str, env: dict[str, str] | None = None, config: Path = TINY
@@ -46,7 +46,7 @@ class Run:
         return [process.exitcode for process in self.processes]
 
     def send(self, number: signal.Signals, *ranks: int) -> None:
-        """To some processes, by default all; to those that have not ended by themselves."""
+        """Send a signal to these processes, by default all; those that have ended are left out."""
         for rank in ranks or range(len(self.processes)):
             with suppress(ProcessLookupError):
                 os.kill(self.processes[rank].pid, number)
@@ -61,7 +61,7 @@ class Run:
         return "".join((self.work / f"out_{rank}").read_text() for rank in range(len(self.processes)))
 
     def wait_for(self, text: str, seconds: float = 120) -> None:
-        """Until the run says something."""
+        """Wait until the run has printed a text."""
         for _ in range(int(seconds * 50)):
             if text in self.out:
                 return
@@ -87,7 +87,7 @@ class Run:
 
 
 def _child(rank: int, size: int, work: Path, arguments: list[str], env: dict[str, str]) -> None:
-    _settle(work / f"out_{rank}")
+    _redirect_output(work / f"out_{rank}")
     os.environ |= env
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"SELFE_STORE": str(work / "store"), "TORCHELASTIC_RESTART_COUNT": "0", "GLOO_SOCKET_IFNAME": "lo"}
@@ -96,8 +96,8 @@ def _child(rank: int, size: int, work: Path, arguments: list[str], env: dict[str
     launch.worker(lambda: train.main(arguments))
 
 
-def _settle(out: Path) -> None:
-    """What a fresh process of a shell would have."""
+def _redirect_output(out: Path) -> None:
+    """Output, working directory and threads of a process that a shell has started."""
     number = os.open(out, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(number, 1), os.dup2(number, 2)
     os.chdir(ROOT)
@@ -106,7 +106,7 @@ def _settle(out: Path) -> None:
 
 
 def _command(arguments: tuple[str, ...], out: Path) -> None:
-    _settle(out)
+    _redirect_output(out)
     sys.argv = ["selfe", *arguments]
     cli.main()
 
@@ -153,5 +153,5 @@ def lines(folder: Path) -> list[dict]:
 
 def files(checkpoint: Path) -> dict[str, list[int]]:
     """Size and checksum of what every rank wrote of a checkpoint: its weights, EMA and optimizer."""
-    found = json.loads((checkpoint / "progress.json").read_text())["files"]
-    return {name: entry for name, entry in found.items() if name != ".metadata"}  # torch's index of them
+    files = json.loads((checkpoint / "progress.json").read_text())["files"]
+    return {name: entry for name, entry in files.items() if name != ".metadata"}  # torch's index of them

@@ -11,6 +11,7 @@ from selenium.webdriver.common.keys import Keys
 
 from selfe import cli, config
 from selfe.errors import UserError
+from selfe.generator import Generator
 from selfe.tools import demo
 from tests.helpers import browser
 from tests.helpers.browser import all_of, until
@@ -20,6 +21,7 @@ OWN = (
     "inferencer.defaults.sampler={module: tests.helpers.samplers.Midpoint}",
     "inferencer.defaults.samplers={half: {module: selfe.samplers.renoise.Renoise, params: {eta: 0.5}}}",
     "inferencer.defaults.cfg_scale=[3,5]",
+    "inferencer.defaults.s_ratio=[0.25,0.5]",
 )
 
 
@@ -31,7 +33,7 @@ def model(trained, tmp_path_factory):  # noqa: F811
     config.save(settings, run / "config.yaml")
     shutil.copytree(trained / "step_00000012", run / "checkpoints/step_00000012")
     save_checkpoint(run / "checkpoints", seed=7, step=24)
-    return demo.DemoModel(run / "checkpoints/step_00000012", None, "ema", "fp32", None, trust=True)
+    return demo.DemoModel(Generator(run / "checkpoints/step_00000012", precision="fp32", trust=True))
 
 
 def test_the_image_is_that_of_the_inferencer(model, trained, tmp_path):  # noqa: F811
@@ -62,7 +64,7 @@ def test_samplers_and_checkpoints_of_the_run(model):
 
     assert model.samplers() == ["tests.helpers.samplers.Midpoint", "half", "renoise", "euler"]
     assert model.checkpoints() == ["step_00000024", "step_00000012"]
-    assert demo.prompts.sweep(model.defaults.cfg_scale) == (3.0, 5.0)
+    assert (model.defaults.cfg_scale, model.defaults.s_ratio) == (3.0, 0.25)  # the first of each list
 
     # eta only changes samplers that have it
     images = {name: image(name) for name in ("tests.helpers.samplers.Midpoint", "renoise", "euler")}
@@ -72,7 +74,7 @@ def test_samplers_and_checkpoints_of_the_run(model):
 
     # another checkpoint and back
     other = image("euler", "step_00000024")
-    assert (other != images["euler"], model.path.name) == (True, "step_00000024")
+    assert (other != images["euler"], model.generator.path.name) == (True, "step_00000024")
     assert image("euler", "step_00000012") == images["euler"]
     with pytest.raises(UserError, match=r"no complete checkpoint '../elsewhere'; choose another one"):
         image("euler", "../elsewhere")
@@ -133,7 +135,7 @@ def test_the_page_in_a_browser(model, tmp_path):
             all_of(driver, "#draw")[0].click()
             until(driver, "document.querySelector('#problem textarea, #problem input')")
             (problem,) = all_of(driver, "#problem textarea, #problem input")
-            assert problem.get_property("value") == "inferencer.prompts[0]: prompt: must not be empty"
+            assert problem.get_property("value") == "prompt: must not be empty"
             box.send_keys("a cat", Keys.TAB)
             all_of(driver, "#draw")[0].click()
             until(driver, "!document.querySelector('#problem textarea, #problem input')")
@@ -170,6 +172,9 @@ def test_mistakes_are_one_line(trained, tmp_path, monkeypatch):  # noqa: F811
         cli.run(["demo", str(tmp_path)])
     with pytest.raises(UserError, match="no such config file"):
         cli.run(["demo", str(trained), "--config", str(tmp_path / "none.yaml")])
+    for size, problem in (("100 96", "size: 100 is not a multiple of 16"), ("0 96", "height 0 and width 96 must be")):
+        with pytest.raises(UserError, match=problem):
+            cli.run(["demo", str(trained), "--size", *size.split()])
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(UserError, match=r"gradio is not installed; run \./scripts/setup.sh"):
         cli.run(["demo", str(trained), "--precision", "fp32"])

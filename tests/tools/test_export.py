@@ -21,7 +21,6 @@ from selfe.checkpoint.flux import FluxStateDict
 from selfe.errors import UserError
 from selfe.generator import Generator
 from selfe.io.sampling_limits import RANGES
-from selfe.tools import demo
 from selfe.tools.export import command
 from tests.helpers import infer_processes, train_processes
 from tests.helpers.encoder_files import ROOT, write_cache
@@ -346,7 +345,7 @@ def test_encoders_that_moved_are_read_from_the_cache_dir_of_today(trained, tmp_p
             cli.run(arguments)
         monkeypatch.setenv("SELFE_CACHE_DIR", str(moved))
         cli.run(arguments)
-        demo.DemoModel(folder / "checkpoints", None, "ema", "fp32", None)
+        Generator(folder / "checkpoints", precision="fp32")
     finally:
         moved.rename(old)
     assert (tmp_path / "out/text_encoder_2/model.safetensors").is_file()
