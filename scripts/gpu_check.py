@@ -1,12 +1,12 @@
-"""What only a GPU can show: kernels, agreement with the CPU, speed, memory, compilation, resuming, sampling, saving.
+"""Checks of a GPU: kernels, agreement with the CPU, speed, memory, compilation, resuming, sampling, saving.
 
     .venv/bin/python scripts/gpu_check.py --out gpu.jsonl                 all checks, in about 8 minutes of one H100
     .venv/bin/python scripts/gpu_check.py --out gpu.jsonl --only parity,step_2b
-    .venv/bin/python scripts/gpu_check.py --out gpu.jsonl --tiny          small sizes, also on a CPU: a rehearsal
+    .venv/bin/python scripts/gpu_check.py --out gpu.jsonl --tiny          small sizes, also on a CPU
 
-Needs torch >= 2.11, and neither network nor pretrained weights: all weights are random. Every fact is printed as a JSON
-line as soon as it is measured, and appended to --out. A check that fails prints its traceback and the others go on; the
-exit code is then 1. A check for which the --budget has no time left is reported as skipped.
+Needs torch >= 2.11, and neither network nor pretrained weights: all weights are random. Every result is printed as a
+JSON line as soon as it is measured, and appended to --out. A check that fails prints its traceback, the others are
+still run, and the exit code is 1. A check for which the --budget has no time left is reported as skipped.
 """
 
 from __future__ import annotations
@@ -251,10 +251,10 @@ def check_attention(setting: Setting) -> Facts:
 
             waits = host_waits(setting, lambda: attend(*leaves, sequences))  # noqa: B023 - called at once
             facts = {"lengths": name, "head_dim": head_dim, "waits": waits}
-            errors = name == "ragged"
-            yield facts | (attention_errors if errors else partial(attention_speed, setting))(
-                leaves, lengths, sequences
-            )
+            if name == "ragged":
+                yield facts | attention_errors(leaves, lengths, sequences)
+            else:
+                yield facts | attention_speed(setting, leaves, lengths, sequences)
 
 
 def attention_errors(leaves: list[Tensor], lengths: list[int], sequences: Sequences) -> dict:
@@ -517,15 +517,12 @@ def check_encoders(setting: Setting) -> Facts:
     captions = ["x" * (n - 1) for n in caption_lengths(count, 3)]  # one token per byte, and the end token
     elapsed, host = milliseconds(setting, lambda: text_encoder(captions), 3, 1)
     waits = host_waits(setting, lambda: text_encoder(captions))
-    yield {
-        "what": "text",
-        "captions": count,
-        "lengths": len(set(map(len, captions))),
-        "ms": elapsed,
-        "host_ms": host,
-    } | {"waits": waits}
+    num_lengths = len(set(map(len, captions)))
+    times = {"ms": elapsed, "host_ms": host, "waits": waits}
+    yield {"what": "text", "captions": count, "lengths": num_lengths} | times
 
-    for images, pixels in ((count, 64),) if setting.tiny else ((32, 256), (16, 512), (2, 1024)):
+    sizes = ((count, 64),) if setting.tiny else ((32, 256), (16, 512), (2, 1024))
+    for images, pixels in sizes:
         batch = [torch.rand(3, pixels, pixels, device=setting.device) * 2 - 1 for _ in range(images)]
         encode = milliseconds(setting, lambda: autoencoder.moments(batch), 3, 1)[0]  # noqa: B023 - called at once
         latent = packed(torch.randn((pixels // 16) ** 2, 64, device=setting.device), [(pixels // 16,) * 2])
@@ -750,7 +747,7 @@ def main() -> None:
     if unknown := [name for name in names if name not in CHECKS]:
         parser.error(f"--only: unknown check {unknown[0]}; choose from {', '.join(CHECKS)}")
     if not torch.cuda.is_available() and not options.tiny:
-        parser.error("no GPU found; rehearse on the CPU with --tiny")
+        parser.error("no GPU found; on a CPU, use --tiny")
 
     if options.tiny:
         with quick_compilation():

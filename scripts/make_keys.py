@@ -82,8 +82,9 @@ Every key of a config, with its type, default and meaning. This page is written 
 
 A config has the sections `seed` (an integer of at least 0, by default 0), `system`, `data`,
 `trainer`, `inferencer` and `evaluation`, and `base`, the files that are merged first. `system` has
-four parts, `backbone`, `text_encoder`, `autoencoder` and `objective`; `data` is a part too. A part is
-`{module: dotted.path.Class, params: {...}}`; [extending.md](extending.md) explains how to write one.
+four parts, `backbone`, `text_encoder`, `autoencoder` and `objective`; `data` is a part too. A part
+is `{module: dotted.path.Class, params: {...}}`; [extending.md](extending.md) explains how to write
+one.
 """
 
 

@@ -179,10 +179,10 @@ class SourceModule:
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
             return self.evaluate(node.value, depth + 1)
         if isinstance(node, ast.Import):
-            (alias,) = [alias for alias in node.names if name in (alias.asname, alias.name.partition(".")[0])][:1]
+            alias = next(alias for alias in node.names if name in (alias.asname, alias.name.partition(".")[0]))
             return module(alias.name if alias.asname else name) or Any
         if isinstance(node, ast.ImportFrom):
-            (alias,) = [alias for alias in node.names if name in (alias.asname, alias.name)][:1]
+            alias = next(alias for alias in node.names if name in (alias.asname, alias.name))
             return member(self.absolute(node), alias.name, depth + 1)
         return Any
 

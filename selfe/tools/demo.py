@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from selfe import config
+from selfe import config, log
 from selfe.checkpoint import verify
 from selfe.checkpoint.weights import is_export
 from selfe.errors import UserError
@@ -142,17 +142,13 @@ class DemoModel:
 
         # the image first, then the strip, one image at a time
         image, seconds = self.draw(prompt, settings, settings.num_steps)
-        summary = f"{steps(settings.num_steps)} in {seconds:.2f} s"
+        summary = f"{log.count(settings.num_steps, 'step', 'steps')} in {seconds:.2f} s"
         strip: list[tuple[Image.Image, str]] = []
         yield image, summary, strip
         for count in STRIP:
             result = (image, seconds) if count == settings.num_steps else self.draw(prompt, settings, count)
-            strip = [*strip, (result[0], f"{steps(count)}, {result[1]:.2f} s")]
+            strip = [*strip, (result[0], f"{log.count(count, 'step', 'steps')}, {result[1]:.2f} s")]
             yield image, summary, strip
-
-
-def steps(count: int) -> str:
-    return "1 step" if count == 1 else f"{count} steps"
 
 
 def sampling_defaults(settings: dict, height: int, width: int) -> SamplingDefaults:

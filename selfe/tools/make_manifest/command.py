@@ -174,6 +174,7 @@ def main(options: argparse.Namespace) -> None:
         make_shards.open_result(out, PREFIX)
     else:
         show(f"{out}: {written} lines")
-        show(f"check them with selfe check-data {out} --base-dir {base_dir}; the same base_dir is needed in training")
+        known = base_dir if folders or options.base_dir else "DIR (the folder that its paths start from)"
+        show(f"check them with selfe check-data {out} --base-dir {known}; the same base_dir is needed in training")
     if summary.counts or not written:
         sys.exit(1)

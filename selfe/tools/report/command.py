@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from selfe import log
 from selfe.errors import UserError
 from selfe.evaluation import tables
 from selfe.gallery.build import names
@@ -34,7 +35,7 @@ def main(options: argparse.Namespace) -> None:
             raise UserError(f"{run.path}: metrics.jsonl has no lines; wait for the first logged step, or use --serve")
     html = page.page(page.static(runs, options.sheets)).encode()
     image_encode.write(options.out, html)
-    count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    count = log.count(len(runs), "run", "runs")
     print(f"{options.out}: {count}, {len(html) / 2**20:.1f} MiB")
 
 
