@@ -167,14 +167,19 @@ def test_other_addresses_are_refused(model, monkeypatch, capsys, tmp_path):
     assert "unrecognized arguments" in capsys.readouterr().err
 
 
-def test_mistakes_are_one_line(trained, tmp_path, monkeypatch):  # noqa: F811
+def test_mistakes_are_one_line(model, trained, tmp_path, monkeypatch):  # noqa: F811
     with pytest.raises(UserError, match="contains no complete checkpoint"):
         cli.run(["demo", str(tmp_path)])
     with pytest.raises(UserError, match="no such config file"):
         cli.run(["demo", str(trained), "--config", str(tmp_path / "none.yaml")])
+    with pytest.raises(
+        UserError, match=r"no config.yaml beside the checkpoints; give the run's \(config_path, --config"
+    ):
+        cli.run(["demo", str(trained)])
+    checkpoint = str(model.generator.path)
     for size, problem in (("100 96", "size: 100 is not a multiple of 16"), ("0 96", "height 0 and width 96 must be")):
         with pytest.raises(UserError, match=problem):
-            cli.run(["demo", str(trained), "--size", *size.split()])
+            cli.run(["demo", checkpoint, "--trust", "--size", *size.split()])
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(UserError, match=r"gradio is not installed; run \./scripts/setup.sh"):
         cli.run(["demo", str(trained), "--precision", "fp32"])
