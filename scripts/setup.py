@@ -43,9 +43,9 @@ def main() -> int:
             install(options)
         except subprocess.CalledProcessError as error:
             if not usable():
-                say(f"installation failed: {' '.join(map(str, error.cmd[:3]))} ended with {error.returncode}")
+                report(f"installation failed: {' '.join(map(str, error.cmd[:3]))} ended with {error.returncode}")
                 return error.returncode
-            say("warning: could not update .venv (see above); continuing with what it holds")
+            report("warning: could not update .venv (see above); continuing with what it holds")
             return 0
         STAMPS.mkdir(exist_ok=True)
         stamp.touch()
@@ -63,7 +63,7 @@ def fingerprint(options: argparse.Namespace) -> str:
 def install(options: argparse.Namespace) -> None:
     uv = find_uv()
     if not PYTHON.exists():
-        say("installing into .venv (once; several GB with the GPU libraries)")
+        report("installing into .venv (once; several GB with the GPU libraries)")
         run(uv, "venv", "--quiet", "--allow-existing", VENV)
 
     # the list of pinned packages comes from uv.lock without resolving anything
@@ -74,13 +74,13 @@ def install(options: argparse.Namespace) -> None:
     installed, ours = installed_torch(), recorded_torch()
     keeps_torch = installed is not None and installed != ours
     if keeps_torch:
-        say(f"keeping the torch {installed} that is in .venv")
+        report(f"keeping the torch {installed} that is in .venv")
     other_build = not keeps_torch and needs_other_build()
     if keeps_torch or other_build:
         export += ["--prune", "torch"]
 
     if other_build:
-        say("the GPU driver is older than CUDA 13: installing the build of torch that fits it")
+        report("the GPU driver is older than CUDA 13: installing the build of torch that fits it")
         run(uv, "pip", "install", "--quiet", "--python", PYTHON, "--torch-backend=auto", f"torch=={version}")
     run(uv, "pip", "install", "--quiet", "--python", PYTHON, "--no-deps", "-r", "-", given=output(*export))
     run(uv, "pip", "install", "--quiet", "--python", PYTHON, "--no-deps", "--editable", ROOT)
@@ -96,7 +96,7 @@ def find_uv() -> Path:
         return Path(uv)
     uv = UV / "bin/uv"
     if not uv.exists():
-        say("installing uv into .uv")
+        report("installing uv into .uv")
         quiet = ["--quiet", "--disable-pip-version-check"]
         run(sys.executable, "-m", "pip", "install", *quiet, "--target", UV, "uv")
     return uv
@@ -136,7 +136,7 @@ def output(*words: object) -> str:
     return subprocess.run([*map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
-def say(message: str) -> None:
+def report(message: str) -> None:
     print(f"selfe: {message}", file=sys.stderr, flush=True)
 
 

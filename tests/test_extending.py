@@ -1,4 +1,4 @@
-"""The parts of examples/ do what they say, the configs of docs/extending.md run, and so does the Python of the docs."""
+"""The parts of examples/ do what they state; the configs of docs/extending.md and the Python of the docs run."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The house itself: layers, one home for each thing that differs, and no tracked file that holds what it must not."""
+"""The repository: imports between folders, one place for each kind of access, and what no tracked file may contain."""
 
 import ast
 import importlib.util
@@ -78,7 +78,7 @@ def texts() -> dict[str, str]:
     return contents
 
 
-def room(path: Path) -> str:
+def folder_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -99,7 +99,7 @@ def imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_follow_the_table(path):
-    mine = room(path)
+    mine = folder_of(path)
     others = {name.split(".")[1] for name in imports(path) if name.startswith("selfe.")} - {mine}
     assert others <= EDGES[mine], f"{mine} may not import {sorted(others - EDGES[mine])}; see EDGES"
 
@@ -132,8 +132,8 @@ def test_one_home_for_each_thing_that_differs():
         r"torch\.accelerator": {"device"},
     }
     for pattern, allowed in homes.items():
-        rooms = {room(path) for path in FILES if re.search(pattern, path.read_text())}
-        assert rooms <= allowed, f"{pattern} stands in {rooms - allowed}"
+        folders = {folder_of(path) for path in FILES if re.search(pattern, path.read_text())}
+        assert folders <= allowed, f"{pattern} occurs in {folders - allowed}"
 
 
 def test_no_address_of_a_package_registry():
@@ -215,13 +215,13 @@ def test_the_key_reference_is_current_and_has_every_shipped_part():
     offered = {folder: [getattr(protocols, name)] for folder, name in offered.items()} | {"data": [protocols.Data]}
     offered["encoders"].append(protocols.Autoencoder)
     for path in FILES:
-        if room(path) not in offered:
+        if folder_of(path) not in offered:
             continue
         module = import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
         for name, kind in vars(module).items():
             if not inspect.isclass(kind) or kind.__module__ != module.__name__ or kind is BucketedDataset:
                 continue
-            if any(offers(kind, protocol) for protocol in offered[room(path)]):
+            if any(offers(kind, protocol) for protocol in offered[folder_of(path)]):
                 assert f"`{module.__name__}.{name}`" in text, f"{module.__name__}.{name} is not in make_keys.PARTS"
 
 

@@ -275,7 +275,7 @@ def parse_text(numbered: Iterator[tuple[str, str]]) -> Iterator[tuple[str, dict 
 def parse_jsonl(numbered: Iterator[tuple[str, str]]) -> Iterator[tuple[str, dict | str]]:
     for where, text in numbered:
         try:
-            value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+            value = json.loads(text, object_pairs_hook=with_unique_keys, parse_constant=refuse_constant)
         except RecursionError:
             yield where, "not JSON: nested too deeply"
         except ValueError as error:
@@ -316,14 +316,14 @@ def cell_value(name: str, cell: str) -> Any:
         return cell  # `config.call` reports the wrong type
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict:
+def with_unique_keys(pairs: list[tuple[str, Any]]) -> dict:
     keys = dict(pairs)
     if len(keys) < len(pairs):
         raise ValueError("a key occurs twice")
     return keys
 
 
-def refuse(constant: str) -> None:
+def refuse_constant(constant: str) -> None:
     raise ValueError(f"{constant} is not a number")
 
 

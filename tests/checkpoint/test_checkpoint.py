@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, loaded on another number of ranks, refused when they do not fit."""
+"""Checkpoints: complete or absent, loaded on another number of ranks, refused when they do not fit."""
 
 import copy
 import shutil

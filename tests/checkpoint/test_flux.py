@@ -1,4 +1,4 @@
-"""FLUX weights: equality with diffusers' transformer, and the way in and out under either set of names."""
+"""FLUX weights: equality with diffusers' transformer, import and export under either set of names."""
 
 import json
 

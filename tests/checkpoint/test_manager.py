@@ -1,4 +1,4 @@
-"""Saving in the background: what stays, and what happens when the disk says no."""
+"""Saving in the background: which checkpoints are kept, and errors of the disk."""
 
 import json
 import os

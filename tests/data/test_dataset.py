@@ -1,4 +1,4 @@
-"""The order of training: a function of (seed, step), whatever the processes, and work dealt evenly to them."""
+"""The order of samples: a function of (seed, step), for any number of processes, with the work balanced over them."""
 
 import copy
 import hashlib

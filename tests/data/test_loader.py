@@ -1,4 +1,4 @@
-"""The loader: batches by worker processes, and one line for each way in which they end."""
+"""The loader: batches from worker processes, and one line for each kind of failure."""
 
 import os
 import pickle

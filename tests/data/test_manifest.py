@@ -1,4 +1,4 @@
-"""Manifests and images: the order is a function of (seed, step), and every mistake is a line that says where."""
+"""Manifests and images: the order is a function of (seed, step), and every mistake is one line with its place."""
 
 import math
 from pathlib import Path

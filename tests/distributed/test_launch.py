@@ -1,4 +1,4 @@
-"""The launcher: what it is asked for, what it answers, and that it leaves nothing behind."""
+"""The launcher: its arguments, its messages and exit codes, and that it leaves nothing behind."""
 
 import os
 import re

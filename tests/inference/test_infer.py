@@ -1,4 +1,4 @@
-"""A sampling job: the same images for any batch, order, number of processes and interruption; nothing drawn twice."""
+"""A sampling job: the same images for any batch, order and number of processes, and after any interruption."""
 
 import copy
 import json

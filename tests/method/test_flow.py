@@ -1,4 +1,4 @@
-"""The path, the clock, per-sample sums on packed tokens, and random numbers that depend on their key alone."""
+"""The path, training times, per-sample sums on packed tokens, and random numbers that depend on their key alone."""
 
 import hashlib
 import math

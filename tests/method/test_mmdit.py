@@ -1,4 +1,4 @@
-"""The denoiser: sizes, packing and the second clock. Its equality with FLUX is in tests/checkpoint/test_flux.py."""
+"""The denoiser: sizes, packing, the second time. Its equality with FLUX is in tests/checkpoint/test_flux.py."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Self-E against the plain NumPy reference: losses, gradients (so stop-gradients too), ends of the path, calls."""
+"""Self-E against the plain NumPy reference: losses, gradients (and so stop-gradients), ends of the path, calls."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The miniature's data set, and the plug-ins that let a system do without VAE and T5."""
+"""The miniature's data set, and the encoders that replace VAE and T5."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The command: help that imports no torch, answers to wrong usage, and defaults that it shares with the tools."""
+"""The command: help that imports no torch, errors for wrong usage, and defaults that it shares with the tools."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The demo: the image that infer.sh draws, a page that works in a real browser, and a door that stays shut."""
+"""The demo: the image that infer.sh generates, the page in a real browser, and the addresses it listens on."""
 
 import shutil
 import sys
@@ -39,8 +39,8 @@ def model(trained, tmp_path_factory):  # noqa: F811
 def test_the_image_is_that_of_the_inferencer(model, trained, tmp_path):  # noqa: F811
     model.choose("step_00000012")
     shown = list(model.show("a cat", "a dog", 2, 3, 7, "renoise", 0.5, 0.25))
-    image, said, strip = shown[-1]
-    assert said.startswith("2 steps in ")
+    image, summary, strip = shown[-1]
+    assert summary.startswith("2 steps in ")
     assert [label.split(",")[0] for _, label in strip] == ["1 step", "2 steps", "4 steps", "8 steps"]
     assert (len(shown), image.size) == (5, (48, 32))
     file = tmp_path / "prompts.jsonl"

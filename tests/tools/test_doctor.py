@@ -1,4 +1,4 @@
-"""`selfe doctor`: what it finds on machines that lack something."""
+"""`selfe doctor`: its results on machines that lack something."""
 
 import shutil
 from collections import namedtuple

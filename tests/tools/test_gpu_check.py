@@ -1,4 +1,4 @@
-"""The checks for a GPU, rehearsed on the CPU."""
+"""The checks for a GPU, on small sizes and the CPU."""
 
 import json
 
@@ -8,7 +8,7 @@ from tests.helpers.train_processes import script
 CHECKS = ["card", "attention", "parity", "step_0.5b", "encoders", "sampling", "save"]
 
 
-def test_every_check_of_the_rehearsal_reports_facts(tmp_path):
+def test_every_check_reports_results_on_small_sizes(tmp_path):
     out = tmp_path / "gpu.jsonl"
     script("scripts/gpu_check.py", "--tiny", "--out", str(out), "--only", ",".join(CHECKS))
 

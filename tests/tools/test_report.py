@@ -1,4 +1,4 @@
-"""What a run writes about itself, and that `selfe report` reads it."""
+"""The files of a run, and how `selfe report` reads them."""
 
 import json
 from pathlib import Path

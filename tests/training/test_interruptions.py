@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, hung and damaged: they go on, and end with the bits of the run that was left alone."""
+"""Runs that are killed, stopped, hung or damaged: they resume, and end bitwise equal to an uninterrupted run."""
 
 import random
 import shutil

@@ -1,4 +1,4 @@
-"""The trainer's arithmetic: schedule, accumulation, who gets which sample. The loop itself runs in `test_smoke.py`."""
+"""The trainer's arithmetic: schedule, accumulation, samples of each rank. The loop itself runs in `test_smoke.py`."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""What a process that waits says of the others."""
+"""What a waiting process reports about the others."""
 
 import queue
 import time
