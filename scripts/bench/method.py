@@ -20,6 +20,11 @@ from selfe.training import ema
 from selfe.types import Packed, TextCond, packed
 
 NUM_STEPS, GUIDANCE, PADDED_TO = 4, 5.0, 512
+# of a step, relative to flow matching, and its calls of the denoiser
+BOUNDS = {
+    "selfe": {"FLOPs": 1.32, "time": 1.35, "peak memory": 1.02, "calls": 3},
+    "selfe with auxiliary term": {"FLOPs": 1.83, "time": 1.93, "peak memory": 1.30, "calls": 4},
+}
 TWO_B = {"width": 2048, "double": 8, "single": 16, "text_dim": 4096, "pooled_dim": 768}
 
 
@@ -40,12 +45,13 @@ def selfe(rounds: int) -> dict:
     Lengths from `wide`; the null prompt is one token, "fake image" two. Memory is the training total: weights, EMA, the
     optimizer's two moments, and a step's activations and gradients without activation checkpointing.
     """
-    names = "flow matching", "selfe", "selfe with auxiliary term"
-    objectives = FlowMatching(), SelfEvaluation(aux_start_step=None), SelfEvaluation(aux_start_step=0)
-    net, average = Counted(denoiser()), Counted(denoiser(1).requires_grad_(False))
-    works = {
-        name: learn(objective, net, average, step=300_000) for name, objective in zip(names, objectives, strict=True)
+    objectives = {
+        "flow matching": FlowMatching(),
+        "selfe": SelfEvaluation(aux_start_step=None),
+        "selfe with auxiliary term": SelfEvaluation(aux_start_step=0),
     }
+    net, average = Counted(denoiser()), Counted(denoiser(1).requires_grad_(False))
+    works = {name: learn(objective, net, average, step=300_000) for name, objective in objectives.items()}
 
     # FLOPs, calls and memory in one run each; time in interleaved rounds
     state = 4 * sum(parameter.nbytes for parameter in net.net.parameters())
@@ -61,14 +67,13 @@ def selfe(rounds: int) -> dict:
     figures |= {f"{name}: CPU milliseconds": round(1000 * value / BATCHES, 1) for name, value in seconds.items()}
     figures |= {f"{name}: peak MB": round(value / 1e6, 1) for name, value in memory.items()}
 
-    # bounds on FLOPs, time, memory and denoiser calls
     checks = []
-    for name, *bounds in ((names[1], 1.32, 1.35, 1.02, 3), (names[2], 1.83, 1.93, 1.30, 4)):
-        for what, values, bound in zip(
-            ("FLOPs", "time", "peak memory"), (counted, seconds, memory), bounds[:3], strict=True
-        ):
-            checks.append(at_most(f"{name} / flow matching: {what}", values[name] / values[names[0]], bound))
-        checks.append(at_most(f"{name}: denoiser calls", calls[name], bounds[3]))
+    measured = {"FLOPs": counted, "time": seconds, "peak memory": memory}
+    for name, bounds in BOUNDS.items():
+        for what, values in measured.items():
+            ratio = values[name] / values["flow matching"]
+            checks.append(at_most(f"{name} / flow matching: {what}", ratio, bounds[what]))
+        checks.append(at_most(f"{name}: denoiser calls", calls[name], bounds["calls"]))
     return {"figures": figures, "checks": checks}
 
 
@@ -79,7 +84,7 @@ def learn(objective: Objective, net: Counted, average: Counted, step: int) -> Ca
     """
     batches = []
     for seed in range(BATCHES):
-        grids, captions = ([n for n in part[: BATCH // 2] for _ in range(2)] for part in wide(seed))
+        grids, captions = (twice(values[: BATCH // 2]) for values in wide(seed))
         x0 = packed(torch.randn(sum(rows * columns for rows, columns in grids), net.net.patch_dim), grids)
         rng = SampleRNG.of_step(seed, step, range(BATCH))
         wanted = objective.captions(["word " * n for n in captions], rng, step)
@@ -92,6 +97,11 @@ def learn(objective: Objective, net: Counted, average: Counted, step: int) -> Ca
             net.net.zero_grad()
 
     return work
+
+
+def twice(values: list) -> list:
+    """Every value twice in a row."""
+    return [value for value in values for _ in range(2)]
 
 
 @torch.no_grad()

@@ -37,14 +37,11 @@ from selfe.train import Trainer
 STEPS = 6  # from one save to the next
 # the smoke system with a larger denoiser
 LARGE = [
-    f"system.backbone.params.{key}={value}"
-    for key, value in (
-        ("width", 768),
-        ("num_heads", 12),
-        ("rope_axes", "[16,24,24]"),
-        ("num_double_blocks", 3),
-        ("num_single_blocks", 5),
-    )
+    "system.backbone.params.width=768",
+    "system.backbone.params.num_heads=12",
+    "system.backbone.params.rope_axes=[16,24,24]",
+    "system.backbone.params.num_double_blocks=3",
+    "system.backbone.params.num_single_blocks=5",
 ]
 SELF_EVALUATING = ["system.objective.params.start_step=0", "system.objective.params.aux_start_step=1000000"]
 

@@ -26,8 +26,8 @@ from selfe.io.image_headers import Header
 
 Image.init()
 # only raster image formats; excludes EPS, which runs an interpreter
-FORMATS = {"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP"}
-FORMATS = sorted(FORMATS & set(Image.OPEN))  # AVIF support is optional in Pillow
+RASTER = {"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP"}
+FORMATS = sorted(RASTER & set(Image.OPEN))  # AVIF support is optional in Pillow
 SUFFIXES = {suffix[1:] for suffix, kind in Image.registered_extensions().items() if kind in FORMATS} | {"avif"}
 JPEGS = ("JPEG", "MPO")  # MPO: several JPEG images in one file, of which Pillow decodes the first
 NO_SIGNATURE = "TGA"  # the format that is tried when no other accepts the first bytes of a file
