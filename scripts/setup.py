@@ -115,7 +115,7 @@ def recorded_torch() -> str | None:
 
 
 def needs_other_build() -> bool:
-    """Whether there is a GPU whose driver is too old for the locked build of torch, which wants CUDA 13."""
+    """Whether there is a GPU whose driver is too old for the locked build of torch, which needs CUDA 13."""
     if not shutil.which("nvidia-smi"):
         return False
     done = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False)

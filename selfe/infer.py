@@ -233,10 +233,10 @@ class Inferencer:
 
         # GenEval: the metadata of each prompt in its own folder
         if self.layout == "geneval":
-            for home in {(folder / spec.file).parents[1] for spec in todo}:
-                request = requests[int(home.name)]
+            for prompt_folder in {(folder / spec.file).parents[1] for spec in todo}:
+                request = requests[int(prompt_folder.name)]
                 metadata = json.dumps(request.extra or {"prompt": request.prompt}, ensure_ascii=False)
-                image_encode.write(home / "metadata.jsonl", (metadata + "\n").encode())
+                image_encode.write(prompt_folder / "metadata.jsonl", (metadata + "\n").encode())
 
         # FID evaluators: all images of a group in one array
         if self.layout == "npz":

@@ -147,7 +147,7 @@ def publish_failure(notes: dist.Store, message: str) -> bool:
 
 
 def failure_of_another() -> str | None:
-    """Why another process has failed; None as long as all run, and if the store does not answer."""
+    """Why another process has failed; None as long as all run, and if the store does not respond."""
     with suppress(dist.DistError):
         return None if _posted else get_note("failure")
     return None

@@ -188,12 +188,12 @@ def relative(path: Path, output: Path) -> str:
     return quote(Path(os.path.relpath(path.resolve(), output.parent.resolve())).as_posix())
 
 
-def thumbnails(paths: Iterable[Path], home: Path) -> dict[Path, Path]:
+def thumbnails(paths: Iterable[Path], folder: Path) -> dict[Path, Path]:
     """Write thumbnails of images larger than `THUMBNAIL` that are missing or outdated; returns image -> thumbnail."""
 
     def small(path: Path) -> tuple[Path, Path] | None:
-        place = Path(os.path.relpath(path.with_suffix(".webp").resolve(), home.parent.resolve()))
-        thumb = home / "_".join(part for part in place.parts if part != "..")
+        place = Path(os.path.relpath(path.with_suffix(".webp").resolve(), folder.parent.resolve()))
+        thumb = folder / "_".join(part for part in place.parts if part != "..")
         if thumb.exists() and thumb.stat().st_mtime >= path.stat().st_mtime:
             return path, thumb
         with Image.open(path) as image:
@@ -206,7 +206,7 @@ def thumbnails(paths: Iterable[Path], home: Path) -> dict[Path, Path]:
         partial.replace(thumb)
         return path, thumb
 
-    home.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(filter(None, pool.map(small, dict.fromkeys(paths))))
 

@@ -138,7 +138,7 @@ class FolderLock:
                         return self.lost(message)
                     os.utime(self.path)
             except OSError:
-                continue  # a network file system that does not answer for a while
+                continue  # a network file system that does not respond for a while
 
 
 @contextmanager

@@ -113,7 +113,7 @@ def accelerators() -> Iterator[CheckResult]:
 
 
 def shared_memory(folder: Path) -> CheckResult:
-    """Room in /dev/shm, through which loader workers hand over their batches."""
+    """Room in /dev/shm, through which loader workers pass their batches."""
     if not folder.is_dir():
         return CheckResult("shared memory", "ok", f"no {folder} on this system")
     size = shutil.disk_usage(folder).total

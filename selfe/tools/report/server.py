@@ -1,4 +1,4 @@
-"""The live page: a server on the loopback interface that reads the run folders again whenever the page asks."""
+"""The live page: a server on the loopback interface that reads the run folders again whenever the page requests it."""
 
 from __future__ import annotations
 
@@ -71,25 +71,25 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         # A page of another site whose name points to this machine must not read the runs.
         if self.headers.get("Host", "").rpartition(":")[0] not in (ADDRESS, "localhost"):
-            return self.answer(403, "text/plain", b"open the page as 127.0.0.1 or localhost")
+            return self.respond(403, "text/plain", b"open the page as 127.0.0.1 or localhost")
 
         path, _, query = self.path.partition("?")
         if path == "/":
             try:
-                return self.answer(200, "text/html; charset=utf-8", self.server.html().encode())
+                return self.respond(200, "text/html; charset=utf-8", self.server.html().encode())
             except (UserError, OSError) as error:
-                return self.answer(500, "text/plain; charset=utf-8", str(error).encode())
+                return self.respond(500, "text/plain; charset=utf-8", str(error).encode())
         if path == "/data.json":
             known = [int(number) for number in re.findall(r"\d+", query)]
             text = json.dumps(self.server.data(known), ensure_ascii=False, allow_nan=False)
-            return self.answer(200, "application/json", text.encode())
+            return self.respond(200, "application/json", text.encode())
         if match := re.fullmatch(r"/sheet/(\d+)/(\w+)/(\d+)", path):
             data = self.server.sheet(int(match[1]), match[2], int(match[3]))
             if data is not None:
-                return self.answer(200, "image/png", data)
-        return self.answer(404, "text/plain", b"not found")
+                return self.respond(200, "image/png", data)
+        return self.respond(404, "text/plain", b"not found")
 
-    def answer(self, code: int, kind: str, body: bytes) -> None:
+    def respond(self, code: int, kind: str, body: bytes) -> None:
         # numbers as text become a third as long, which counts over an SSH tunnel
         compress = kind != "image/png" and "gzip" in self.headers.get("Accept-Encoding", "")
         body = gzip.compress(body, compresslevel=1) if compress else body
