@@ -145,7 +145,7 @@ def compare(uninterrupted: Path, killed: Path, steps: int) -> list[str]:
 
 
 def checkpoint_files(run: Path, step: int) -> dict[str, list[int]]:
-    """Size and checksum of the files of a checkpoint, without torch's index of them, a pickle."""
+    """Size and checksum of the files of a checkpoint, without torch's index of them."""
     files = verify.read_marker(run / "checkpoints" / f"step_{step:08d}")["files"]
     return {name: entry for name, entry in files.items() if name != ".metadata"}
 
