@@ -112,7 +112,7 @@ def _command(arguments: tuple[str, ...], out: Path) -> None:
 
 
 def _script(arguments: tuple[str, ...], out: Path) -> None:
-    _settle(out)
+    _redirect_output(out)
     sys.argv = [*arguments]
     runpy.run_path(arguments[0], run_name="__main__")
 
