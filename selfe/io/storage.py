@@ -14,6 +14,7 @@ import math
 import os
 import random
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -107,7 +108,7 @@ class RemotePath:
         return self.stat_of(self.request(lambda: filesystem(self.protocol).info(self.url), patience))
 
     def stat_of(self, facts: dict[str, Any]) -> Stat:
-        """Size and version from what fsspec says about a file."""
+        """Size and version from what fsspec states about a file."""
         if facts.get("size") is None:
             raise UserError(f"{self}: the server does not state the size of this file; use one that serves byte ranges")
         version = next((str(facts[name]) for name in VERSION_FIELDS if facts.get(name)), "")
@@ -211,9 +212,10 @@ class RangeReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         size = max(min(len(buffer), self.size - self.position), 0)
-        buffer[:size] = self.path.read(self.position, size)
-        self.position += size
-        return size
+        content = self.path.read(self.position, size)
+        buffer[: len(content)] = content
+        self.position += len(content)
+        return len(content)
 
 
 # ---- paths ----
@@ -274,6 +276,7 @@ def filesystem(protocol: str) -> Any:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=60)
         options["client_kwargs"] = {"timeout": timeout}
     if protocol == "s3":
+        options["max_concurrency"] = 1  # one request for a file, without one for its size
         options["config_kwargs"] = {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60}
 
     opened = fsspec.filesystem(protocol, **options)
@@ -304,24 +307,24 @@ def download(source: RemotePath, file: BinaryIO) -> None:
 
 @contextmanager
 def local_copy(source: Path | RemotePath, folder: Path) -> Iterator[Path]:
-    """The file on this machine: itself, or a copy in `folder` that is removed afterwards."""
+    """The file on this machine: itself, or a copy in `folder` that has no name, so that nothing of it is left behind.
+
+    Raises:
+        UserError: the file is gone, or the copy cannot be written.
+    """
     if isinstance(source, Path):
         yield source
         return
     folder.mkdir(parents=True, exist_ok=True)
-    copy = folder / f"{os.getpid()}-{source.name}"
-    try:
+    with tempfile.TemporaryFile(dir=folder) as file:
         try:
-            with copy.open("wb") as file:
-                download(source, file)
+            download(source, file)
         except OSError as error:
             if error.errno == errno.ENOENT:
                 raise UserError(f"{source}: no such file any more; run the same command again") from error
             reason = f"a copy of {source} cannot be written ({error.strerror})"
             raise UserError(f"{folder}: {reason}; set data.params.cache_dir") from error
-        yield copy
-    finally:
-        copy.unlink(missing_ok=True)
+        yield Path(f"/dev/fd/{file.fileno()}")
 
 
 def image_file(path: Path | RemotePath, cache: DiskCache, version: str) -> Path | BinaryIO:

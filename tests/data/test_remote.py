@@ -246,6 +246,15 @@ def test_what_is_refused_or_missing_is_one_line(store, tmp_path, name, code, mes
     assert "\n" not in str(raised.value)
 
 
+def test_a_damaged_file_in_a_store_is_named_by_its_url(folder, store, tmp_path):
+    (tmp_path / "cut.tar").write_bytes(sorted((folder / "s").glob("*.tar"))[0].read_bytes()[:20_480])
+    with pytest.raises(UserError, match=r"^s3://data/cut.tar: not a complete, uncompressed tar file"):
+        ShardData(store.put(tmp_path / "cut.tar"), pixels=1024, cache_dir=tmp_path / "cache")
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(UserError, match=r"^s3://data/cut.parquet: .*; write or download the file again"):
+        TableData(store.put(tmp_path / "cut.parquet"), pixels=1024, cache_dir=tmp_path / "cache")
+
+
 def refusing(code: str):
     def app(environ, start_response):
         content = f"<Error><Code>{code}</Code><Message>Access Denied</Message></Error>".encode()
