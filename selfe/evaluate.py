@@ -101,8 +101,8 @@ def open_job(folder: Path, evaluation: EvaluationConfig) -> Job:
     reference = None
     if evaluation.reference is not None:
         size = evaluation.reference_size or image_sets.common_size(cells)
-        most = evaluation.reference_images
-        reference = image_sets.open_reference(evaluation.reference, evaluation.base_dir, size, most)
+        most, split = evaluation.reference_images, evaluation.reference_split
+        reference = image_sets.open_reference(evaluation.reference, evaluation.base_dir, split, size, most)
     return Job(folder, cells, captions, reference)
 
 

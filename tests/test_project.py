@@ -47,7 +47,7 @@ EDGES = {
     "checkpoint": PARTS | {"distributed", "encoders"},  # FLUX files hold a denoiser and a VAE
     "training": PARTS | {"checkpoint", "compare", "config", "data", "distributed", "samplers", "system"},
     "inference": PARTS | {"compare", "config", "samplers"},
-    "evaluation": PARTS | {"data", "encoders"},  # reads manifests and shards, and checks pretrained models
+    "evaluation": PARTS | {"config", "data", "encoders"},  # reads manifests and shards, and checks pretrained models
     "gallery": {"config", "errors", "inference", "io", "types"},
     "launch": BASE | {"config", "distributed"},  # the failure of one process is published for the others
     "recorded_run": {"compare", "config"},

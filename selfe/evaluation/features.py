@@ -100,7 +100,7 @@ class FeatureFolder:
 
     def of_images(self, images: ImageSet) -> list[Chunk]:
         """The files of a set of images, whether they exist or not."""
-        keys = ((images.size, images.stamp(index), images.caption(index)) for index in range(len(images)))
+        keys = ((images.size, images.stamp(index)) for index in range(len(images)))
         return self.chunks("images", keys)
 
     def of_captions(self, captions: Sequence[str]) -> list[Chunk]:
@@ -123,11 +123,10 @@ class FeatureFolder:
         indices = range(chunk.start, chunk.stop)
         rows: dict[str, list[Tensor]] = {CONTENT: []}
         with ThreadPoolExecutor(READERS, "read images") as threads:
-            pixels = threads.map(images.read, indices)
-            for first in range(0, len(indices), self.batch_size):
-                batch = list(islice(pixels, self.batch_size))
-                captions = [images.caption(index) for index in indices[first : first + len(batch)]]
-                rows[CONTENT].append(torch.stack([digest_of(image, images.size) for image in batch]))
+            pairs = threads.map(images.read, indices)
+            while some := list(islice(pairs, self.batch_size)):
+                batch, captions = zip(*some, strict=True)
+                rows[CONTENT].append(torch.stack([digest_of(image) for image in batch]))
                 for name, values in self.extract(batch, captions).items():
                     rows.setdefault(name, []).append(values)
         self.save(chunk, {name: torch.cat(values) for name, values in rows.items()})
@@ -170,8 +169,8 @@ class FeatureFolder:
         image_encode.write(chunk.file, save(tensors))
 
 
-def digest_of(image: Tensor, size: tuple[int, int] | None) -> Tensor:
-    """16 bytes that identify the pixels of an image (3, H, W) uint8."""
+def digest_of(image: Tensor) -> Tensor:
+    """16 bytes that identify the pixels of an image (3, H, W)."""
     digest = hashlib.blake2b(repr(tuple(image.shape)).encode(), digest_size=16)
     digest.update(image.contiguous().numpy().tobytes())
     return torch.from_numpy(np.frombuffer(digest.digest(), np.uint8).copy())

@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,11 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfe.data.dataset import Source
+from selfe import config
+from selfe.data.dataset import BucketedDataset, Source
 from selfe.data.manifest import Manifest
 from selfe.data.shards import Shards
 from selfe.errors import UserError
 from selfe.io import image_decode
+from selfe.protocols import Data
+from selfe.types import Split
 
 MANIFESTS = (".tsv", ".csv", ".jsonl")
 # of an image's metadata: what differs between images of one set, and where the set is
@@ -31,14 +35,12 @@ class ImageSet(Protocol):
 
     def __len__(self) -> int: ...
 
-    def caption(self, index: int) -> str: ...
-
     def stamp(self, index: int) -> tuple:
-        """Changes when the file of an image changes; read without decoding it."""
+        """Changes when the file of an image or its caption changes; known without decoding the image."""
         ...
 
-    def read(self, index: int) -> Tensor:
-        """(3, H, W) uint8."""
+    def read(self, index: int) -> tuple[Tensor, str]:
+        """Pixels (3, H, W), uint8 or in [-1, 1], and caption."""
         ...
 
 
@@ -54,9 +56,6 @@ class Cell:
     def __len__(self) -> int:
         return len(self.images)
 
-    def caption(self, index: int) -> str:
-        return self.images[index]["prompt"]
-
     def stamp(self, index: int) -> tuple:
         path = self.path(index)
         try:
@@ -66,11 +65,11 @@ class Cell:
                 f"{path}: no such image, though metadata.jsonl lists it; run selfe infer again, which generates what "
                 "is missing"
             ) from error
-        return path.name, status.st_size, status.st_mtime_ns
+        return path.name, status.st_size, status.st_mtime_ns, self.images[index]["prompt"]
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int) -> tuple[Tensor, str]:
         path = self.path(index)
-        return as_tensor(image_decode.read(path, str(path)))
+        return as_tensor(image_decode.read(path, str(path))), self.images[index]["prompt"]
 
     def path(self, index: int) -> Path:
         return self.folder / self.images[index]["file"]
@@ -123,15 +122,12 @@ class Folder:
     def __len__(self) -> int:
         return len(self.files)
 
-    def caption(self, index: int) -> str:
-        return ""
-
     def stamp(self, index: int) -> tuple:
         status = self.files[index].stat()
         return str(self.files[index].relative_to(self.path)), status.st_size, status.st_mtime_ns
 
-    def read(self, index: int) -> Tensor:
-        return fitted(image_decode.read(self.files[index], str(self.files[index])), self.size)
+    def read(self, index: int) -> tuple[Tensor, str]:
+        return fitted(image_decode.read(self.files[index], str(self.files[index])), self.size), ""
 
 
 @dataclass(frozen=True)
@@ -144,17 +140,45 @@ class Captioned:
     def __len__(self) -> int:
         return len(self.source)
 
-    def caption(self, index: int) -> str:
-        return self.source.prompt(index)
-
     def stamp(self, index: int) -> tuple:
         path, offset, length = self.source.location(index)
         status = path.stat()
-        return path.name, status.st_size, status.st_mtime_ns, offset, length
+        return path.name, status.st_size, status.st_mtime_ns, offset, length, self.source.prompt(index)
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int) -> tuple[Tensor, str]:
         enough = None if self.size is None else 2 * max(self.size)
-        return fitted(self.source.image(index, enough), self.size)
+        return fitted(self.source.image(index, enough), self.size), self.source.prompt(index)
+
+
+@dataclass(frozen=True)
+class FromConfig:
+    """Images of the part `data` of a config, as training reads them: at its own sizes, in the order of the seed."""
+
+    settings: dict[str, Any] = field(repr=False)
+    split: Split
+    count: int
+    size: tuple[int, int] | None = None
+
+    @cached_property
+    def data(self) -> Data:
+        return config.build(self.settings, "data")
+
+    @cached_property
+    def identity(self) -> str:
+        """What decides the images: the settings, and of data sets in files their content."""
+        facts = self.data.facts() if isinstance(self.data, BucketedDataset) else {}
+        described = {"seed": self.settings["seed"], "data": config.plain(self.settings["data"])}
+        return json.dumps([described, facts, self.split], sort_keys=True)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def stamp(self, index: int) -> tuple:
+        return self.identity, index
+
+    def read(self, index: int) -> tuple[Tensor, str]:
+        batch = self.data.batch(self.settings["seed"], 0, range(index, index + 1), [0], self.split)
+        return batch.images[0], batch.prompts[0]
 
 
 @dataclass(frozen=True)
@@ -171,21 +195,21 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def caption(self, index: int) -> str:
-        return self.images.caption(self.indices[index])
-
     def stamp(self, index: int) -> tuple:
         return self.images.stamp(self.indices[index])
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int) -> tuple[Tensor, str]:
         return self.images.read(self.indices[index])
 
 
-def open_reference(path: Path, base_dir: Path, size: tuple[int, int] | None, most: int | None) -> ImageSet:
-    """The images of a folder, of a manifest (.tsv, .csv, .jsonl) or of tar shards (a pattern).
+def open_reference(
+    path: Path, base_dir: Path, split: Split, size: tuple[int, int] | None, most: int | None
+) -> ImageSet:
+    """The images of a folder, of a manifest (.tsv, .csv, .jsonl), of tar shards (a pattern), or of a config (.yaml).
 
     Args:
         base_dir: folder that relative image paths of a manifest start from.
+        split: of a config.
         size: height and width that images are resized to cover, and cropped to, as in training; None: unchanged.
         most: number of images, evenly spaced over the set; None: all.
 
@@ -200,17 +224,31 @@ def open_reference(path: Path, base_dir: Path, size: tuple[int, int] | None, mos
         if not path.is_file():
             raise UserError(f"evaluation.reference: {path}: no such file; relative paths start from the current folder")
         images = Captioned(Manifest(path, base_dir, image_decode.MAX_PIXELS), size)
+    elif path.suffix.lower() in (".yaml", ".yml"):
+        return from_config(path, split, most)
     elif ".tar" in path.name:
         images = Captioned(Shards(path, image_decode.MAX_PIXELS), size)
     else:
         raise UserError(
-            f"evaluation.reference: {path}: give a folder of images, a manifest ({', '.join(MANIFESTS)}) or a pattern "
-            "of tar shards"
+            f"evaluation.reference: {path}: give a folder of images, a manifest ({', '.join(MANIFESTS)}), a pattern "
+            "of tar shards, or a config with a section data"
         )
 
     if len(images) < 2:
         raise UserError(f"evaluation.reference: {path}: has {len(images)} images; at least 2 are needed")
     return images if most is None else subset(images, most)
+
+
+def from_config(path: Path, split: Split, count: int | None) -> FromConfig:
+    """The first images of a config's data. Raises UserError."""
+    if count is None:
+        raise UserError(f"evaluation.reference_images: missing; set how many images of {path} are taken")
+    images = FromConfig(config.load(path), split, count)
+    if split == "val" and not images.data.has_val:
+        raise UserError(
+            f"evaluation.reference: {path}: its data has no split val; set evaluation.reference_split=train"
+        )
+    return images
 
 
 def subset(images: ImageSet, most: int) -> ImageSet:

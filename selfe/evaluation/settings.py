@@ -9,7 +9,7 @@ from selfe.evaluation.metrics import METRICS
 from selfe.evaluation.tables import SUFFIXES
 from selfe.io.sampling_limits import check_size
 from selfe.protocols import Extractor
-from selfe.types import MOST_SAMPLES, check_range
+from selfe.types import MOST_SAMPLES, Split, check_range
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,14 @@ class EvaluationConfig:
     """How the images of a sampling job are evaluated."""
 
     extractors: dict[str, Extractor] = field(default_factory=dict)  # what computes features, by a name of your choice
-    # real images: a folder, a manifest (.tsv, .csv, .jsonl) or a pattern of tar shards
+    # real images: a folder, a manifest (.tsv, .csv, .jsonl), a pattern of tar shards, or a config with its data (.yaml)
     reference: Path | None = None
     base_dir: Path = Path()  # folder that relative image paths of the reference manifest start from
     # height and width to which reference images are resized and cropped; default: those of the generated images
     reference_size: tuple[int, int] | None = None
-    reference_images: int | None = None  # images of the reference, evenly spaced over it; default: all
+    # number of reference images, evenly spaced over it (of a config: the first); default: all
+    reference_images: int | None = None
+    reference_split: Split = "val"  # of a config's data
     metrics: tuple[str, ...] = ()  # see docs/evaluation.md; default: all that extractors and reference allow
     bootstrap: int = 100  # replicates of a 95 % interval; 0: no intervals
     max_features: int = 10_000  # images of a set of which all pairs are compared (all metrics but fd): bounds memory

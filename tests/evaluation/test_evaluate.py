@@ -126,6 +126,19 @@ def test_a_killed_evaluation_resumes_without_computing_features_again(job):
     assert result(job) == resumed
 
 
+def test_real_images_can_be_those_of_a_config(job):
+    mini = sampling_job.PHOTOS.parents[1] / "configs/mini/base.yaml"
+    given = [f"evaluation.reference={mini}", "evaluation.metrics=[fd]"]
+    with pytest.raises(UserError, match=r"reference_images: missing; set how many images of .*base.yaml are taken"):
+        evaluate.main(arguments(job, *given))
+    evaluate.main(arguments(job, *given, "evaluation.reference_images=40"))
+    first = result(job)
+    assert first["reference"]["count"] == 40
+    assert first["reference"]["resized"] == "unchanged"
+    evaluate.main(arguments(job, *given, "evaluation.reference_images=40", "evaluation.reference_split=train"))
+    assert result(job)["reference"]["images"] != first["reference"]["images"]
+
+
 def test_a_replaced_image_gets_new_features(job):
     evaluate.main(arguments(job, "evaluation.metrics=[fd]"))
     before = result(job)

@@ -28,7 +28,7 @@ def pixels(tmp_path_factory) -> Tensor:
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(folder, filter="data")
     images = subset(Captioned(Shards(folder / "train-*.tar", 10**6)), 2 * COUNT)
-    return signed(torch.stack([images.read(i) for i in range(len(images))]))
+    return signed(torch.stack([images.read(i)[0] for i in range(len(images))]))
 
 
 def features(images: Tensor) -> Tensor:
