@@ -245,9 +245,13 @@ def from_config(path: Path, split: Split, count: int | None) -> FromConfig:
         raise UserError(f"evaluation.reference_images: missing; set how many images of {path} are taken")
     images = FromConfig(config.load(path), split, count)
     if split == "val" and not images.data.has_val:
-        raise UserError(
-            f"evaluation.reference: {path}: its data has no split val; set evaluation.reference_split=train"
-        )
+        raise UserError(f"evaluation.reference: {path}: has no validation images; set evaluation.reference_split=train")
+
+    # training images are repeated without end, those for validation are read once
+    if split == "val" and isinstance(images.data, BucketedDataset):
+        (source,) = images.data.sources["val"]
+        if count > len(source):
+            raise UserError(f"evaluation.reference_images: {count}, but {path} has {len(source)} validation images")
     return images
 
 

@@ -160,6 +160,7 @@ def test_a_replaced_image_gets_new_features(job):
         ("evaluation.metrics=[fid]", "no metric 'fid'; valid: fd, kid"),
         ("evaluation.reference=nowhere.tsv", "nowhere.tsv: no such file"),
         ("evaluation.reference=model.pt", "give a folder of images, a manifest"),
+        ("evaluation.reference=configs/debug/selfe_smoke.yaml evaluation.reference_images=1000", "has 33 validation"),
         ("evaluation.extractors=null", "extractors: expected"),
         ("evaluation.nearest_k=50", "50 neighbours need more than 50 images in each set, got 66 generated and 33"),
         ("evaluation.table=[a.csv]", "a.csv: the file must be .md"),
@@ -167,7 +168,7 @@ def test_a_replaced_image_gets_new_features(job):
 )
 def test_mistakes_are_one_line(job, override, message):
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
-        evaluate.main(arguments(job, override))
+        evaluate.main(arguments(job, *override.split()))
 
 
 def test_a_folder_that_is_no_job_is_refused(tmp_path):
