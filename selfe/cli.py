@@ -376,7 +376,7 @@ VERBS = {
     ),
     "check-data": Verb(
         "selfe.tools.check_data",
-        "Validate a manifest or tar shards: every caption and image; all problems are reported in one pass.",
+        "Validate a manifest, tar shards or tables: every caption and image; all problems are reported in one pass.",
         check_data,
         "exit codes: 0 no problems; 1 problems found; 2 user error",
     ),
