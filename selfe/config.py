@@ -35,6 +35,7 @@ SECTIONS = {
 }
 DATA = "selfe.protocols.Data"
 PRETRAINED = (
+    "selfe.encoders.diffusers_vae.DiffusersVAE",
     "selfe.encoders.t5_clip.T5Clip",
     "selfe.encoders.hf_text.HFText",
     "selfe.encoders.flux_vae.FluxVAE",
@@ -191,7 +192,7 @@ def check_weights(system: dict) -> None:
     for name in ("text_encoder", "autoencoder"):
         for path, part in pretrained_parts(system.get(name, {}), f"system.{name}"):
             params = part.get("params") or {}
-            model = str(params.get("model", ""))  # of HFText: a path or an installed model needs no cache folder
+            model = str(params.get("model", ""))  # a path or an installed model needs no cache folder
             has_folder = model.startswith((".", "~", "/")) or packaged.folder(model) is not None
             if not params.get("skip_pretrained") and not params.get("cache_dir") and not has_folder:
                 raise Problem(

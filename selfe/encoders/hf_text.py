@@ -16,6 +16,7 @@ from transformers import BertConfig, PreTrainedConfig, PreTrainedTokenizerFast
 from selfe.encoders import hf_folder
 from selfe.encoders.token_batches import PAD_MULTIPLE, Code, copy_together, encode, group_by_length, padded
 from selfe.errors import UserError
+from selfe.io.model_folder import model_name
 from selfe.protocols import ShardLoader, TensorReader
 from selfe.rng import philox
 from selfe.types import DTYPES, MOST_WIDTH, Precision, TextCond, check_range
@@ -119,7 +120,7 @@ class HFText:
 
     def output_settings(self) -> dict[str, Any]:
         return {
-            "model": Path(self.model).name if hf_folder.is_path(self.model) else self.model,
+            "model": model_name(self.model),
             "skip_pretrained": self.skip_pretrained,
             "layers": list(self.layers),
             "template": self.template,

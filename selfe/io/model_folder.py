@@ -15,11 +15,15 @@ def is_path(model: str) -> bool:
     return model.startswith((".", "~")) or Path(model).is_absolute()
 
 
-def find_model(model: str, cache_dir: Path | None, key: str) -> Path:
+def find_model(model: str, cache_dir: Path | None, key: str, remedy: str) -> Path:
     """The folder of a model: a path if it is absolute or starts with `.` or `~`, otherwise a name in the cache folder.
 
+    Args:
+        key: the key path of its name.
+        remedy: what to do if a model of the Hub is not in the cache folder.
+
     Raises:
-        UserError: there is no such folder; `key` is the key path of its name.
+        UserError: there is no such folder.
     """
     if is_path(model):
         folder = Path(model).expanduser()
@@ -29,12 +33,12 @@ def find_model(model: str, cache_dir: Path | None, key: str) -> Path:
 
     if cache_dir is None:
         raise UserError(
-            f"{key}: {model} is needed, but SELFE_CACHE_DIR is not set; set it to the directory of the weights, or set "
+            f"{model} is needed, but SELFE_CACHE_DIR is not set; set it to the directory of the weights, or set "
             "SELFE_SKIP_PRETRAINED=1 for random weights"
         )
     folder = Path(cache_dir) / model
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; download {model} from the Hub to it; {key} names it")
+        raise UserError(f"{folder}: no such folder; {remedy}, or set SELFE_SKIP_PRETRAINED=1 for random weights")
     return folder
 
 
