@@ -182,13 +182,12 @@ class MMDiT(nn.Module):
         image = self.image_in(x_t.tokens.to(dtype))
         if self.position is not None:
             image = image + self.position(to_device(places(x_t.grids, self.learned_grid), image.device))
-        x = torch.cat([self.text_in(cond.text.tokens.to(dtype)), image])
+        stream = Stream(torch.cat([self.text_in(cond.text.tokens.to(dtype)), image]), emb, layout)
 
-        stream = Stream(x, emb, layout)
         for name, block in self.blocks():
             if route is not None and name == route.first:
                 routed = PackedLayout.of_route(x_t.grids, cond.text.grids, *place, route.kept)
-                kept = to_device(kept_tokens(x_t, layout.num_text, route), x.device)
+                kept = to_device(kept_tokens(x_t, layout.num_text, route), image.device)
                 skipped, stream = stream, stream.select(kept, routed)
 
             # Single blocks have the same weights for text and image, so they can keep the order of attention.
