@@ -30,6 +30,12 @@ from selfe.errors import UserError
 from selfe.io.safetensors_files import SafetensorsFiles, read_json
 from selfe.protocols import TensorReader
 
+# models that no mask makes independent of padding, and why
+UNSUITABLE = {
+    "siglip_text_model": "it was trained on captions padded to 64 tokens, and reads the padding",
+    "siglip2_text_model": "it was trained on captions padded to 64 tokens, and reads the padding",
+}
+
 # names in old checkpoints of BERT
 OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 
@@ -93,6 +99,9 @@ def read_config(folder: Path, advice: str) -> PreTrainedConfig:
     if type(config) not in MODEL_FOR_TEXT_ENCODING_MAPPING and type(config) not in MODEL_MAPPING:
         raise UserError(f"{folder}: transformers has no text encoder for the model_type {config.model_type}")
 
+    if config.model_type in UNSUITABLE:
+        raise UserError(f"{folder}: {config.model_type} cannot be used: {UNSUITABLE[config.model_type]}")
+
     config.is_encoder_decoder = config.use_cache = False
     return config
 
@@ -124,6 +133,8 @@ def open_weights(folder: Path, network: nn.Module, hashes: Sequence[str], advice
 
     shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
     names = stored_names(shapes, weights.shapes)
+    if missing := [name for name in shapes if ".experts." in name and names[name] not in weights.shapes]:
+        raise UserError(f"{folder}: {missing[0]} is stored in parts; mixtures of experts are not supported")
     stored_shapes = {names[name]: shape for name, shape in shapes.items()}
     weights.expect(stored_shapes, f"the {type(network).__name__} of config.json", advice)
     return lambda name, rows: weights.read(names[name], rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +25,6 @@ from selfe.types import DTYPES, MOST_WIDTH, Precision, TextCond, check_range
 Norm = Literal["none", "unit", "rms"]
 Pooling = Literal["mean", "first", "last", "pooler", "none"]
 CAPTION = "{}"  # its place in a template
-
-# networks that take a mask in the shape of the attention scores: given (B, n), transformers reads its values, which
-# waits for the device
-TAKES_MASK_OF_SCORES = ("bert", "distilbert", "mt5", "roberta", "t5", "umt5", "xlm-roberta")
 
 logger = logging.getLogger(__name__)
 
@@ -145,8 +142,6 @@ class HFText:
         """
         self.device, self.sharded = device, shard is not None
         config, read = self.stand_in() if self.skip_pretrained else self.pretrained()
-        self.takes_mask_of_scores = config.model_type in TAKES_MASK_OF_SCORES
-
         blocks = [self.net.get_input_embeddings(), *blocks_of(self.net)]
         buffers = {name: buffer.to(device) for name, buffer in self.net.named_buffers()}
         (shard or self.materialise)(self.net, blocks, read)
@@ -154,6 +149,7 @@ class HFText:
             owner, _, attribute = name.rpartition(".")
             setattr(self.net.get_submodule(owner), attribute, buffer)
 
+        self.takes_scores_mask, self.window = takes_scores_mask(self.net), attention_window(config)
         self.is_causal = device.type != "meta" and self.measure_causality()
         self.check_length()
         self.empty = self.encode_each([""])[0]  # the empty caption is needed in every step
@@ -165,8 +161,7 @@ class HFText:
         config = hf_folder.read_config(folder, advice)
         with hf_folder.plain_errors(folder, advice):
             self.net = hf_folder.empty_network(config, self.dtype)
-        if self.pooling != "pooler":
-            self.drop_pooler()
+        self.drop_unused(config)
 
         rows = self.net.get_input_embeddings().weight.shape[0]
         self.tokenizer = hf_folder.load_fast_tokenizer(folder, rows, advice)
@@ -187,17 +182,28 @@ class HFText:
             max_position_embeddings=self.max_tokens + 8 * len(self.template) + PAD_MULTIPLE,
         )
         self.net, self.pad_id = hf_folder.empty_network(config, self.dtype), 0
-        if self.pooling != "pooler":
-            self.drop_pooler()
+        self.drop_unused(config)
 
         shapes = {name: parameter.shape for name, parameter in self.net.named_parameters()}
         read = self.no_values if self.device.type == "meta" else lambda name, rows: random(name, shapes[name])[rows]
         return config, read
 
-    def drop_pooler(self) -> None:
-        """Remove the pooling head, which is not used, and which some checkpoints lack."""
-        if isinstance(getattr(self.net, "pooler", None), nn.Module):
-            self.net.pooler = None
+    def drop_unused(self, config: PreTrainedConfig) -> None:
+        """Remove what the outputs do not need: the pooling head, and blocks behind the last of the layers.
+
+        Raises:
+            UserError: the network has no such layer.
+        """
+        if self.pooling != "pooler" and isinstance(getattr(self.net, "pooler", None), nn.Module):
+            self.net.pooler = None  # some checkpoints lack it
+
+        blocks = blocks_of(self.net)
+        self.num_blocks = getattr(config, "num_hidden_layers", None)
+        if len(blocks) != self.num_blocks:
+            self.num_blocks = None  # repeated or nested blocks
+            return
+        deepest = max(self.layer_number(layer, self.num_blocks) for layer in self.layers)
+        del blocks[deepest + 1 :]  # one more than needed: the model applies its final norm to the last one
 
     def no_values(self, name: str, rows: slice) -> Tensor:
         """A `TensorReader` for the meta device."""
@@ -280,30 +286,42 @@ class HFText:
         inner = any(layer != -1 for layer in self.layers)
         output = self.net(input_ids=ids, attention_mask=self.mask(ids, lengths), output_hidden_states=inner)
 
-        states = [output.last_hidden_state if layer == -1 else self.state(output, layer) for layer in self.layers]
+        states = [self.state(output, layer) if inner else output.last_hidden_state for layer in self.layers]
         tokens = torch.cat([state.float() for state in states], dim=-1)
         pooler = getattr(output, "pooler_output", None)
         return Outputs(tokens, None if pooler is None else pooler.float())
 
     def mask(self, ids: Tensor, lengths: Tensor) -> Tensor | None:
-        """The attention mask of padded ids, in the form that the network takes; None if it needs none."""
-        if self.is_causal:
-            return None
-        padding = torch.arange(ids.shape[1], device=ids.device) >= lengths
-        if not self.takes_mask_of_scores:
-            return (~padding).long()
-        mask = torch.zeros_like(padding, dtype=self.dtype).masked_fill(padding, torch.finfo(self.dtype).min)
-        return mask[:, None, None]
+        """The attention mask of padded ids, in the form that the network takes; None if it needs none.
+
+        A mask in the shape of the scores (B, heads, queries, keys), where transformers uses it as it is. Given (B, n)
+        or none, it reads the values of masks or positions, which waits for the device.
+        """
+        num_tokens = ids.shape[1]
+        places = torch.arange(num_tokens, device=ids.device)
+        sees_all = self.window is None or num_tokens <= self.window or ids.is_meta
+        if not self.takes_scores_mask or not sees_all:
+            return None if self.is_causal else (places < lengths).long()
+
+        # where tokens see earlier ones only, they do not see the padding behind them
+        later, padding = (places > places[:, None])[None, None], (places >= lengths)[:, None, None]
+        hidden = later if self.is_causal else padding
+        return torch.zeros_like(hidden, dtype=self.dtype).masked_fill(hidden, torch.finfo(self.dtype).min)
 
     def state(self, output: Any, layer: int) -> Tensor:
         """The states (B, n, d) of a layer. Raises UserError if the network has no such layer."""
-        num_blocks = len(output.hidden_states) - 1
+        num_blocks = self.num_blocks or len(output.hidden_states) - 1
+        number = self.layer_number(layer, num_blocks)
+        return output.last_hidden_state if number == num_blocks else output.hidden_states[number]
+
+    def layer_number(self, layer: int, num_blocks: int) -> int:
+        """A layer counted from 0, the embedding. Raises UserError if the network has no such layer."""
         if not -num_blocks - 1 <= layer <= num_blocks:
             raise UserError(
                 f"system.text_encoder.params.layers: {layer}; {self.model} has the layers 0 to {num_blocks}, and -1 to "
                 f"{-num_blocks - 1} counted from the last"
             )
-        return output.last_hidden_state if layer == num_blocks else output.hidden_states[layer]
+        return layer % (num_blocks + 1)
 
     def pool(self, outputs: Outputs, lengths: Tensor, ranges: Tensor) -> Tensor:
         """The pooled vectors (B, pooled_dim); `ranges` (B, 2) are the returned tokens."""
@@ -391,10 +409,27 @@ class HFText:
         return next(number for number in ids if number is not None)
 
 
-def blocks_of(network: nn.Module) -> list[nn.Module]:
-    """The blocks of a network, which are sharded one by one: the modules of its longest list of modules."""
+def blocks_of(network: nn.Module) -> nn.ModuleList:
+    """The blocks of a network, which are sharded one by one: its longest list of modules."""
     lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=len, default=()))
+    return max(lists, key=len, default=nn.ModuleList())
+
+
+def takes_scores_mask(network: nn.Module) -> bool:
+    """Whether a network takes a mask in the shape of the attention scores as it is: if it makes its own with the shared
+    functions of transformers."""
+    module = sys.modules[type(network).__module__]
+    return hasattr(module, "create_causal_mask") or hasattr(module, "create_bidirectional_mask")
+
+
+def attention_window(config: PreTrainedConfig) -> int | None:
+    """The number of tokens up to which all layers attend to all tokens; None if they always do."""
+    inner = getattr(config, "encoder", None)
+    config = inner if isinstance(inner, PreTrainedConfig) else config
+    kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    if (kinds is None and window is None) or (kinds is not None and set(kinds) == {"full_attention"}):
+        return None
+    return (window or 0) // 2  # encoders attend to half of it on each side
 
 
 def num_positions(network: nn.Module) -> int | None:

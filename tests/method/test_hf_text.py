@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForTextEncoding, AutoTokenizer, CLIPTextModel
 
 from selfe import cli, compare, config, packaged
 from selfe.distributed import fsdp
 from selfe.distributed.collectives import World
 from selfe.encoders.composed_text import ComposedText
-from selfe.encoders.hf_text import HFText
+from selfe.encoders.hf_text import HFText, blocks_of
 from selfe.encoders.t5_clip import ClipSize, T5Clip, T5Size
 from selfe.encoders.words import Words
 from selfe.errors import UserError
@@ -25,6 +26,7 @@ from selfe.tools import precompute, probe_text
 from tests.helpers import train_processes
 from tests.helpers.encoder_files import CAPTIONS, write_text_model
 from tests.helpers.ranks import on_ranks
+from tests.method.test_pretrained import CopiesFromHost
 
 FAMILIES = ("t5", "clip", "bert", "qwen3", "gemma3", "t5gemma")
 MIXED = [CAPTIONS[0], "a red cat", *CAPTIONS[1:3], "a cup of coffee", "a cat", "a red cat"]
@@ -48,6 +50,10 @@ def loaded(folders: Path, family: str, shard=None, **changes) -> HFText:
     encoder = HFText(family, **settings | changes)
     encoder.load(CPU, shard)
     return encoder
+
+
+def copied(folders: Path, tmp_path: Path, family: str = "bert") -> Path:
+    return Path(shutil.copytree(folders / family, tmp_path / family))
 
 
 class Reference:
@@ -82,6 +88,20 @@ def test_tokens_and_pooled_vectors_equal_those_of_transformers(folders, family):
     assert_near(cond.pooled, torch.stack([output.mean(dim=0) for output in outputs]))
 
 
+@pytest.mark.parametrize("family", ["gemma3", "t5gemma"])
+def test_captions_within_the_sliding_window_need_no_mask_of_the_model(folders, tmp_path, family):
+    folder = copied(folders, tmp_path, family)
+    described = json.loads((folder / "config.json").read_text())
+    for part in (described, described.get("encoder", {})):
+        part["sliding_window"] = 128
+    (folder / "config.json").write_text(json.dumps(described))
+
+    encoder, reference = loaded(tmp_path, family), Reference(folder)
+    assert encoder.window == 64
+    for caption, tokens in zip(MIXED, encoder(MIXED).text.split(), strict=True):
+        assert_near(tokens, reference(caption).last_hidden_state[0])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_several_layers_are_concatenated(folders, family):
     """0 is the embedding; the last layer is the output of the model, for CLIP after its final norm."""
@@ -98,6 +118,14 @@ def test_several_layers_are_concatenated(folders, family):
     assert not cond.pooled.any()
 
 
+@pytest.mark.parametrize("family", ["bert", "qwen3", "gemma3"])
+def test_blocks_behind_the_last_layer_are_not_computed(folders, family):
+    """One block more than needed is: its input is the state before the final norm of the model."""
+    short, full = loaded(folders, family, layers=-3), loaded(folders, family, layers=(1, -1), text_dim=64)
+    assert (len(blocks_of(short.net)), len(blocks_of(full.net))) == (2, 3)
+    assert torch.equal(short(MIXED).text.tokens, full(MIXED).text.tokens[:, :32])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_caption_has_the_same_codes_beside_any_others(folders, family, dtype):
@@ -108,6 +136,45 @@ def test_a_caption_has_the_same_codes_beside_any_others(folders, family, dtype):
         alone = encoder([caption])
         assert torch.equal(tokens, alone.text.tokens)
         assert torch.equal(pooled, alone.pooled[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_operations_on_the_meta_device_are_those_of_the_network(folders, family):
+    """For the plan: as many FLOPs, and shapes of the same numbers of tokens, from config.json and the tokenizer."""
+    real = loaded(folders, family, layers=(1, 2), text_dim=2 * WIDTH.get(family, 32), template="a {}")
+    meta = HFText(
+        family, 2 * WIDTH.get(family, 32), folders, layers=(1, 2), template="a {}", max_tokens=64, dtype="fp32"
+    )
+    meta.load(META)
+    counts = []
+    for encoder in (real, meta):
+        with FlopCounterMode(display=False) as counter:
+            cond = encoder(MIXED)
+        counts.append((counter.get_total_flops(), cond.text.lens, cond.pooled.shape))
+    assert counts[0] == counts[1]
+    assert counts[0][0] > 0
+
+
+@pytest.mark.parametrize("family", ["bert", "gemma3"])
+def test_many_lengths_take_few_calls_and_one_copy(folders, family):
+    encoder = loaded(folders, family)
+    words = " ".join(CAPTIONS).split()
+    captions = [" ".join(words[:count]) for count in range(1, 33)]
+    lengths = [len(row.ids) for row in encoder.rows(captions)]
+    assert len(set(lengths)) > 20
+
+    calls = []
+    encoder.net.register_forward_pre_hook(
+        lambda _, args, keywords: calls.append(tuple(keywords["input_ids"].shape)), with_kwargs=True
+    )
+    encoder(captions)
+    assert sorted(length for _, length in calls) == sorted({-(-length // 32) * 32 for length in lengths})
+
+    meta = HFText(family, 32, folders, max_tokens=64)
+    meta.load(META)
+    with CopiesFromHost() as copies:
+        meta(captions)
+    assert copies.count <= 2  # the ids, and the owners of the packed tokens
 
 
 @pytest.mark.parametrize("family", ["bert", "qwen3", "gemma3"])
@@ -261,10 +328,6 @@ def test_minilm_gives_the_embeddings_of_sentence_transformers():
 
 
 # ---- files that are missing, damaged or foreign ----
-
-
-def copied(folders: Path, tmp_path: Path, family: str = "bert") -> Path:
-    return Path(shutil.copytree(folders / family, tmp_path / family))
 
 
 @pytest.mark.parametrize(
