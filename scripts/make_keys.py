@@ -37,6 +37,7 @@ from selfe.encoders.remembered_text import RememberedText
 from selfe.encoders.t5_clip import T5Clip
 from selfe.encoders.words import Words
 from selfe.evaluation.hf_extractor import HFExtractor
+from selfe.evaluation.inception import Inception
 from selfe.evaluation.settings import EvaluationConfig
 from selfe.infer import Inferencer
 from selfe.objectives.flow_matching import FlowMatching
@@ -62,7 +63,7 @@ PARTS = (
     ("Data sets", "data.params", (BucketedDataset, ShapesData, CachedData)),
     ("Samplers", "inferencer.defaults.sampler.params", (Renoise, Euler)),
     ("Evaluation", "evaluation", (EvaluationConfig,)),
-    ("Extractors", "evaluation.extractors.NAME.params", (HFExtractor,)),
+    ("Extractors", "evaluation.extractors.NAME.params", (HFExtractor, Inception)),
 )
 
 # what a config names, where it is not the class itself

@@ -175,8 +175,7 @@ def describe(job: Job, extracted: Extracted, evaluation: EvaluationConfig, recor
     """What the numbers are about."""
     cells = []
     for cell, features in zip(job.cells, extracted.cells, strict=True):
-        facts = {"count": len(cell), "prompts": results.digest([image["prompt"] for image in cell.images])}
-        cells.append({"settings": cell.settings} | facts | cell.record() | {"images": features.digest()})
+        cells.append({"settings": cell.settings} | cell.record() | {"images": features.digest()})
 
     reference = None
     if job.reference is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -75,10 +76,17 @@ class Cell:
         return self.folder / self.images[index]["file"]
 
     def record(self) -> dict[str, Any]:
-        """What numbers of this cell are about, besides its sampling settings: seeds and image sizes."""
+        """What numbers of this cell are about, besides its sampling settings: prompts, noise and image sizes."""
+        prompts = [(image["prompt"], image["negative_prompt"]) for image in self.images]
+        noise = [(image["seed"], image["sample"]) for image in self.images]
         sizes = sorted({(image["height"], image["width"]) for image in self.images})
-        seeds = sorted({image["seed"] for image in self.images})
-        return {"seeds": seeds, "sizes": [list(size) for size in sizes]}
+        return {
+            "count": len(self.images),
+            "prompts": digest(prompts),
+            "seeds": sorted({seed for seed, _ in noise}),
+            "noise": digest(noise),
+            "sizes": [list(size) for size in sizes],
+        }
 
 
 def read_job(folder: Path) -> list[Cell]:
@@ -273,6 +281,10 @@ def common_size(cells: Sequence[Cell]) -> tuple[int, int] | None:
 
 def fitted(image: Any, size: tuple[int, int] | None) -> Tensor:
     return as_tensor(image) if size is None else image_decode.fit(image, size)
+
+
+def digest(values: Sequence[tuple]) -> str:
+    return hashlib.blake2b(json.dumps(values).encode(), digest_size=8).hexdigest()
 
 
 def as_tensor(image: Any) -> Tensor:

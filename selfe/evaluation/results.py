@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +31,7 @@ class Evaluation:
     """The numbers of a sampling job."""
 
     folder: str
-    cells: list[dict[str, Any]]  # settings, count, prompts (digest), seeds, sizes, images (digest)
+    cells: list[dict[str, Any]]  # settings, count, prompts (digest), seeds, noise (digest), sizes, images (digest)
     reference: dict[str, Any] | None  # path, count, resized, images (digest)
     extractors: dict[str, dict[str, Any]]  # records by name
     settings: dict[str, int]  # of the metrics
@@ -55,7 +54,7 @@ class Evaluation:
         """
         cell = self.cells[value.cell]
         record = {"extractor": self.extractors[value.extractor]}
-        record |= {name: cell[name] for name in ("count", "prompts", "seeds", "sizes")}
+        record |= {name: cell[name] for name in ("count", "prompts", "noise", "sizes")}
         if self.reference is not None:
             record["reference"] = {name: fact for name, fact in self.reference.items() if name != "path"}
         return record | self.settings
@@ -120,10 +119,6 @@ def curve_label(settings: dict[str, Any]) -> str:
 
 def setting_text(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def digest(texts: Iterable[str]) -> str:
-    return hashlib.blake2b(json.dumps(list(texts)).encode(), digest_size=8).hexdigest()
 
 
 def differences(evaluations: Sequence[Evaluation]) -> dict[tuple[str, ...], list[tuple[str, str]]]:

@@ -96,7 +96,7 @@ def make_run(folder: Path, steps: int = 40, offset: float = 0.0, *changes: str) 
 
 
 SAMPLING = {"s_ratio": 0.0, "weights": "ema", "sampler": "renoise", "eta": 1.0, "step": 700, "fingerprint": "0123"}
-SIZES = {"count": 50, "prompts": "ab", "seeds": [0], "sizes": [[32, 32]], "images": "cd"}
+SIZES = {"count": 50, "prompts": "ab", "seeds": [0], "noise": "ij", "sizes": [[32, 32]], "images": "cd"}
 
 
 def evaluation(folder: str = "runs/a/images", shift: float = 0, **reference) -> Evaluation:
