@@ -203,6 +203,8 @@ class HFText:
             self.num_blocks = None  # repeated or nested blocks
             return
         deepest = max(self.layer_number(layer, self.num_blocks) for layer in self.layers)
+        if self.pooling == "pooler":
+            return  # the pooling head reads the last block
         del blocks[deepest + 1 :]  # one more than needed: the model applies its final norm to the last one
 
     def no_values(self, name: str, rows: slice) -> Tensor:

@@ -218,6 +218,8 @@ def test_pooled_vectors(folders, family, pooling, vector):
     reference = Reference(folders / family)
     wanted = torch.stack([vector(reference(caption)) for caption in MIXED])
     assert_near(loaded(folders, family, pooling=pooling)(MIXED).pooled, wanted)
+    if pooling == "pooler":  # of the last layer, whatever the layer of the tokens
+        assert_near(loaded(folders, family, pooling=pooling, layers=1)(MIXED).pooled, wanted)
 
 
 def test_pooled_vectors_are_scaled(folders):
