@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from selfe import config
+from selfe.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,6 +83,25 @@ def test_the_judge_names_real_images_and_no_others(emoji):
     blends = (images.pixels + images.pixels.roll(200, 0) + images.pixels.roll(400, 0)) / 3
     blended = judge.score(scorer, blends, images.concepts, images.styles)
     assert blended["concept@1"].float().mean() < 0.3
+
+
+def test_the_judge_is_an_extractor(emoji):
+    judge, images = emoji
+    settings = config.load(ROOT / "scripts/studies/emoji/evaluate.yaml")
+    extractor = config.build(settings, "evaluation").extractors["judge"]
+    assert len(extractor.record()["weights"]) == 64
+    extractor.load(torch.device("cpu"))
+
+    some = images.select(torch.arange(0, len(images), 7))
+    output = extractor(list(some.pixels), some.captions)
+    wanted = judge.score(judge.load(), some.pixels, some.concepts, some.styles)
+    assert all(torch.equal(output[name], wanted[name]) for name in wanted)
+
+    # the caption's own emoji is the most similar of these captions
+    similarities = output["aligned"] @ extractor.texts(some.captions).T
+    assert (similarities.diagonal() >= similarities.amax(dim=1) - 1e-6).float().mean() > 0.97
+    with pytest.raises(UserError, match="'a fox': the judge needs an emoji and a style"):
+        extractor.texts(["a fox"])
 
 
 def test_an_image_is_nearest_to_itself(emoji):
