@@ -662,7 +662,7 @@ def check_save(setting: Setting) -> Facts:
         manager.wait()
         synchronize()
         begin = time.time()
-        manager.begin(save, state.training_state(net, average, optimizer))
+        manager.begin(save, state.training_state(net, {"ema": average}, optimizer))
         copied = time.time()
         path = manager.finish() if save == 2 else manager.wait()
         facts |= {f"save {save}: call": copied - begin, f"save {save}: writing": time.time() - copied}
@@ -672,7 +672,7 @@ def check_save(setting: Setting) -> Facts:
         for parameter in net.parameters():
             parameter.zero_()
     begin = time.time()
-    step = state.load(path, net, average, optimizer)
+    step = state.load(path, net, {"ema": average}, optimizer)
     facts["load"] = time.time() - begin
     equal = all(torch.equal(fsdp.local(p.detach()), b) for p, b in zip(net.parameters(), before, strict=True))
 

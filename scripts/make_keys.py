@@ -45,15 +45,24 @@ from selfe.objectives.repa import Repa
 from selfe.objectives.self_evaluation import SelfEvaluation
 from selfe.objectives.self_flow import SelfFlow
 from selfe.objectives.tread import Tread
+from selfe.optimizers.adamw import AdamW
+from selfe.optimizers.muon import Muon
 from selfe.samplers.euler import Euler
 from selfe.samplers.renoise import Renoise
+from selfe.training.ema import ConstantDecay, PowerFunction
+from selfe.training.schedules import WSD, Constant, Cosine, Linear
 from selfe.training.settings import TrainerConfig
+from selfe.training.val_metrics import LossAtTimes
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/keys.md"
 
 # (heading, key path, classes); the sections inside of a class follow it
 PARTS = (
     ("Training", "trainer", (TrainerConfig,)),
+    ("Optimizers", "trainer.optimizer.params", (AdamW, Muon)),
+    ("Learning rate schedules", "trainer.schedule.params", (Linear, Cosine, WSD, Constant)),
+    ("EMA tracks", "trainer.ema[].params", (ConstantDecay, PowerFunction)),
+    ("Validation metrics", "trainer.val_metrics[].params", (LossAtTimes,)),
     ("Sampling", "inferencer", (Inferencer,)),
     ("Backbone", "system.backbone.params", (MMDiT,)),
     ("Text encoders", "system.text_encoder.params", (T5Clip, HFText, ComposedText, Words, CachedText, RememberedText)),
@@ -83,9 +92,10 @@ Every key of a config, with its type, default and meaning. This page is written 
 
 A config has the sections `seed` (an integer of at least 0, by default 0), `system`, `data`,
 `trainer`, `inferencer` and `evaluation`, and `base`, the files that are merged first. `system` has
-four parts, `backbone`, `text_encoder`, `autoencoder` and `objective`; `data` is a part too. A part
-is `{module: dotted.path.Class, params: {...}}`; [extending.md](extending.md) explains how to write
-one.
+four parts, `backbone`, `text_encoder`, `autoencoder` and `objective`; `data` is a part too, and so
+are `optimizer` and `schedule` of `trainer` and the items of its lists `ema`, `val_metrics` and
+`loggers`. A part is `{module: dotted.path.Class, params: {...}}`; [extending.md](extending.md)
+explains how to write one.
 """
 
 
@@ -151,7 +161,8 @@ def name_of(kind: Any, path: str, sections: dict[str, type]) -> str:
     if origin is Literal:
         return ", ".join(f"`{argument}`" for argument in arguments)
     if origin is tuple and Ellipsis in arguments:
-        return f"list of {name_of(arguments[0], f'{path}[]', sections)}"
+        item = name_of(arguments[0], f"{path}[]", sections)
+        return "list of parts" if item == "part" else f"list of {item}"
     if origin is tuple:
         return f"[{', '.join(name_of(argument, path, sections) for argument in arguments)}]"
     if origin is dict:
@@ -179,7 +190,7 @@ def yaml_of(value: Any) -> str:
     if isinstance(value, int):
         return str(value)
     if isinstance(value, (str, Path)):
-        return str(value) or '""'
+        return f'"{value}"' if not str(value) or str(value).startswith("*") else str(value)
     return f"{type(value).__module__}.{type(value).__name__}"
 
 

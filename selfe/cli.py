@@ -283,10 +283,15 @@ def make_manifest(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=at_least(1), default=10_000, help="with --shards: samples per tar file")
 
 
+WEIGHTS = "ema (default), live, or the name of another average of the run"
+
+
 def export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ckpt", type=path, metavar="CKPT", help="for instance runs/selfe_2b/checkpoints")
     parser.add_argument("out", type=path, metavar="OUT", help="folder to create")
-    parser.add_argument("--weights", choices=("ema", "live"), default="ema")
+    parser.add_argument("--weights", default="ema", help=WEIGHTS)
+    std_help = "compute the average of this width from the PowerFunction tracks of the run (docs/training.md)"
+    parser.add_argument("--ema-std", type=float, metavar="STD", help=std_help)
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the denoiser")
     parser.add_argument("--format", choices=("safetensors", "diffusers"), default="safetensors")
     trust(parser)
@@ -313,7 +318,7 @@ def demo(parser: argparse.ArgumentParser) -> None:
     checkpoint = "checkpoint directory, a parent directory (newest is used), or an exported folder"
     parser.add_argument("ckpt", type=path, help=checkpoint)
     parser.add_argument("--config", type=path, help="the run's config.yaml (default: next to the checkpoints)")
-    parser.add_argument("--weights", choices=("ema", "live"), default="ema")
+    parser.add_argument("--weights", default="ema", help=WEIGHTS)
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     trust(parser)
     parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"))

@@ -18,6 +18,9 @@ from selfe.errors import UserError
 
 PARTS = ("backbone", "text_encoder", "autoencoder")  # of a system; the objective only matters in training
 
+# the optimizer of a trainer that names none
+ADAMW = {"module": "selfe.optimizers.adamw.AdamW"}
+
 # rounding and memory only: a run and the sampling from it may differ in these
 NUMERICS = ("params.dtype", "params.decode_pixels")
 
@@ -73,6 +76,9 @@ def config_beside(checkpoint: Path) -> Path | None:
 def check_run(run: Path, settings: dict, allowed: Sequence[str], section: str) -> None:
     """Compare the system of `settings` with that of a run's config.yaml, before anything is loaded.
 
+    A run that trains on (`section` is "trainer") is also compared by the state that its optimizer keeps and by the
+    averages of its weights.
+
     Args:
         run: the run's config.yaml. A module that it names is imported only if it is part of this package, or if
             `settings` names it too.
@@ -94,26 +100,47 @@ def check_run(run: Path, settings: dict, allowed: Sequence[str], section: str) -
             changed[f"system.{name}.module"] = modules
             there[name] = here[name]
 
+    train_here, train_there = (trainer_parts(trees, section) for trees in (settings, tree))
+    modules = [parts["optimizer"]["module"] for parts in (train_there, train_here)]
+    if modules[0] != modules[1]:
+        changed["trainer.optimizer.module"] = tuple(modules)
+        train_there["optimizer"] = train_here["optimizer"]
+
     # inside of parts
-    foreign = set(config.foreign_modules([there[name] for name in PARTS])) - set(config.modules(here))
+    named_there = [train_there, *(there[name] for name in PARTS)]
+    foreign = set(config.foreign_modules(named_there)) - set(config.modules([here, train_here]))
     if foreign:
         raise UserError(f"{run}: names {min(foreign)}, which is not part of selfe and which this config does not name")
 
     try:
-        described = describe_system(there)
+        described = describe_system(there) | describe_trainer(train_there)
     except UserError as error:
         raise UserError(f"{run}: {error}") from error
-    changed |= differences(described, describe_system(here))
+    changed |= differences(described, describe_system(here) | describe_trainer(train_here))
 
     changed = {key: pair for key, pair in changed.items() if key not in allowed and not key.endswith(NUMERICS)}
     if changed:
         values = "; ".join(f"{key} was {before}, is now {now}" for key, (before, now) in changed.items())
         if any(key.endswith("skip_pretrained") for key in changed):
             values += " (true: random encoders; see SELFE_SKIP_PRETRAINED)"
+        what = "system" if any(key.startswith("system.") for key in changed) else "trainer"
         raise UserError(
-            f"{run}: the system differs from the run's: {values}; use the run's values, or allow the change with "
+            f"{run}: the {what} differs from the run's: {values}; use the run's values, or allow the change with "
             f"{section}.allow_changes=[{','.join(changed)}]"
         )
+
+
+def trainer_parts(tree: dict, section: str) -> dict[str, Any]:
+    """The parts of a config's `trainer` on which the content of its checkpoints depends; defaults in other sections."""
+    trainer = tree.get("trainer", {}) if section == "trainer" else {}
+    return {"optimizer": trainer.get("optimizer") or ADAMW, "ema": trainer.get("ema") or []}
+
+
+def describe_trainer(parts: dict[str, Any]) -> dict[str, Any]:
+    """`describe` of the optimizer, and the names of the averages of the weights."""
+    described = describe("trainer.optimizer", config.build_part(parts["optimizer"], "trainer.optimizer"))
+    tracks = [config.build_part(track, f"trainer.ema[{i}]") for i, track in enumerate(parts["ema"])]
+    return described | {"trainer.ema": ["ema", *(track.name for track in tracks[1:])]}
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -589,6 +589,8 @@ def call(target: Callable, values: Any, path: str, build: bool) -> Any:
     for key in values:
         if key not in parameters:
             hint = "; nest keys instead of writing dots" if "." in str(key) else suggest(key, list(parameters))
+            if path.startswith("trainer.") and key in (signatures.of(signatures.find(SECTIONS["trainer"])) or ()):
+                hint = f"; set trainer.{key}, which holds for every choice of this part"
             raise Problem(f"{path}.{key}", f"unknown key{hint}")
     given = {key: value for key, value in values.items() if value != "???"}
     for name, parameter in parameters.items():

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from selfe.device import to_device
 from selfe.rng import SampleRNG
-from selfe.types import Packed
+from selfe.types import Packed, check_range
+
+WARP = (0.5, 1.15)  # mu at 512 and at 4096 image tokens (S.2)
+TimeDistribution = Literal["logit-normal", "uniform"]
+LossWeight = Literal["velocity", "x0", "noise"]
 
 
 def per_token(values: Tensor, like: Packed) -> Tensor:
@@ -67,10 +73,14 @@ def predict_noise(x_t: Tensor, v: Tensor, t: Tensor, like: Packed) -> Tensor:
     return x_t + (1 - per_token(t, like)) * v
 
 
-def shift(lens: Sequence[int], like: Tensor) -> Tensor:
-    """mu(L) (B,), linear in the number of image tokens: 0.5 at 512, 1.15 at 4096, extrapolated outside (S.2)."""
-    slope = (1.15 - 0.5) / (4096 - 512)
-    return to_device(torch.tensor([0.5 + slope * (n - 512) for n in lens], dtype=like.dtype), like.device)
+def shift(lens: Sequence[int], like: Tensor, ends: tuple[float, float] = WARP) -> Tensor:
+    """mu(L) (B,), linear in the number of image tokens and extrapolated outside of 512 to 4096 (S.2).
+
+    `ends`: mu at 512 and at 4096 tokens.
+    """
+    small, large = ends
+    slope = (large - small) / (4096 - 512)
+    return to_device(torch.tensor([small + slope * (n - 512) for n in lens], dtype=like.dtype), like.device)
 
 
 def warp(t: Tensor, mu: Tensor) -> Tensor:
@@ -79,13 +89,42 @@ def warp(t: Tensor, mu: Tensor) -> Tensor:
     return pushed / (pushed + (1 - t))
 
 
-def draw_t(rng: SampleRNG, x0: Packed, std: float = 1.0, name: str = "t") -> Tensor:
-    """Training times (B,): logit-normal with standard deviation `std`, warped by each sample's token count (S.2).
+@dataclass(frozen=True)
+class TrainingTimes:
+    """How training times are drawn; the defaults are the paper's (S.2)."""
+
+    distribution: TimeDistribution = "logit-normal"
+    mean: float = 0.0  # of the normal numbers whose sigmoid is t
+    std: float = 1.0
+    warp: tuple[float, float] = WARP  # mu at 512 and at 4096 image tokens; 0, 0: times are not warped
+
+    def __post_init__(self):
+        check_range("t_mean", self.mean, -100, 100)
+        check_range("t_std", self.std, 0, 100)
+        check_range("t_warp", self.warp, -20, 20)
+        if self.distribution == "uniform" and (self.mean, self.std) != (0.0, 1.0):
+            raise ValueError("t_distribution: uniform times have no t_mean and t_std; leave them at 0 and 1")
+
+
+def draw_t(rng: SampleRNG, x0: Packed, times: TrainingTimes = TrainingTimes(), name: str = "t") -> Tensor:
+    """Training times (B,), warped by each sample's token count (S.2).
 
     `name`: of the random numbers.
     """
-    t = torch.sigmoid(std * rng.normal(name, like=x0.tokens))
-    return warp(t, shift(x0.lens, like=t))
+    if times.distribution == "uniform":
+        t = rng.uniform(name, like=x0.tokens)
+    else:
+        t = torch.sigmoid(times.mean + times.std * rng.normal(name, like=x0.tokens))
+    return warp(t, shift(x0.lens, t, times.warp))
+
+
+def loss_weight(kind: LossWeight, t: Tensor) -> Tensor:
+    """Weight (B,) of squared errors of the velocity at times t, so that the loss is that of another prediction.
+
+    As x0_hat = x_t - t v and noise_hat = x_t + (1 - t) v, errors of x0 are t times, and errors of the noise (1 - t)
+    times those of the velocity.
+    """
+    return {"velocity": torch.ones_like(t), "x0": t.square(), "noise": (1 - t).square()}[kind]
 
 
 def self_weight(t: Tensor, s: Tensor, lam_max: float = math.inf) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from PIL import Image
@@ -35,7 +34,7 @@ class Generator:
         self,
         checkpoint: str | Path,
         config_path: str | Path | None = None,
-        weights: Literal["ema", "live"] = "ema",
+        weights: str = "ema",
         precision: PrecisionOrAuto = "auto",
         trust: bool = False,
         size: tuple[int, int] | None = None,
@@ -44,6 +43,7 @@ class Generator:
         Args:
             checkpoint: checkpoint directory, a parent directory (newest is used), or a folder of `selfe export`.
             config_path: the run's `config.yaml`; None: the one beside the checkpoints.
+            weights: "ema", "live" or the name of another average of the run.
             precision: of the denoiser; auto: bf16 where the hardware has it, otherwise fp32.
             trust: let the config.yaml beside the checkpoints name modules that are not part of this package, which
                 runs their code.

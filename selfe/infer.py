@@ -16,7 +16,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from PIL import Image
@@ -51,7 +50,8 @@ class Inferencer:
     # settings of prompts that do not set them
     defaults: SamplingDefaults = SamplingDefaults()  # noqa: RUF009 - frozen
     prompts: tuple[str, ...] = ()  # overrides defaults.prompt_file
-    weights: Literal["ema", "live", "both"] = "ema"  # EMA or live weights, or every image with both
+    # ema, live, or both for every image with each of the two; or the name of another average of the run
+    weights: str = "ema"
     precision: PrecisionOrAuto = "auto"  # of the denoiser; auto: bf16 where the hardware has it, otherwise fp32
     compile: bool = False  # compile each block of the denoiser once for all sizes; useful for many images
     batch_size: int = 16  # maximum images per batch

@@ -1,15 +1,16 @@
-"""Protocols of the swappable parts: denoiser, encoders, data, objective, sampler, extractor."""
+"""Protocols of the swappable parts: denoiser, encoders, data, objective, sampler, extractor, parts of the trainer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from selfe.rng import SampleRNG
-from selfe.types import Batch, Loss, Packed, Route, Split, TextCond
+from selfe.types import Batch, Loss, Packed, Precision, Route, Split, TextCond
 
 
 class Denoiser(Protocol):
@@ -255,3 +256,82 @@ class TextExtractor(Extractor, Protocol):
     def texts(self, captions: Sequence[str]) -> Tensor:
         """Captions -> (B, e): the nearer to an image's `aligned` by cosine, the better they fit."""
         ...
+
+
+# ---- parts of the trainer ----
+
+
+class Optimizer(Protocol):
+    """Builds the optimizer of a run; what it builds updates the weights and is saved in checkpoints."""
+
+    def output_settings(self) -> dict[str, Any]:
+        """Constructor parameters that decide which state is kept for which parameter; values as in YAML."""
+        ...
+
+    def build(
+        self, net: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float, precision: Precision
+    ) -> torch.optim.Optimizer:
+        """The optimizer of the parameters of `net`, which are sharded (DTensor) in training and plain in a plan.
+
+        The trainer sets `lr` of every group before a step: the scheduled one, times the group's `lr_scale` if it has
+        one. `betas` and `weight_decay` are the keys of `trainer`; `precision` is that of matrix products.
+        """
+        ...
+
+
+class Schedule(Protocol):
+    """The way of the learning rate from `trainer.lr` to `trainer.min_lr`, after the warm-up."""
+
+    def __call__(self, step: int, start: int, end: int) -> float:
+        """How much of the way is done at a step: 0 is `lr`, 1 is `min_lr`.
+
+        `start`: first step after the warm-up, `trainer.decay_start` or the phase that set `lr`, whichever is last.
+        `end`: last step of the run.
+        """
+        ...
+
+
+class EmaTrack(Protocol):
+    """A moving average of the weights."""
+
+    name: str  # in checkpoints and metrics, different for different settings; the first track of a run is called "ema"
+
+    def decay_at(self, step: int) -> float:
+        """The share of the average that a step keeps; steps count from 0."""
+        ...
+
+
+class ValidationMetric(Protocol):
+    """A measurement of the validation, of the live weights and of each EMA track."""
+
+    def __call__(self, system: Any, net: Denoiser, batch: Batch, rng: SampleRNG, step: int) -> dict[str, Tensor]:
+        """name -> a value per sample (B,), the mean of which is logged as `val/NAME`, `val_ema/NAME`, ...
+
+        `system` is a `selfe.system.System`; `rng` is the same at every validation. Every rank must make the same calls
+        of `net`.
+        """
+        ...
+
+
+class Logger(Protocol):
+    """Receives metrics and images of a run on rank 0, beside `metrics.jsonl`."""
+
+    def open(self, folder: Path, start: int, record: dict) -> None:
+        """Called once, before the first step.
+
+        Args:
+            folder: output directory of the run.
+            start: completed steps of the checkpoint that the run continues from; steps after it are logged again.
+            record: the complete config as YAML types.
+        """
+        ...
+
+    def numbers(self, step: int, values: dict[str, float]) -> None:
+        """Metrics after `step` completed steps."""
+        ...
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        """A sample grid or a heat map, as a file."""
+        ...
+
+    def close(self) -> None: ...

@@ -61,14 +61,17 @@ class Trainer:
         mesh = fsdp.make_mesh(world, cfg.shard_size)
         how = {name: getattr(cfg, name) for name in ("activation_checkpointing", "compile", "gathering")}
         precision = choose_precision(cfg.precision, world.device)
-        self.net, self.ema = fsdp.build_model_and_ema(system.backbone, mesh, precision, seed, **how)
+        self.tracks = cfg.ema_tracks
+        count = len(self.tracks)
+        self.net, averages = fsdp.build_model_and_averages(system.backbone, mesh, precision, seed, count, **how)
+        self.averages = dict(zip(self.tracks, averages, strict=True))
+        self.ema = self.averages["ema"]
         shard_encoder = partial(fsdp.load_sharded, mesh=mesh)
         system.load_encoders(world.device, shard_encoder if cfg.shard_text_encoder else None)
         cfg.samples.check(system)
 
-        self.optimizer = torch.optim.AdamW(
-            self.net.parameters(), lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True
-        )
+        numbers = {"lr": cfg.lr, "betas": cfg.betas, "weight_decay": cfg.weight_decay}
+        self.optimizer = cfg.optimizer.build(self.net, **numbers, precision=precision)
 
         # totals of the entire run, over all starts: images that all ranks have learned from, and seconds of training
         self.samples, self.elapsed_before = 0, 0.0
@@ -76,7 +79,7 @@ class Trainer:
         # resume from the newest valid checkpoint, or initialise a new run
         self.saver = CheckpointManager(self.folder / "checkpoints", cfg.checkpoints, world)
         newest = verify.newest_valid(self.saver.folder, world)
-        self.start = state.load(newest, self.net, self.ema, self.optimizer) if newest else self.initialise()
+        self.start = self.resume(newest) if newest else self.initialise()
         marker = verify.read_marker(newest) if newest else {"guard": None}
         self.guard = GradGuard(cfg.health, marker["guard"])
         if newest:
@@ -97,6 +100,26 @@ class Trainer:
         """Micro-batches per rank in a step."""
         return self.cfg.micro_batches(self.world.size, self.system.objective.batch_multiple, step)
 
+    def resume(self, path: Path) -> int:
+        """Load a checkpoint of this run, and return the number of its steps.
+
+        Where `allow_changes` permits another optimizer or another average of the weights, those start anew.
+        """
+        stored = state.list_weights(path)
+        new = [name for name in self.averages if name not in stored]
+        parts = state.PARTS
+        may_change = any(key.startswith("trainer.optimizer") for key in self.cfg.allow_changes)
+        if may_change and state.optimizer_problem(path, self.net, self.optimizer):
+            parts = tuple(part for part in parts if part != "optimizer")
+            new.append("state of the optimizer")
+
+        done = state.load(path, self.net, self.averages, self.optimizer, parts)
+        if "optimizer" not in parts:
+            self.optimizer.state.clear()  # what looking at it has created
+        if new and self.world.is_main:
+            log.print_line(f"not in {path}, so started anew: {', '.join(new)}")
+        return done
+
     def initialise(self) -> int:
         """Start a run that has no checkpoint yet, loading what `init_from` names. Returns the first step."""
         origin, main = self.cfg.init_from, self.world.is_main
@@ -105,7 +128,7 @@ class Trainer:
 
         # safetensors weights in FLUX names: parameters only, starting at step 0
         if isinstance(origin, Path) and flux.holds_weights(origin):
-            loaded = flux.warm_start(origin, self.net, self.ema)
+            loaded = flux.warm_start(origin, self.net, *self.averages.values())
             if main:
                 log.print_line(loaded.summary(self.folder / "init_from.txt"))
             return 0
@@ -117,7 +140,7 @@ class Trainer:
         path = collectives.broadcast(verify.find(origin.path) if main else None, self.world)
         if "step" in origin.parts:
             self.samples = verify.read_marker(path)["samples"]
-        return state.load(path, self.net, self.ema, self.optimizer, origin.parts)
+        return state.load(path, self.net, self.averages, self.optimizer, origin.parts)
 
     def run(self, settings: dict | None = None) -> None:
         """Train to `max_steps`, `stop_step` or a stop signal, then save. Raises Stopped after a signal.
@@ -130,7 +153,8 @@ class Trainer:
         if self.start >= end:
             return self.finish(f"nothing to do: {self.start} steps are done, and this run ends at {end}", stop=0)
 
-        loggers = Loggers(self.folder, self.start, cfg.wandb, cfg.tensorboard, config.plain(settings or {}), main)
+        record = config.plain(settings or {})
+        loggers = Loggers(self.folder, self.start, cfg.wandb, cfg.tensorboard, cfg.loggers, record, main)
         progress = log.Progress("training", end, self.start, quiet=not main, unit="step")
         watch = Watchdog(self.world, cfg.timeout_minutes, partial(launch.end, 1))
         stop_signal = StopSignal(0.9 * launch.grace_seconds(), self.end_late)
@@ -237,7 +261,7 @@ class Trainer:
     def save(self, done: int, score: float | None) -> None:
         """Start an asynchronous checkpoint after `done` steps; `score` is the validation loss, used by `keep_best`."""
         self.clock.mark("checkpoint")
-        snapshot = state.training_state(self.net, self.ema, self.optimizer)
+        snapshot = state.training_state(self.net, self.averages, self.optimizer)
         notes = {"score": score, "guard": self.guard.memory, "samples": self.samples, "elapsed": self.elapsed()}
         self.saver.begin(done, snapshot, notes)
         self.clock.mark("other")
@@ -260,7 +284,7 @@ class Trainer:
         cfg, clock, measured = self.cfg, self.clock, MetricAccumulator()
         num_micro, losses, checks, num_tokens = self.num_micro(step), [], [], 0
         for group in self.optimizer.param_groups:
-            group["lr"] = cfg.lr_at(step)
+            group["lr"] = cfg.lr_at(step) * group.get("lr_scale", 1.0)
 
         # accumulate gradients
         for _ in range(num_micro):
@@ -300,7 +324,8 @@ class Trainer:
             if cfg.clip_norm is not None:
                 fsdp.clip_gradients(self.net, norm, cfg.clip_norm)
             self.optimizer.step()
-            ema.update(self.ema, self.net, ema.decay_at(step, cfg.ema_decay, cfg.ema_warmup))
+            for name, track in self.tracks.items():
+                ema.update(self.averages[name], self.net, track.decay_at(step))
             self.measured.extend(measured)
             self.samples += len(cfg.samples_at(step))
             self.num_samples += len(cfg.samples_at(step)) // self.world.size
@@ -370,15 +395,17 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
-        """The objective on fixed images, times and noise.
+        """The objective and `val_metrics` on fixed images, times and noise.
 
-        val/ and val_ema/: the current objective with live and EMA weights. val_plain/: the objective of step 0 (for
-        Self-E: flow matching) with EMA weights, comparable over the entire run because no schedule changes it.
+        val/ and val_ema/: the current objective with live and EMA weights; val_NAME/ with those of a further average.
+        val_plain/: the objective of step 0 (for Self-E: flow matching) with EMA weights, comparable over the entire run
+        because no schedule changes it.
         """
         self.clock.mark("validation")
         part, values = self.part("val"), {}
-        now_and_plain = {"val/": (self.net, step), "val_ema/": (self.ema, step), "val_plain/": (self.ema, 0)}
-        for prefix, (net, at) in now_and_plain.items():
+        passes = {"val/": (self.net, step)} | {f"val_{name}/": (net, step) for name, net in self.averages.items()}
+        passes["val_plain/"] = self.ema, 0
+        for prefix, (net, at) in passes.items():
             measured = MetricAccumulator()
             for number, place in product(range(self.cfg.val_batches), range(self.num_micro(0))):
                 batch = raise_if_error(part[number, place]).to(self.world.device)
@@ -386,6 +413,8 @@ class Trainer:
                 loss = self.system.loss(net, self.ema, batch, rng, at)
                 raise_if_not_finite(loss.checks)
                 measured.add(loss, batch)
+                for metric in self.cfg.val_metrics if prefix != "val_plain/" else ():
+                    measured.add_values(metric(self.system, net, batch, rng, step))
             values |= measured.means(self.world.device, prefix)
         self.clock.mark("other")
         return values

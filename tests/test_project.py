@@ -41,11 +41,12 @@ EDGES = {
     "encoders": PARTS,
     "objectives": PARTS,
     "samplers": PARTS,
+    "optimizers": PARTS | {"distributed"},  # matrices that are updated as a whole are gathered
     "system": PARTS | {"samplers"},  # guidance
     "distributed": BASE | {"backbones"},  # the attention kernels that selective checkpointing keeps
     "data": PARTS | {"compare", "distributed"},  # a loader reads what its rank trains on
     "checkpoint": PARTS | {"distributed", "encoders"},  # FLUX files hold a denoiser and a VAE
-    "training": PARTS | {"checkpoint", "compare", "config", "data", "distributed", "samplers", "system"},
+    "training": PARTS | {"checkpoint", "compare", "config", "data", "distributed", "optimizers", "samplers", "system"},
     "inference": PARTS | {"compare", "config", "samplers"},
     "evaluation": PARTS | {"config", "data", "encoders"},  # reads manifests and shards, and checks pretrained models
     "gallery": {"config", "errors", "inference", "io", "types"},

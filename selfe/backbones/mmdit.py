@@ -287,6 +287,22 @@ class MMDiT(nn.Module):
             of_block[kind] = of_block.get(kind, 0) + weight.numel()
         return counts
 
+    def matrices(self, name: str) -> tuple[int, tuple[int, ...]]:
+        """How a weight is made of several matrices: the dimension in which they are concatenated, and their sizes in
+        it; no sizes for a single matrix. Used by optimizers that treat a matrix as one.
+        """
+        width, hidden = self.width, int(self.width * self.mlp_ratio)
+        fused = {
+            "qkv_in": (0, (width,) * 3),
+            "qkv_mlp_in": (0, (width, width, width, hidden)),
+            "attention_mlp_out": (1, (width, hidden)),
+            "out_modulation": (0, (width,) * 2),
+        }
+        if ".modulation." in name:
+            return 0, (width,) * (6 if name.startswith("double_blocks") else 3)
+        module = name.rpartition(".")[0].rpartition(".")[2]
+        return fused.get(module, (0, ()))
+
     def initial(self, name: str, shape: torch.Size, seed: int) -> Tensor:
         """Initial value of a parameter, float32 on the CPU; depends on (seed, name) only.
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
@@ -32,18 +32,28 @@ class InitFromConfig:
     """Parts to load from another run's checkpoint. If only one of `model` and `ema` is listed, it initialises both."""
 
     path: Path  # checkpoint directory, or a parent directory (newest is used)
-    parts: tuple[Part, ...] = ("model", "ema")  # what is loaded
+    parts: tuple[Part, ...] = ("model", "ema")  # what is loaded; ema: every average that the checkpoint has
 
     def __post_init__(self):
         if not {"model", "ema"} & set(self.parts):
             raise ValueError(f"parts must contain model or ema, got {list(self.parts)}")
 
 
-def load(path: Path, net: nn.Module, ema: nn.Module, optimizer: Optimizer | None, parts: Sequence[Part] = PARTS) -> int:
+def load(
+    path: Path,
+    net: nn.Module,
+    averages: Mapping[str, nn.Module],
+    optimizer: Optimizer | None,
+    parts: Sequence[Part] = PARTS,
+) -> int:
     """Load parts of a training state in place; must be called by every rank.
 
-    If only one of `model` and `ema` is in `parts`, its weights are loaded into both. Heads of training aids that the
-    checkpoint does not have keep their initial values, unless the optimizer is loaded too.
+    If only one of `model` and `ema` is in `parts`, its weights are loaded into both. An average that the checkpoint
+    lacks starts from the weights of the first one. Heads of training aids that the checkpoint does not have keep their
+    initial values, unless the optimizer is loaded too.
+
+    Args:
+        averages: EMA denoisers by name; the first is "ema", which every checkpoint has.
 
     Returns:
         The number of finished steps, or 0 if `step` is not in `parts`.
@@ -51,50 +61,60 @@ def load(path: Path, net: nn.Module, ema: nn.Module, optimizer: Optimizer | None
     Raises:
         UserError: a tensor is missing from the checkpoint or has another shape.
     """
-    # Model and EMA weights, checked before anything is loaded.
-    names = {"model": "net", "ema": "ema", "optimizer": "optimizer"}
-    modules = {"model": net, "ema": ema}
-    state = {names[part]: get_model_state_dict(modules[part]) for part in modules if part in parts}
+    # Weights of the model and its averages, checked before anything is loaded.
+    modules = {"net": net} if "model" in parts else {}
+    if "ema" in parts:
+        stored = list_weights(path)
+        modules |= {name: module for name, module in averages.items() if name == "ema" or name in stored}
+    state = {name: get_model_state_dict(module) for name, module in modules.items()}
     if "optimizer" not in parts:
-        state = {group: without_new_heads(path, group, tensors) for group, tensors in state.items()}
+        state = {name: without_new_heads(path, name, tensors) for name, tensors in state.items()}
     check_fits(path, state)
 
-    # Optimizer state; the configured hyperparameters are remembered, because loading overwrites them.
+    # State of the optimizer, without its hyperparameters, which are those of the config.
     if "optimizer" in parts:
-        asked = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-        state["optimizer"] = get_optimizer_state_dict(net, optimizer)
+        if problem := optimizer_problem(path, net, optimizer):
+            raise UserError(problem)
+        current = get_optimizer_state_dict(net, optimizer)
+        state["optimizer"] = {"state": current["state"]}
 
     dcp.load(state, checkpoint_id=path)
 
     if "optimizer" in parts:
-        set_optimizer_state_dict(net, optimizer, state["optimizer"])
-        for group, settings in zip(optimizer.param_groups, asked, strict=True):
-            group.update(settings)  # moments are restored, hyperparameters are those of the config
+        set_optimizer_state_dict(net, optimizer, current)
 
-    # Copy the weights to whichever of model and EMA was not loaded.
-    for there, missing in (("model", "ema"), ("ema", "model")):
-        if missing not in parts:
-            options = StateDictOptions(strict=False)  # without new heads
-            set_model_state_dict(modules[missing], state[names[there]], options=options)
+    # Copy the weights to whatever was not loaded.
+    source = state["ema" if "ema" in parts else "net"]
+    for name, module in {"net": net, **averages}.items():
+        if name not in state:
+            set_model_state_dict(module, source, options=StateDictOptions(strict=False))  # without new heads
     return read_step(path) if "step" in parts else 0
 
 
 def without_new_heads(path: Path, group: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors, without those of heads that the checkpoint does not have."""
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    stored = stored_tensors(path)
     return {
         name: tensor for name, tensor in tensors.items() if not name.startswith("heads.") or f"{group}.{name}" in stored
     }
 
 
-def load_weights(path: Path, module: nn.Module, weights: Literal["ema", "live"]) -> int:
-    """Load an unsharded denoiser in a single process; returns the number of finished steps."""
+def load_weights(path: Path, module: nn.Module, weights: str) -> int:
+    """Load an unsharded denoiser in a single process; returns the number of finished steps.
+
+    Raises:
+        UserError: the checkpoint has no such weights, or those of another denoiser.
+    """
+    check_has(path, weights)
     load_tensors(path, module.state_dict(), weights)
     return read_step(path)
 
 
-def load_tensors(path: Path, tensors: dict[str, Tensor], weights: Literal["ema", "live"]) -> None:
-    """Load only the given tensors (by parameter name, in place) in a single process."""
+def load_tensors(path: Path, tensors: dict[str, Tensor], weights: str) -> None:
+    """Load only the given tensors (by parameter name, in place) in a single process.
+
+    `weights` is "live", or the name of an average of the weights, such as "ema".
+    """
     state = {"net" if weights == "live" else weights: tensors}
     check_fits(path, state)
     with warnings.catch_warnings():
@@ -115,18 +135,49 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def training_state(net: nn.Module, ema: nn.Module, optimizer: Optimizer) -> dict:
+def training_state(net: nn.Module, averages: Mapping[str, nn.Module], optimizer: Optimizer) -> dict:
     """The state dict of a checkpoint, to be saved with `CheckpointManager.begin`."""
-    return {
-        "net": get_model_state_dict(net),
-        "ema": get_model_state_dict(ema),
-        "optimizer": get_optimizer_state_dict(net, optimizer),
-    }
+    state = {"net": get_model_state_dict(net)}
+    state |= {name: get_model_state_dict(average) for name, average in averages.items()}
+    return state | {"optimizer": get_optimizer_state_dict(net, optimizer)}
+
+
+def stored_tensors(path: Path) -> dict[str, Any]:
+    """Descriptions of what a checkpoint holds, by key, such as "ema.out.weight"."""
+    return dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+
+
+def list_weights(path: Path) -> list[str]:
+    """The weights in a checkpoint: "net" and the names of its averages."""
+    keys = stored_tensors(path)
+    parameter = next(key for key in keys if key.startswith("net.")).removeprefix("net.")
+    return [key.removesuffix(f".{parameter}") for key in keys if key.endswith(f".{parameter}")]
+
+
+def check_has(path: Path, weights: str) -> None:
+    """Raise UserError unless a checkpoint has these weights: "live", or the name of an average, such as "ema"."""
+    stored = ["live" if name == "net" else name for name in list_weights(path)]
+    if weights not in stored:
+        raise UserError(f"{path}: has no weights {weights!r}; those that it has are {', '.join(stored)}")
+
+
+def optimizer_problem(path: Path, net: nn.Module, optimizer: Optimizer) -> str | None:
+    """Why the state of the optimizer cannot be loaded from a checkpoint; None if it can."""
+    stored = stored_tensors(path)
+    for parameter, tensors in get_optimizer_state_dict(net, optimizer)["state"].items():
+        for name, tensor in tensors.items():
+            entry = stored.get(f"optimizer.state.{parameter}.{name}")
+            if entry is None or getattr(entry, "size", None) != getattr(tensor, "shape", None):
+                return (
+                    f"{path}: has no {name} of {parameter}, which trainer.optimizer keeps; use the optimizer of the "
+                    "run, or load only other parts of the checkpoint with trainer.init_from"
+                )
+    return None
 
 
 def check_fits(path: Path, state: dict[str, dict]) -> None:
     """Raise UserError unless the checkpoint has every tensor of `state` with the same shape; loads nothing."""
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    stored = stored_tensors(path)
     for group, tensors in state.items():
         for name, tensor in tensors.items():
             entry = stored.get(f"{group}.{name}")

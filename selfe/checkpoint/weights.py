@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
@@ -46,7 +45,7 @@ def read_settings(folder: Path) -> dict:
     return settings
 
 
-def load_weights(path: Path, net: nn.Module, weights: Literal["ema", "live"]) -> int:
+def load_weights(path: Path, net: nn.Module, weights: str) -> int:
     """Load an unsharded denoiser in a single process; returns the number of finished steps.
 
     Its heads of training aids are removed: sampling does not need them.

@@ -142,35 +142,59 @@ def build_model_and_ema(
 ) -> tuple[nn.Module, nn.Module]:
     """Build the live and the EMA denoiser from a module on the meta device: same sharding, same initial values.
 
-    `options` are passed to `shard_model_and_ema`.
+    `options` are passed to `shard_model_and_averages`.
     """
-    net, average = shard_model_and_ema(module, mesh, precision, **options)
-    device = torch.device(mesh.device_type)
-    materialise(net, device, seed)
-
-    average.to_empty(device=device)
-    with torch.no_grad():
-        for mean, parameter in zip(average.parameters(), net.parameters(), strict=True):
-            local(mean).copy_(local(parameter))
+    net, (average,) = build_model_and_averages(module, mesh, precision, seed, 1, **options)
     return net, average
 
 
+def build_model_and_averages(
+    module: nn.Module, mesh: DeviceMesh, precision: Precision, seed: int, count: int, **options: Any
+) -> tuple[nn.Module, list[nn.Module]]:
+    """As `build_model_and_ema`, with `count` averages of the weights."""
+    net, averages = shard_model_and_averages(module, mesh, precision, count, **options)
+    device = torch.device(mesh.device_type)
+    materialise(net, device, seed)
+
+    for average in averages:
+        average.to_empty(device=device)
+        copy_weights(average, net)
+    return net, averages
+
+
+@torch.no_grad()
+def copy_weights(target: nn.Module, source: nn.Module) -> None:
+    """Copy the parameters of a denoiser into another of the same sharding."""
+    for there, here in zip(target.parameters(), source.parameters(), strict=True):
+        local(there).copy_(local(here))
+
+
 def shard_model_and_ema(
+    module: nn.Module, mesh: DeviceMesh, precision: Precision, **options: Any
+) -> tuple[nn.Module, nn.Module]:
+    """Shard the live and the EMA denoiser on the meta device; `options` as of `shard_model_and_averages`."""
+    net, (ema,) = shard_model_and_averages(module, mesh, precision, 1, **options)
+    return net, ema
+
+
+def shard_model_and_averages(
     module: nn.Module,
     mesh: DeviceMesh,
     precision: Precision,
+    count: int,
     *,
     activation_checkpointing: ActivationCheckpointing = False,
     compile: bool = False,
     gathering: GatherConfig = GatherConfig(),
-) -> tuple[nn.Module, nn.Module]:
-    """Shard the live and the EMA denoiser on the meta device, without allocating memory."""
-    net, ema = module, copy.deepcopy(module).requires_grad_(False)
+) -> tuple[nn.Module, list[nn.Module]]:
+    """Shard the live denoiser and `count` averages of it on the meta device, without allocating memory."""
+    net, averages = module, [copy.deepcopy(module).requires_grad_(False) for _ in range(count)]
     how = {"precision": precision, "compile": compile}
     shard(net, mesh, **how, activation_checkpointing=activation_checkpointing, gathering=gathering)
     # Unsharded EMA parameters would be stale after the next EMA update.
-    shard(ema, mesh, **how, gathering=replace(gathering, reshard_after_forward=True))
-    return net, ema
+    for average in averages:
+        shard(average, mesh, **how, gathering=replace(gathering, reshard_after_forward=True))
+    return net, averages
 
 
 def local(tensor: Tensor) -> Tensor:

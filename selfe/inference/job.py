@@ -28,7 +28,7 @@ from selfe.io import image_encode
 from selfe.io.folder_lock import FolderLock
 from selfe.protocols import Sampler
 
-Weights = Literal["ema", "live"]
+Weights = str  # "live" or the name of an average of the weights, such as "ema"
 Layout = Literal["flat", "geneval", "npz"]
 MOST = 2_000_000  # maximum number of images of a job
 GROUPS = "*_steps[0-9]*_cfg*"  # the directories of layout geneval; see `ImageSpec.group`

@@ -50,13 +50,17 @@ class SelfEvaluation:
         energy_preserving: bool = True,
         lam_max: float = inf,
         eval_floor: float = 0.0,
+        t_mean: float = 0.0,
+        t_distribution: flow.TimeDistribution = "logit-normal",
+        t_warp: tuple[float, float] = flow.WARP,
+        loss_weight: flow.LossWeight = "velocity",
     ):
         """
         Args:
             p_drop: probability of replacing a prompt by the null prompt.
             p_equal: fraction of samples with s = t.
-            t_std: standard deviation of the logit-normal training times (`flow.draw_t`). Larger values sample more
-                times close to 1, which helps short runs.
+            t_std: standard deviation of the logit of the training times. Larger values sample more times close to 1,
+                which helps short runs.
             start_step: first step with self-evaluation.
             tau_steps: steps over which tau is annealed from 0 to 1.
             cond_weights: weights for the conditional evaluation pass.
@@ -69,18 +73,24 @@ class SelfEvaluation:
             energy_preserving: rescale each target to the L2 norm of x0 (Eq. 19).
             lam_max: upper bound on lambda (Eq. 17).
             eval_floor: evaluate at max(s, eval_floor * t) instead of s. Not in the paper; 0 disables it.
+            t_mean: mean of the logit of the training times; positive values draw more times close to 1.
+            t_distribution: of the training times, before they are warped.
+            t_warp: mu of the warp of the training times at 512 and at 4096 image tokens; [0, 0] is none. Sampling keeps
+                the paper's.
+            loss_weight: whose squared error the loss is. Relative to velocity, the paper's, x0 has the weight t^2 and
+                noise (1 - t)^2; the auxiliary loss has that of its own time.
         """
         for name, value in {"p_drop": p_drop, "p_equal": p_equal, "eval_floor": eval_floor}.items():
             check_range(name, value, 0, 1)
         for name, value in {"k_cls": k_cls, "aux_k_cls": aux_k_cls, "aux_k_fake": aux_k_fake}.items():
             check_range(name, value, -100, 100)  # negative: evaluation reversed, a control of the miniature
         check_range("aux_loss_weight", aux_loss_weight, 0, 100)
-        check_range("t_std", t_std, 0, 100)
         check_range("start_step", start_step, 0, MOST_STEPS)
         check_range("tau_steps", tau_steps, 1, MOST_STEPS)
         check_range("aux_start_step", aux_start_step, 0, MOST_STEPS)
         check_range("lam_max", lam_max, 0, inf)  # infinite: not bounded, as in the paper
-        self.p_drop, self.t_std = p_drop, t_std
+        self.p_drop, self.loss_weight = p_drop, loss_weight
+        self.times = flow.TrainingTimes(t_distribution, t_mean, t_std, t_warp)
 
         # The share of rows with s < t is kept as a fraction, so that every batch that is a multiple of its denominator
         # contains exactly this share.
@@ -136,7 +146,7 @@ class SelfEvaluation:
         # Sample noise and times. Rows with s = t are trained with plain flow matching.
         rows = self.eval_rows(len(x0), step)
         noise = rng.normal_like("noise", x0)
-        t = flow.draw_t(rng, x0, self.t_std)
+        t = flow.draw_t(rng, x0, self.times)
         s = t.clone()
         index = to_device(torch.tensor(rows, dtype=torch.int64), t.device)
         s[index] = (t * (1 - self.tau(step) * rng.uniform("s", like=t)))[index]
@@ -148,8 +158,9 @@ class SelfEvaluation:
         # Flow matching loss of all rows; it is final for rows with s = t.
         data_loss = flow.mean_per_sample((v - (noise - x0.tokens)).square(), x0)
         metrics = {"data_loss": data_loss.detach()}
+        of_time = flow.loss_weight(self.loss_weight, t)
         if not rows:
-            return Loss(data_loss, metrics, t, s)
+            return Loss(data_loss * of_time, metrics, t, s)
 
         def evaluated(tokens: Tensor) -> Packed:
             return x0.with_tokens(tokens).select(rows)
@@ -176,7 +187,9 @@ class SelfEvaluation:
 
         # The auxiliary loss is a mean over the evaluated rows, not over the batch.
         aux_share = self.aux_loss_weight * len(x0) / len(rows)
-        loss = data_loss.index_copy(0, index, self_loss).index_add(0, index, aux_share * aux_loss)
+        aux_share = aux_share * flow.loss_weight(self.loss_weight, s_eval)
+        loss = of_time * data_loss.index_copy(0, index, self_loss)
+        loss = loss.index_add(0, index, aux_share * aux_loss)
 
         # norm_ratio: norm of the target before rescaling, relative to x0.
         # cosine: whether data and self-evaluation move the prediction in the same direction.

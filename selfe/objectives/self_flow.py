@@ -43,7 +43,7 @@ class SelfFlow(FlowMatching):
             mask_ratio: share of the tokens of an image with the second time.
             hidden: width of the hidden layers of the head.
             p_drop: probability of replacing a prompt by the null prompt.
-            t_std: standard deviation of the logit-normal training times (`flow.draw_t`).
+            t_std: standard deviation of the logit of the training times.
         """
         check_range("weight", weight, 0, 100)
         check_range("mask_ratio", mask_ratio, 0, 0.5)
@@ -71,8 +71,8 @@ class SelfFlow(FlowMatching):
 
         # Two times per sample, and the tokens that have the second one.
         noise = rng.normal_like("noise", x0)
-        first = flow.draw_t(rng, x0, self.t_std)
-        second = flow.draw_t(rng, x0, self.t_std, name="second t")
+        first = flow.draw_t(rng, x0, self.times)
+        second = flow.draw_t(rng, x0, self.times, name="second t")
         masked = to_device(mask_tokens(x0, rng, self.mask_ratio), first.device)
         t = torch.where(masked, second[x0.owner], first[x0.owner])
 

@@ -57,7 +57,7 @@ class DemoModel:
     @property
     def title(self) -> str:
         generator = self.generator
-        kind = "EMA" if generator.weights == "ema" else "live"
+        kind = "EMA" if generator.weights == "ema" else generator.weights
         return f"{generator.path}, {kind} weights of step {generator.step:,}"
 
     def checkpoints(self) -> list[str]:

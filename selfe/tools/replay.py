@@ -55,7 +55,7 @@ def replay(settings: dict, record: dict, checkpoint: Path | None, world: collect
     precision = choose_precision(trainer.precision, world.device)
     net, ema = fsdp.build_model_and_ema(system.backbone, fsdp.make_mesh(world, None), precision, seed)
     system.load_encoders(world.device)
-    done = state.load(checkpoint, net, ema, None, ("model", "ema", "step")) if checkpoint else 0
+    done = state.load(checkpoint, net, {"ema": ema}, None, ("model", "ema", "step")) if checkpoint else 0
     print(f"step {number} with the weights after {done} steps ({checkpoint or 'initial weights'})")
 
     # positions and the step select the same samples and the same random numbers as in training

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -17,6 +18,7 @@ import yaml
 from PIL import Image
 
 from selfe.errors import UserError
+from selfe.protocols import Logger
 
 
 @dataclass(frozen=True)
@@ -140,12 +142,22 @@ class TensorBoard:
 class Loggers:
     """All loggers of a run; none on ranks other than 0."""
 
-    def __init__(self, folder: Path, start: int, wandb: WandbConfig, tensorboard: bool, record: dict, is_main: bool):
+    def __init__(
+        self,
+        folder: Path,
+        start: int,
+        wandb: WandbConfig,
+        tensorboard: bool,
+        others: Sequence[Logger],
+        record: dict,
+        is_main: bool,
+    ):
         """
         Args:
             folder: output directory of the run.
             start: completed steps of the checkpoint that the run continues from.
-            record: the complete config as YAML types, for Weights & Biases and TensorBoard.
+            others: loggers of the config, which are opened here.
+            record: the complete config as YAML types, for all loggers but `metrics.jsonl`.
         """
         self.loggers: list[Sink] = []
         if is_main:
@@ -153,6 +165,9 @@ class Loggers:
             JsonLines(folder, start, "cells.jsonl")  # drops repeated steps; `metrics.write_cells` writes this file
             self.loggers += [WandbRun(folder, wandb, record)] if wandb.mode != "disabled" else []
             self.loggers += [TensorBoard(folder, start, record)] if tensorboard else []
+            for logger in others:
+                logger.open(folder, start, record)
+                self.loggers.append(logger)
 
     def numbers(self, step: int, values: dict[str, float]) -> None:
         for sink in self.loggers:

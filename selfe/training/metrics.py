@@ -42,6 +42,11 @@ class MetricAccumulator:
         # images would stay on the device until the end of the step
         self.samples.append((replace(batch, images=(), text=None, flat=None), torch.cat([per_sample[None], times])))
 
+    def add_values(self, values: dict[str, Tensor]) -> None:
+        """Add values per sample that have no place in the grid of (t, s)."""
+        for name, rows in values.items():
+            self.values[name].append(rows.detach())
+
     def extend(self, other: MetricAccumulator) -> None:
         """Add the values of a step, without its samples."""
         for name in other.values:

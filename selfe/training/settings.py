@@ -13,9 +13,13 @@ from selfe.data import loader
 from selfe.distributed.activation_checkpoint import ActivationCheckpointing
 from selfe.distributed.fsdp import GatherConfig
 from selfe.errors import UserError
+from selfe.optimizers.adamw import AdamW
+from selfe.protocols import EmaTrack, Logger, Optimizer, Schedule, ValidationMetric
+from selfe.training.ema import ConstantDecay
 from selfe.training.grad_guard import GradGuardConfig
 from selfe.training.loggers import WandbConfig
 from selfe.training.profiling import ProfileConfig
+from selfe.training.schedules import WSD, Linear
 from selfe.training.visuals import SampleGridConfig
 from selfe.types import MOST_SAMPLES, MOST_STEPS, PrecisionOrAuto, check_range
 
@@ -24,7 +28,7 @@ MOST_LR = 10.0
 
 @dataclass(frozen=True)
 class BatchPhase:
-    """From `step` on: the batch size, and the learning rate that decays linearly to `min_lr` at the last step."""
+    """From `step` on: the batch size, and the learning rate from which the schedule goes to `min_lr`."""
 
     step: int  # first step of the phase
     lr: float | None = None  # learning rate at the start of the phase; null: the schedule goes on
@@ -51,11 +55,17 @@ class TrainerConfig:
     min_lr: float = 1e-5  # learning rate of the last step
     warmup_steps: int = 1000  # steps in which the learning rate rises linearly to lr
     decay_start: int = 0  # the learning rate stays at lr until this step; ignored if the warm-up ends later
-    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
-    weight_decay: float = 0.01  # of AdamW, on all parameters
+    # how the learning rate goes from lr to min_lr
+    schedule: Schedule = Linear()  # noqa: RUF009 - stateless
+    betas: tuple[float, float] = (0.9, 0.95)  # of Adam's two moments
+    weight_decay: float = 0.01  # of the optimizer, on all parameters that its groups do not exempt
+    # what updates the weights
+    optimizer: Optimizer = AdamW()  # noqa: RUF009 - stateless
     clip_norm: float | None = 1.0  # largest gradient norm; null: no clipping
-    ema_decay: float = 0.9999  # share of the EMA weights that a step keeps
-    ema_warmup: bool = False  # lower decay in the first steps: at most (1 + step) / (10 + step)
+    ema_decay: float | None = None  # share of the EMA weights that a step keeps; null: 0.9999
+    ema_warmup: bool | None = None  # lower decay in the first steps: at most (1 + step) / (10 + step); null: false
+    # moving averages of the weights, instead of ema_decay and ema_warmup; objective and samples use the first
+    ema: tuple[EmaTrack, ...] = ()
     precision: PrecisionOrAuto = "auto"  # of matrix products; auto: bf16 where the hardware has it, otherwise fp32
     shard_size: int | None = None  # ranks per FSDP shard group, replicated across groups (HSDP); null: all ranks
     shard_text_encoder: bool = False  # shard T5 over the same ranks: less memory, more communication
@@ -77,6 +87,7 @@ class TrainerConfig:
     cells_every: int = 1000  # steps between heat maps over (t, s); a multiple of log_every
     val_every: int = 5000  # steps between validations, if data.params.val_manifest is set
     val_batches: int = 1  # batches per validation, each of total_batch_size images
+    val_metrics: tuple[ValidationMetric, ...] = ()  # measured beside the losses of the objective
     # steps to profile
     profile: ProfileConfig = ProfileConfig()  # noqa: RUF009 - frozen
     # sample grids during training
@@ -84,7 +95,8 @@ class TrainerConfig:
     # Weights & Biases
     wandb: WandbConfig = WandbConfig()  # noqa: RUF009 - frozen
     tensorboard: bool = False  # also write metrics for TensorBoard
-    allow_changes: tuple[str, ...] = ()  # keys of the system in which a resumed run may differ from the run so far
+    loggers: tuple[Logger, ...] = ()  # further loggers
+    allow_changes: tuple[str, ...] = ()  # keys in which a resumed run may differ from the run so far
 
     def __post_init__(self):
         # schedule
@@ -98,8 +110,13 @@ class TrainerConfig:
         # optimizer
         for name in ("lr", "min_lr", "weight_decay"):
             check_range(name, getattr(self, name), 0, MOST_LR)
-        if not all(0 <= beta < 1 for beta in self.betas) or not 0 <= self.ema_decay <= 1:
-            raise ValueError(f"betas must be in [0, 1) and ema_decay in [0, 1], got {self.betas} and {self.ema_decay}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be in [0, 1), got {self.betas}")
+        check_range("ema_decay", self.ema_decay, 0, 1)
+        if self.decay_start and isinstance(self.schedule, WSD):
+            raise ValueError(
+                f"decay_start: {self.decay_start} and a WSD schedule, whose decay starts by its decay_share; set 0"
+            )
         if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
             raise ValueError(f"clip_norm must be positive, got {self.clip_norm}; null disables clipping")
 
@@ -115,8 +132,23 @@ class TrainerConfig:
         if steps != sorted(set(steps)):
             raise ValueError(f"phases must be sorted by step, each step once, got {steps}")
 
+        # averages of the weights
+        for name in ("ema_decay", "ema_warmup"):
+            if self.ema and getattr(self, name) is not None:
+                raise ValueError(f"{name} and ema are both set; remove one of them, or set it to null")
+        names = [track.name for track in self.ema]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"ema: two tracks are {min(twice)}; remove one")
+
+    @property
+    def ema_tracks(self) -> dict[str, EmaTrack]:
+        """The averages of the weights by their names in checkpoints and metrics; the first is called "ema"."""
+        decay = 0.9999 if self.ema_decay is None else self.ema_decay
+        first, *others = self.ema or [ConstantDecay(decay, bool(self.ema_warmup))]
+        return {"ema": first} | {track.name: track for track in others}
+
     def lr_at(self, step: int) -> float:
-        """Linear warm-up to `lr`, held until `decay_start`, then linear decay to `min_lr` at the last step."""
+        """Linear warm-up to `lr`, held until `decay_start`, then `schedule` to `min_lr` at the last step."""
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
 
@@ -124,9 +156,7 @@ class TrainerConfig:
         falls = [(max(self.warmup_steps, self.decay_start), self.lr)]
         falls += [(phase.step, phase.lr) for phase in self.phases if phase.lr is not None and phase.step <= step]
         start, lr = falls[-1]
-
-        progress = (step - start) / max(self.max_steps - 1 - start, 1)
-        return lr + (self.min_lr - lr) * min(max(progress, 0.0), 1.0)
+        return lr + (self.min_lr - lr) * self.schedule(step, start, self.max_steps - 1)
 
     def samples_at(self, step: int) -> range:
         """Global sample indices of a step, counted from the start of the run."""

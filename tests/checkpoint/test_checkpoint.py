@@ -38,14 +38,14 @@ def save(world: World, folder: str) -> None:
     parts = training_parts(world)
     fill(*parts)
     saver = CheckpointManager(Path(folder), RetentionPolicy(), world)
-    saver.begin(7, state.training_state(*parts))
+    saver.begin(7, state.training_state(parts[0], {"ema": parts[1]}, parts[2]))
     perturb(parts[0], 2), perturb(parts[1], 3)  # training goes on: the file must hold the copy
     assert saver.finish() == Path(folder) / "step_00000007"
 
 
 def load(world: World, folder: str) -> dict[str, torch.Tensor]:
     net, twin, optimizer = training_parts(world)
-    assert state.load(Path(folder) / "step_00000007", net, twin, optimizer) == 7
+    assert state.load(Path(folder) / "step_00000007", net, {"ema": twin}, optimizer) == 7
     moments = {name: optimizer.state[p]["exp_avg"] for name, p in net.named_parameters()}
     found = {f"net.{n}": p for n, p in net.named_parameters()} | {f"ema.{n}": p for n, p in twin.named_parameters()}
     found |= {f"moment.{n}": m for n, m in moments.items()}
@@ -63,7 +63,7 @@ def test_moments_go_on_with_the_settings_of_the_config(folder, alone):
     net, twin, _ = training_parts(alone)
     asked = {"lr": 1e-2, "betas": (0.8, 0.99), "weight_decay": 0.5}
     optimizer = torch.optim.AdamW(net.parameters(), fused=True, **asked)
-    state.load(folder / "step_00000007", net, twin, optimizer)
+    state.load(folder / "step_00000007", net, {"ema": twin}, optimizer)
     assert {name: optimizer.param_groups[0][name] for name in asked} == asked
     assert all(fsdp.local(state["exp_avg"]).any() for state in optimizer.state.values())
 

@@ -49,7 +49,7 @@ def save_checkpoint(folder: Path, seed: int, step: int = 12) -> None:
     optimizer.step()
     with collectives.process_group() as world:
         saver = CheckpointManager(folder, RetentionPolicy(), world)
-        saver.begin(step, state.training_state(net, twin, optimizer))
+        saver.begin(step, state.training_state(net, {"ema": twin}, optimizer))
         saver.finish()
 
 

@@ -57,13 +57,37 @@ def test_warp_is_monotone_and_pushes_large_images_towards_noise():
     assert (large[1:-1] > small[1:-1]).all()
 
 
-@pytest.mark.parametrize("std", [1.0, 1.5])
-def test_training_times_are_warped_logit_normal(std):
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.0, 1.5), (-0.4, 1.0)])
+def test_training_times_are_warped_logit_normal(mean, std):
     x0 = randn(0, [(1, 1), (2, 3), (8, 8)])
     rng = SampleRNG.of_step(0, 0, range(3))
     z = rng.normal("t", like=x0.tokens)
-    expected = [reference.times(std * float(z[i]), 0.0, True, 0.0, n)[0] for i, n in enumerate(x0.lens)]
-    close(flow.draw_t(rng, x0, std), expected)
+    expected = [reference.times(mean + std * float(z[i]), 0.0, True, 0.0, n)[0] for i, n in enumerate(x0.lens)]
+    close(flow.draw_t(rng, x0, flow.TrainingTimes(mean=mean, std=std)), expected)
+
+
+def test_training_times_may_be_uniform_and_warped_otherwise_or_not_at_all():
+    x0 = randn(0, [(16, 32), (64, 64)])
+    rng = SampleRNG.of_step(0, 0, range(2))
+    uniform = rng.uniform("t", like=x0.tokens)
+    close(flow.draw_t(rng, x0, flow.TrainingTimes("uniform", warp=(0, 0))), uniform)
+    mu = torch.tensor([-1.0, 2.0], dtype=uniform.dtype)  # at 512 and at 4096 tokens
+    close(flow.draw_t(rng, x0, flow.TrainingTimes("uniform", warp=(-1, 2))), flow.warp(uniform, mu))
+    with pytest.raises(ValueError, match="uniform times have no t_mean and t_std"):
+        flow.TrainingTimes("uniform", std=1.35)
+
+
+def test_the_loss_weight_turns_errors_of_the_velocity_into_those_of_data_or_noise():
+    x0 = randn(0, [(2, 2), (1, 3)])
+    noise, v = (randn(seed, x0.grids).tokens for seed in (1, 2))
+    t = torch.tensor([0.3, 0.9], dtype=x0.tokens.dtype)
+    x_t = flow.interpolate(x0.tokens, noise, t, x0)
+    velocity_error = flow.mean_per_sample((v - (noise - x0.tokens)).square(), x0)
+    x0_error = flow.mean_per_sample((flow.predict_x0(x_t, v, t, x0) - x0.tokens).square(), x0)
+    noise_error = flow.mean_per_sample((flow.predict_noise(x_t, v, t, x0) - noise).square(), x0)
+    close(flow.loss_weight("velocity", t) * velocity_error, velocity_error)
+    close(flow.loss_weight("x0", t) * velocity_error, x0_error)
+    close(flow.loss_weight("noise", t) * velocity_error, noise_error)
 
 
 @pytest.mark.parametrize("ratio", [0, 0.5, 1])

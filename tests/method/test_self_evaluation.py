@@ -210,6 +210,21 @@ def test_a_row_without_prompt_keeps_the_data_as_target():
     assert torch.equal(loss.per_sample, flow.mean_per_sample(error.square(), x0))
 
 
+@pytest.mark.parametrize("kind", ["x0", "noise"])
+def test_the_loss_weight_is_that_of_the_time_of_each_term(kind):
+    """Of the prediction at t, and of the auxiliary term at s."""
+    plain, weighted = (
+        run(SelfEvaluation(tau_steps=10, aux_start_step=0, loss_weight=weight), *NETS, 10)
+        for weight in ("velocity", kind)
+    )
+    rows = list(plain.eval_rows)
+    of_t = flow.loss_weight(kind, plain.t)
+    aux = torch.zeros_like(of_t).index_copy(0, torch.tensor(rows), 2 * plain.metrics["aux_loss"])
+    expected = of_t * (plain.per_sample - aux) + flow.loss_weight(kind, plain.s) * aux
+    torch.testing.assert_close(weighted.per_sample, expected)
+    assert torch.equal(weighted.metrics["data_loss"], plain.metrics["data_loss"])
+
+
 # --- the ends of the path
 
 
@@ -225,7 +240,7 @@ def test_finite_and_continuous_at_the_ends(energy_preserving, eval_floor, dtype,
 
     def at(margin: float) -> Tensor:
         t = torch.tensor([margin, margin, 1 - margin, 1 - margin, 1 - margin, 0.5, 0.5, margin], dtype=dtype)
-        monkeypatch.setattr(flow, "draw_t", lambda rng, x0, std: t)
+        monkeypatch.setattr(flow, "draw_t", lambda rng, x0, times: t)
         loss = run(objective, net, ema, 10, dtype)
         numbers = [
             loss.per_sample.detach(),

@@ -24,6 +24,14 @@ OVERRIDES = [
     ("trianer.lr=1e-4", "command line: trianer: unknown section; did you mean trainer?"),
     ("learning_rate=1e-4", "command line: learning_rate: unknown section; did you mean trainer.lr?"),
     ("trainer.health.sigma=3", "command line: trainer.health.sigma: unknown key; did you mean sigmas?"),
+    (
+        "trainer.optimizer={module: selfe.optimizers.muon.Muon, params: {betas: [0.9, 0.95]}}",
+        "command line: trainer.optimizer.params.betas: unknown key; set trainer.betas, which holds for every choice",
+    ),
+    (
+        "trainer.schedule={module: selfe.training.schedules.WSD, params: {min_lr: 0.0}}",
+        "command line: trainer.schedule.params.min_lr: unknown key; set trainer.min_lr, which holds for every choice",
+    ),
     # values
     ("trainer.lr=fast", "command line: trainer.lr: expected float, got str 'fast'"),
     ("seed=abc", "command line: seed: expected int, got str 'abc'"),

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,8 @@ DIFFUSERS = {"model": "none", "latent_channels": 4, "downsampling": 4, "skip_pre
 DIFFUSERS = {"module": "selfe.encoders.diffusers_vae.DiffusersVAE", "params": DIFFUSERS}
 DIFFUSERS = [f"system.autoencoder={json.dumps(DIFFUSERS)}", "system.backbone.params.patch_dim=16"]
 DIFFUSERS += ["system.backbone.params.bottleneck=5", "system.backbone.params.prediction=x0"]
+MUON = "trainer.optimizer={module: selfe.optimizers.muon.Muon}"
+TWO_AVERAGES = "trainer.ema=[{module: selfe.training.ema.ConstantDecay}, {module: selfe.training.ema.PowerFunction}]"
 SMALL = [*RANDOM, "trainer.total_batch_size=4", "trainer.micro_batch_size=4", "data.params.pixels=1024"]
 
 
@@ -77,12 +80,13 @@ def measured(path: str, overrides: list[str], batch: Batch, rng: SampleRNG, step
         (SMOKE, SMALL, 5, {"self-evaluation", "recomputed", "autoencoder", "text_encoder.t5", "text_encoder.clip"}),
         (SMOKE, [*SMALL, "trainer.activation_checkpointing=2"], 9, {"auxiliary", "auxiliary, backward", "recomputed"}),
         (MINI, ["trainer.total_batch_size=8", "trainer.micro_batch_size=8"], 5, {"flow matching, backward"}),
+        (MINI, ["trainer.total_batch_size=8", "trainer.micro_batch_size=8", MUON], 5, {"flow matching, backward"}),
         (SMOKE, [*SMALL, HF_TEXT % (64, 32)], 5, {"text_encoder.tokens.net", "text_encoder.pooled.net"}),
         (TINY, [*SMALL, f"system.objective={json.dumps(TREAD)}"], 5, {"auxiliary, backward", "recomputed"}),
         (TINY, [*SMALL, f"system.objective={json.dumps(SELF_FLOW)}"], 5, {"self-evaluation", "recomputed"}),
         (TINY, [*SMALL, *DIFFUSERS], 5, {"autoencoder", "recomputed"}),
     ],
-    ids=["smoke", "auxiliary", "mini", "hf text", "tread", "self-flow", "diffusers"],
+    ids=["smoke", "auxiliary", "mini", "mini, Muon", "hf text", "tread", "self-flow", "diffusers"],
 )
 def test_operations_are_those_of_a_training_step(path, overrides, step, parts, tmp_path, alone):
     overrides = [*overrides, f"trainer.output_dir={tmp_path}"]
@@ -94,7 +98,9 @@ def test_operations_are_those_of_a_training_step(path, overrides, step, parts, t
         fit.step(step, iter([fit.part("train")[at] for at in order[1:]]), lambda: 0)
     batch = fit.part("train")[order[0]]
     step_cost = measured(path, overrides, batch, SampleRNG.of_step(seed, step, batch.positions), step)
-    assert sum(step_cost.flops.values()) == counter.get_total_flops()
+    update = plan_ranks.optimizer_cost(build(path, overrides)[0].backbone, replace(trainer, precision="fp32"))
+    assert sum(step_cost.flops.values()) + update.flops == counter.get_total_flops()
+    assert (update.flops > 0) == (MUON in overrides)
     assert parts <= step_cost.flops.keys()
     assert ("recomputed" in step_cost.flops) == bool(trainer.activation_checkpointing)
 
@@ -105,7 +111,12 @@ def test_operations_are_those_of_a_training_step(path, overrides, step, parts, t
 class Collectives(TorchDispatchMode):
     """Bytes that collective calls hand over: all that is gathered, all that is scattered, what is reduced in place."""
 
-    KINDS = {"_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter", "allreduce_": "all_reduce"}  # noqa: RUF012
+    KINDS = {  # noqa: RUF012
+        "_allgather_base_": "all_gather",
+        "_reduce_scatter_base_": "reduce_scatter",
+        "allreduce_": "all_reduce",
+        "alltoall_base_": "all_to_all",
+    }
 
     def __init__(self):
         super().__init__()
@@ -113,9 +124,11 @@ class Collectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         if kind := self.KINDS.get(function._schema.name.removeprefix("c10d::")):
-            position = {"all_gather": 0, "reduce_scatter": 1, "all_reduce": 0}[kind]
+            position = {"all_gather": 0, "reduce_scatter": 1, "all_reduce": 0, "all_to_all": 1}[kind]
             tensors = arguments[position] if isinstance(arguments[position], (list, tuple)) else [arguments[position]]
             self.bytes[kind] += sum(tensor.nbytes for tensor in tensors)
+            if kind == "all_to_all":  # without what a rank sends to itself
+                self.bytes[kind] -= arguments[4][0] * tensors[0].element_size()
         return function(*arguments, **(keywords or {}))
 
 
@@ -128,12 +141,13 @@ def bytes_of_a_rank(world: World, overrides: list[str], step: int) -> dict[str, 
     with Collectives() as sent:
         loss = system.loss(fit.net, fit.ema, batch, SampleRNG.of_step(seed, step, batch.positions), step)
         loss.per_sample.mean().backward()
+        fit.optimizer.step()
     states = fit.optimizer.state.values()
     held = {
         "parameters": sum(fsdp.local(p).nbytes for p in fit.net.parameters()),
         "gradients": sum(fsdp.local(p.grad).nbytes for p in fit.net.parameters()),
         "optimizer": sum(fsdp.local(value).nbytes for state in states for value in state.values()),
-        "ema": sum(fsdp.local(p).nbytes for p in fit.ema.parameters()),
+        "ema": sum(fsdp.local(p).nbytes for ema in fit.averages.values() for p in ema.parameters()),
         "encoders": sum(
             fsdp.local(tensor).nbytes
             for encoder in (system.text_encoder, system.autoencoder)
@@ -153,6 +167,7 @@ def bytes_of_a_rank(world: World, overrides: list[str], step: int) -> dict[str, 
         (2, ["trainer.gathering={reshard_after_forward: false}"], 5),
         (4, ["trainer.gathering={reshard_after_forward: 2}"], 5),
         (4, ["trainer.shard_size=2"], 5),
+        (4, ["trainer.shard_size=2", MUON, "trainer.ema_warmup=null", TWO_AVERAGES], 5),
     ],
     ids=[
         "2",
@@ -161,6 +176,7 @@ def bytes_of_a_rank(world: World, overrides: list[str], step: int) -> dict[str, 
         "2, blocks kept unsharded",
         "4, blocks resharded to 2",
         "4 in groups of 2",
+        "4 in groups of 2, Muon and two averages",
     ],
 )
 def test_a_rank_holds_and_sends_what_the_plan_says(size, overrides, step, tmp_path):
@@ -175,6 +191,8 @@ def test_a_rank_holds_and_sends_what_the_plan_says(size, overrides, step, tmp_pa
     payload = plan_ranks.payloads(share, calls)
     assert payload == {kind: measured.get(f"sent {kind}", 0) for kind in payload}
     assert payload["all_gather"] > payload["reduce_scatter"] > 0
+    assert plan_ranks.traffic(share, calls).get("all_to_all", 0) == measured.get("sent all_to_all", 0)
+    assert ("sent all_to_all" in measured) == (MUON in overrides)
 
 
 def kept_and_peak(overrides: list[str], step: int) -> tuple[int, int]:
@@ -388,7 +406,7 @@ def test_features_of_images_are_planned_as_they_are_stored():
     objective = f"system.objective={json.dumps({'module': 'selfe.objectives.repa.Repa', 'params': repa})}"
     job = plan_job.load(TINY, [*RANDOM, objective])
     costs = plan_job.phases(job, 2, 2)
-    storage = plan.storage(job, costs)
+    storage = plan.storage(job, costs, optimizer=0)
     assert storage["features_per_image"] == {"32x32": 2 * 4 * 6}
     assert any("features of an image, 32x32" in line for line in plan_page.storage(storage))
 

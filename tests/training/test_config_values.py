@@ -31,9 +31,14 @@ from selfe.inference.prompts import SamplingDefaults, from_file
 from selfe.io.sampling_limits import RANGES
 from selfe.objectives.flow_matching import FlowMatching
 from selfe.objectives.self_evaluation import SelfEvaluation
+from selfe.optimizers.groups import GroupConfig
+from selfe.optimizers.muon import Muon
 from selfe.samplers.renoise import Renoise
+from selfe.training.ema import ConstantDecay, PowerFunction
 from selfe.training.grad_guard import GradGuardConfig
+from selfe.training.schedules import WSD
 from selfe.training.settings import BatchPhase, TrainerConfig
+from selfe.training.val_metrics import LossAtTimes
 from selfe.training.visuals import SampleGridConfig
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +67,12 @@ SHIPPED: dict[type, dict[str, Any]] = {
     FlowMatching: {},
     SelfEvaluation: {},
     Renoise: {},
+    Muon: {},
+    GroupConfig: {"names": ["*"]},
+    WSD: {},
+    ConstantDecay: {},
+    PowerFunction: {},
+    LossAtTimes: {},
     ManifestData: {"train_manifest": str(MANIFEST), "base_dir": str(MANIFEST.parent), "pixels": 9216},
     ShapesData: {},
     ResolutionPhase: {"step": 0, "pixels": [65536]},
@@ -130,9 +141,13 @@ ACCEPTED: dict[str, dict[float, str]] = {
     "MMDiT.num_single_blocks": {0: "double blocks only"},
     "FlowMatching.p_drop": {0: "no prompt is dropped"},
     "FlowMatching.t_std": {0: "the same time for all images of a size"},
+    "FlowMatching.t_mean": {-1: "more times close to 0", 0: "as many times close to 0 as to 1"},
+    "FlowMatching.t_warp": {-1: "more times close to 0", 0: "no warp"},
     "SelfEvaluation.p_drop": {0: "no prompt is dropped"},
     "SelfEvaluation.p_equal": {0: "every sample is self-evaluated"},
     "SelfEvaluation.t_std": {0: "the same time for all images of a size"},
+    "SelfEvaluation.t_mean": {-1: "more times close to 0", 0: "as many times close to 0 as to 1"},
+    "SelfEvaluation.t_warp": {-1: "more times close to 0", 0: "no warp"},
     "SelfEvaluation.start_step": {0: PHASE_ZERO},
     "SelfEvaluation.k_cls": {-1: "evaluation reversed, a control of the miniature", 0: NOTHING_REGULARISED},
     "SelfEvaluation.aux_start_step": {0: PHASE_ZERO},
@@ -142,6 +157,12 @@ ACCEPTED: dict[str, dict[float, str]] = {
     "SelfEvaluation.lam_max": {0: "flow matching", math.inf: "the paper's lambda", HUGE: "never reached"},
     "SelfEvaluation.eval_floor": {0: "evaluation at s, as in the paper"},
     "Renoise.eta": {0: "deterministic"},
+    "Muon.momentum": {0: "the gradient of the step alone"},
+    "Muon.lr_scale": {0: "the matrices stay as they are"},
+    "GroupConfig.weight_decay": {0: NOTHING_REGULARISED},
+    "GroupConfig.lr_scale": {0: "these weights stay as they are"},
+    "ConstantDecay.decay": {0: "the average is the live weights"},
+    "LossAtTimes.times": {0: "data"},
     "ManifestData.max_pixels": {HUGE: "no image is too large"},
     "ShapesData.held_out": {0: "validation on the training combinations"},
     "ResolutionPhase.step": {0: PHASE_ZERO},

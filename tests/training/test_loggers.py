@@ -53,7 +53,7 @@ def image(tmp_path):
 def test_wandb_offline_needs_no_key_and_keeps_its_run(tmp_path, image, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     for start in range(2):
-        loggers = Loggers(tmp_path, start, WandbConfig("offline"), False, RECORD, is_main=True)
+        loggers = Loggers(tmp_path, start, WandbConfig("offline"), False, (), RECORD, is_main=True)
         loggers.numbers(start + 1, {"train/loss": 1.0})
         loggers.image(start + 1, "cells", image)
         loggers.close()
@@ -71,7 +71,7 @@ def test_wandb_gets_the_config_and_every_key_of_its_section(tmp_path, monkeypatc
 
     monkeypatch.setattr("wandb.init", lambda **arguments: calls.update(arguments) or WandbRun())
     settings = WandbConfig("online", "anystep", entity="lab", group="ablation", tags=("a", "b"), name="first")
-    loggers = Loggers(tmp_path, 3, settings, False, RECORD, is_main=True)
+    loggers = Loggers(tmp_path, 3, settings, False, (), RECORD, is_main=True)
     loggers.numbers(4, {"train/loss": 1.0})
     assert logged == [(4, {"train/loss": 1.0})]
     assert calls.pop("id") == (tmp_path / "wandb_run.txt").read_text().strip()
@@ -90,7 +90,7 @@ def test_wandb_gets_the_config_and_every_key_of_its_section(tmp_path, monkeypatc
 
 def test_tensorboard_drops_steps_that_run_again_and_holds_the_config(tmp_path, image):
     for start, loss in ((0, 1.0), (1, 2.0)):
-        loggers = Loggers(tmp_path, start, WandbConfig(), True, RECORD, is_main=True)
+        loggers = Loggers(tmp_path, start, WandbConfig(), True, (), RECORD, is_main=True)
         for step in range(start + 1, 4):
             loggers.numbers(step, {"train/loss": loss})
         loggers.image(3, "cells", image)
@@ -103,4 +103,4 @@ def test_tensorboard_drops_steps_that_run_again_and_holds_the_config(tmp_path, i
     (text,) = {event.tensor_proto.string_val[0].decode() for event in events.Tensors("config/text_summary")}
     assert "    seed: 0\n" in text
     assert "      lr: 0.001\n" in text
-    assert Loggers(tmp_path, 0, WandbConfig("offline"), True, RECORD, is_main=False).loggers == []
+    assert Loggers(tmp_path, 0, WandbConfig("offline"), True, (), RECORD, is_main=False).loggers == []

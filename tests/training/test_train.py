@@ -2,11 +2,13 @@
 
 import gzip
 import json
+import math
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,8 +20,11 @@ from selfe.distributed.collectives import World
 from selfe.errors import UserError
 from selfe.inference import job
 from selfe.io.folder_lock import FolderLock
+from selfe.optimizers.adamw import AdamW
 from selfe.training import ema, grad_guard, run_info
+from selfe.training.ema import ConstantDecay, PowerFunction
 from selfe.training.profiling import ProfileConfig, Profiler
+from selfe.training.schedules import WSD, Constant, Cosine, Linear
 from selfe.training.settings import BatchPhase, TrainerConfig
 from selfe.training.throughput import StepTimer
 from selfe.training.visuals import SampleGridConfig
@@ -44,6 +49,29 @@ def test_schedule_of_the_paper():
     assert paper.lr_at((1000 + 709_999) // 2) == pytest.approx((3e-4 + 1e-5) / 2, rel=1e-4)
     assert paper.lr_at(709_999) == pytest.approx(1e-5)
     assert all(trainer(warmup_steps=0, max_steps=n).lr_at(0) == 3e-4 for n in (1, 2, 5))
+
+
+def test_other_schedules_share_warm_up_start_and_end():
+    """`decay_start` and phases hold for all; only the way from `lr` to `min_lr` differs."""
+    settings = {"lr": 1.0, "min_lr": 0.2, "warmup_steps": 10, "max_steps": 101, "decay_start": 50}
+    cosine = trainer(schedule=Cosine(), **settings)
+    assert [cosine.lr_at(step) for step in (4, 9, 49, 50)] == [0.5, 1.0, 1.0, 1.0]
+    assert cosine.lr_at(75) == pytest.approx(0.6)
+    assert cosine.lr_at(62) == pytest.approx(1 - 0.8 * (1 - math.cos(math.pi * 12 / 50)) / 2)
+    assert cosine.lr_at(100) == pytest.approx(0.2)
+    assert {trainer(schedule=Constant(), **settings).lr_at(step) for step in (9, 50, 100)} == {1.0}
+
+    # the last quarter of the run; in a phase, from its own learning rate
+    wsd = trainer(schedule=WSD(0.25), **settings | {"decay_start": 0, "max_steps": 100})
+    assert wsd.lr_at(75) == 1.0
+    assert wsd.lr_at(81) == pytest.approx(1 - 0.8 * math.sqrt(6 / 24))
+    assert wsd.lr_at(99) == pytest.approx(0.2)
+    assert trainer(schedule=WSD(0.25, "linear"), **settings | {"decay_start": 0}).lr_at(88) == pytest.approx(
+        0.6, abs=0.02
+    )
+    phased = trainer(schedule=Cosine(), phases=(BatchPhase(60, lr=0.6),), **settings)
+    assert phased.lr_at(60) == 0.6
+    assert phased.lr_at(80) == pytest.approx(0.4)
 
 
 def test_phases():
@@ -111,7 +139,11 @@ def test_values_out_of_range_are_named(name):
         ({"lr": -1.0}, "lr must be between 0 and 10, got -1.0"),
         ({"num_workers": -1}, "num_workers must be between 0 and 1024, got -1"),
         ({"betas": (0.9, 1.0)}, "betas must be in"),
-        ({"ema_decay": 1.5}, "ema_decay in"),
+        ({"ema_decay": 1.5}, "ema_decay must be between 0 and 1, got 1.5"),
+        ({"ema": (PowerFunction(),), "ema_decay": 0.9}, "ema_decay and ema are both set; remove one of them"),
+        ({"ema": (PowerFunction(),), "ema_warmup": False}, "ema_warmup and ema are both set"),
+        ({"ema": (ConstantDecay(), PowerFunction(), PowerFunction())}, "ema: two tracks are ema_std_0.05"),
+        ({"schedule": WSD(), "decay_start": 5}, "decay_start: 5 and a WSD schedule, .*; set 0"),
     ],
 )
 def test_values_that_would_fail_later_fail_at_once(changes, said):
@@ -232,9 +264,32 @@ def test_a_profile_of_no_steps_is_refused():
 
 
 def test_ema_decay():
-    assert ema.decay_at(0, 0.9999, warmup=False) == 0.9999
-    assert ema.decay_at(0, 0.9999, warmup=True) == 0.1
-    assert ema.decay_at(10**6, 0.9999, warmup=True) == 0.9999
+    assert ConstantDecay().decay_at(0) == 0.9999
+    assert ConstantDecay(warmup=True).decay_at(0) == 0.1
+    assert ConstantDecay(warmup=True).decay_at(10**6) == 0.9999
+
+
+def test_the_tracks_of_a_run_have_names_by_their_settings():
+    assert list(trainer().ema_tracks) == ["ema"]
+    assert trainer(ema_decay=0.99, ema_warmup=True).ema_tracks["ema"].decay_at(10**6) == 0.99
+    tracks = trainer(ema=(PowerFunction(0.1), ConstantDecay(0.99), PowerFunction(0.05))).ema_tracks
+    assert list(tracks) == ["ema", "ema_decay_0.99", "ema_std_0.05"]
+
+
+def test_a_power_function_average_weights_steps_by_their_power():
+    """The first step is the average; afterwards step t counts as t^gamma, up to the rounding of sums to integrals."""
+    assert ema.gamma_of(0.05) == pytest.approx(16.97, abs=0.01)  # EDM2's values
+    assert ema.gamma_of(0.1) == pytest.approx(6.94, abs=0.01)
+    track, weights = PowerFunction(0.1), np.zeros(400)
+    for step in range(400):
+        decay = track.decay_at(step)
+        weights = decay * weights
+        weights[step] = 1 - decay
+    assert weights.sum() == pytest.approx(1)
+    assert track.decay_at(0) == 0
+    steps = np.arange(1, 401) / 400
+    mean = weights @ steps
+    assert np.sqrt(weights @ (steps - mean) ** 2) == pytest.approx(0.1, rel=0.01)
 
 
 def test_ema_stays_in_full_precision():
@@ -252,6 +307,7 @@ def test_configured_defaults_are_the_papers():
     paper = config.build(settings, "trainer")
     assert (paper.lr, paper.min_lr, paper.warmup_steps, paper.betas) == (3e-4, 1e-5, 1000, (0.9, 0.95))
     assert (paper.clip_norm, paper.ema_decay, paper.max_steps) == (1.0, 0.9999, 710_000)
+    assert (type(paper.schedule), type(paper.optimizer), list(paper.ema_tracks)) == (Linear, AdamW, ["ema"])
     assert [len(paper.samples_at(step)) for step in (0, 499_999, 500_000)] == [1024, 1024, 768]
 
 

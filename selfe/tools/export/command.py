@@ -11,15 +11,14 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors.torch import save_file
 
-from selfe import compare, config, recorded_run
+from selfe import compare, config, log, recorded_run
 from selfe.backbones.mmdit import MMDiT
 from selfe.checkpoint import flux, state, verify
 from selfe.checkpoint.weights import remove_heads
@@ -30,9 +29,12 @@ from selfe.inference.prompts import SamplingDefaults
 from selfe.io import sampling_limits
 from selfe.io.safetensors_files import INDEX, SafetensorsFiles, cached, write
 from selfe.system import System
+from selfe.training.ema import PowerFunction
+from selfe.training.ema_reconstruction import Reconstruction, plan
 from selfe.types import DTYPES
 
 CODE = Path(__file__).parent / "diffusers_folder"
+LARGE_ERROR = 0.1  # of a reconstructed average: distance of the profiles, relative to the norm of the wanted one
 
 
 def main(options: argparse.Namespace) -> None:
@@ -43,6 +45,14 @@ def main(options: argparse.Namespace) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{options.out}: exists and is not an empty folder; choose another or remove it")
 
+    # weights of the checkpoint, or an average that follows from several
+    average = None
+    if options.ema_std is None:
+        state.check_has(path, options.weights)
+    else:
+        average = reconstruct(path, settings, options.ema_std, options.weights)
+    weights = options.weights if average is None else f"ema_std_{options.ema_std:g}"
+
     with complete_folder(out) as unfinished:
         folder = unfinished / ("transformer" if options.format == "diffusers" else "")
         folder.mkdir(exist_ok=True)
@@ -50,12 +60,41 @@ def main(options: argparse.Namespace) -> None:
             system.autoencoder.dtype = torch.float32
             write_pipeline(unfinished, system)
         else:
-            origin = {"step": verify.read_step(path), "weights": options.weights, "dtype": options.dtype}
+            origin = {"step": verify.read_step(path), "weights": weights, "dtype": options.dtype}
             write_json(folder / "config.json", origin | {"backbone": config.plain(settings["system"]["backbone"])})
             config.save(sampling_settings(settings, options.out), folder / "config.yaml")
 
-        write_denoiser(path, system.backbone, folder, options.weights, DTYPES[options.dtype], options.format)
-    print(f"{path} ({options.weights} weights, {options.dtype}) exported to {options.out}")
+        def read(name: str, shape: torch.Size) -> torch.Tensor:
+            return average.read(name, shape) if average else read_parameter(path, name, shape, weights)
+
+        write_denoiser(read, system.backbone, folder, DTYPES[options.dtype], options.format)
+    print(f"{path} ({weights} weights, {options.dtype}) exported to {options.out}")
+
+
+def reconstruct(path: Path, settings: dict, std: float, weights: str) -> Reconstruction:
+    """The average of width `std` at a checkpoint; prints how well it can be computed."""
+    if weights != "ema":
+        raise UserError(f"--weights: {weights} and --ema-std are both given; give one of them")
+    try:
+        name = PowerFunction(std).name
+    except ValueError as error:
+        raise UserError(f"--ema-std: {error}") from error
+
+    average = plan(path, config.build(settings, "trainer").ema_tracks, std)
+    print(
+        f"{name}: from {log.count(len(average.snapshots), 'saved average', 'saved averages')}, with an error of "
+        f"{average.error:.1%} of its profile over the steps"
+    )
+    if average.error > LARGE_ERROR:
+        print("the error is large: keep more checkpoints (trainer.checkpoints.keep_every), or choose a nearer width")
+    return average
+
+
+def read_parameter(path: Path, name: str, shape: torch.Size, weights: str) -> torch.Tensor:
+    """A parameter of the denoiser from a checkpoint."""
+    full = torch.empty(shape)
+    state.load_tensors(path, {name: full}, weights)
+    return full
 
 
 @contextmanager
@@ -112,16 +151,14 @@ def sampling_settings(settings: dict, out: Path) -> dict:
 
 
 def write_denoiser(
-    path: Path, net: MMDiT, folder: Path, weights: Literal["ema", "live"], dtype: torch.dtype, layout: str
+    read_full: Callable[[str, torch.Size], torch.Tensor], net: MMDiT, folder: Path, dtype: torch.dtype, layout: str
 ) -> None:
-    """Write the denoiser under the parameter names of `layout`, tensor by tensor."""
+    """Write the denoiser, of which `read_full` reads a parameter, under the names of `layout`, tensor by tensor."""
     style, stem = ("diffusers", "diffusion_pytorch_model") if layout == "diffusers" else ("bfl", "model")
     shapes, width = {name: p.shape for name, p in net.named_parameters()}, net.width
 
     def read(name: str) -> dict[str, torch.Tensor]:
-        full = torch.empty(shapes[name])
-        state.load_tensors(path, {name: full}, weights)
-        tensors = flux.split(style, name, full, width)
+        tensors = flux.split(style, name, read_full(name, shapes[name]), width)
         return {theirs: tensor.to(dtype, copy=True) for theirs, tensor in tensors.items()}
 
     write(folder, stem, {name: shape.numel() * dtype.itemsize for name, shape in shapes.items()}, read)

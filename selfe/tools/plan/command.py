@@ -11,6 +11,7 @@ Needs neither images nor weights.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from collections.abc import Sequence
 from math import inf
@@ -22,7 +23,7 @@ from selfe.errors import UserError
 from selfe.system import System
 from selfe.tools.plan import page as plan_page
 from selfe.tools.plan.job import Job, PhaseCost, count_words, load, phases, run
-from selfe.tools.plan.ranks import Share, optimizer_bytes, share, traffic
+from selfe.tools.plan.ranks import Share, optimizer_cost, share, traffic
 from selfe.tools.plan.step import META, networks
 from selfe.tools.precompute import BYTES
 
@@ -60,13 +61,14 @@ def memory(job: Job, share: Share, heaviest: PhaseCost, num_words: int, gib: int
         # largest micro-batch under both bounds: the denoiser's and the encoders'
         base = share.states + share.unsharded + fixed
         fits = min((room - base) / each, (room - share.states) / encoding if encoding else inf)
+        bounds = base + each * micro, share.states + encoding * micro, share.states + share.update.transient
         variants.append(
             {
                 "activation_checkpointing": every,
                 "configured": configured,
                 "micro_batch_size": micro,
                 "activations": round(step.saved / step.num_images * micro),
-                "peak": round(max(base + each * micro, share.states + encoding * micro)),
+                "peak": round(max(bounds)),
                 **micro_batches_that_fit(int(fits), job.system.objective.batch_multiple, share.size, batches),
             }
         )
@@ -116,7 +118,8 @@ def plan(
     # derive time from the FLOPs, and memory from the phase that needs most per image
     heaviest = max(costs, key=lambda phase: phase.step.peak / phase.step.num_images)
     rate = PEAKS[name] * 1e12 * mfu * 3600  # useful FLOPs per GPU-hour
-    described = [describe(phase, job, ours, rate, gpus) for phase in costs]
+    updates = optimizer_cost(copy.deepcopy(job.system.backbone), job.trainer)  # of all ranks together
+    described = [describe(phase, job, ours, updates.flops, rate, gpus) for phase in costs]
     room = memory(job, ours, heaviest, num_words, gib, {phase.batch for phase in costs})
     start = can_start(job, gpus, costs)
 
@@ -132,7 +135,7 @@ def plan(
         "gpu_hours": sum(phase["gpu_hours"] for phase in described),
         "days": sum(phase["days"] for phase in described),
         "memory": room,
-        "storage": storage(job, costs),
+        "storage": storage(job, costs, updates.state),
         "warnings": warnings(job, ours, costs, described, room, start),
     }
 
@@ -169,11 +172,16 @@ def parameters(system: System) -> dict[str, int]:
     return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
 
 
-def describe(phase: PhaseCost, job: Job, share: Share, rate: float, gpus: int) -> dict:
-    """One phase of the plan; `rate` is in useful FLOPs per GPU-hour."""
+def describe(phase: PhaseCost, job: Job, share: Share, update: int, rate: float, gpus: int) -> dict:
+    """One phase of the plan.
+
+    Args:
+        update: FLOPs of a step of the optimizer, on all ranks.
+        rate: useful FLOPs per GPU-hour.
+    """
     step, steps = phase.step, phase.end - phase.start
     encoders = phase.per_step(step.encoders)
-    live = phase.per_step(step.useful)
+    live = phase.per_step(step.useful) + update
     counted = live - encoders if job.cached else live
 
     parts = [call.part for call in step.calls]
@@ -188,7 +196,8 @@ def describe(phase: PhaseCost, job: Job, share: Share, rate: float, gpus: int) -
         "calls": {part: phase.micro_batches * parts.count(part) for part in dict.fromkeys(parts)},
         "image_tokens": phase.per_step(sum(call.image_tokens for call in learning)),
         "text_tokens": phase.per_step(sum(call.text_tokens for call in learning)),
-        "flops": {part: phase.per_step(number) for part, number in step.flops.items()},
+        "flops": {part: phase.per_step(number) for part, number in step.flops.items()}
+        | ({"optimizer": update} if update else {}),
         "useful_flops": live,
         "useful_flops_cached": live - encoders,
         "encoder_share": encoders / live,
@@ -199,8 +208,11 @@ def describe(phase: PhaseCost, job: Job, share: Share, rate: float, gpus: int) -
     }
 
 
-def storage(job: Job, costs: list[PhaseCost]) -> dict:
-    """Bytes on disk: per checkpoint, per image (cached latents, by shape), per caption token and per caption."""
+def storage(job: Job, costs: list[PhaseCost], optimizer: int) -> dict:
+    """Bytes on disk: per checkpoint, per image (cached latents, by shape), per caption token and per caption.
+
+    `optimizer`: bytes of its state.
+    """
     net, system = job.system.backbone, job.system
     weights = sum(p.nbytes for p in net.parameters())
 
@@ -216,7 +228,7 @@ def storage(job: Job, costs: list[PhaseCost]) -> dict:
             features[name] = BYTES * len(mean.tokens) * encoder.feature_dim
 
     return {
-        "checkpoint": 2 * weights + optimizer_bytes(net),  # live and EMA weights, optimizer state
+        "checkpoint": (1 + len(job.trainer.ema_tracks)) * weights + optimizer,  # live weights and their averages
         "latents_per_image": latents,
         "features_per_image": features,
         "text_per_token": BYTES * system.text_encoder.text_dim,

@@ -6,18 +6,21 @@ import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from selfe.distributed import fsdp
 from selfe.distributed.collectives import World
 from selfe.errors import UserError
 from selfe.protocols import TensorReader
 from selfe.system import System
-from selfe.tools.plan.step import Call
+from selfe.tools.plan.step import Call, Living, Watchdog
 from selfe.training.settings import TrainerConfig
 from selfe.types import DTYPES
 
@@ -48,6 +51,16 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class UpdateCost:
+    """A step of the optimizer on one rank."""
+
+    state: int  # bytes kept from step to step
+    transient: int  # peak bytes during the step, beside weights, gradients and state
+    flops: int
+    sent: int  # bytes to other ranks
+
+
+@dataclass(frozen=True)
 class Share:
     """Bytes on rank 0, which has the largest shard, between steps; and the units that are communicated."""
 
@@ -57,6 +70,7 @@ class Share:
     optimizer: int
     ema: int
     encoders: int
+    update: UpdateCost  # of the optimizer
     live_units: tuple[Unit, ...]
     ema_units: tuple[Unit, ...]
     text_units: tuple[Unit, ...]  # of a sharded text encoder
@@ -116,6 +130,7 @@ def share(
     with pretended(size) as world:
         mesh, net = fsdp.make_mesh(world, trainer.shard_size), copy.deepcopy(system.backbone)
         net, ema = fsdp.shard_model_and_ema(net, mesh, trainer.precision, gathering=trainer.gathering)
+        updates = optimizer_cost(net, trainer)
 
         # encoders are replicated, except for those of a sharded text encoder
         held_networks, text_units = [], ()
@@ -132,9 +147,10 @@ def share(
             size=size,
             parameters=parameters,
             gradients=parameters,  # fp32, like the parameters
-            optimizer=optimizer_bytes(net),
-            ema=held(ema),
+            optimizer=updates.state,
+            ema=held(ema) * len(trainer.ema_tracks),
             encoders=sum(map(held, held_networks)),
+            update=updates,
             live_units=units(net, value_bytes, kept_after_forward(trainer.gathering.reshard_after_forward)),
             ema_units=units(ema, value_bytes, kept=0.0),
             text_units=text_units,
@@ -146,14 +162,45 @@ def held(module: nn.Module) -> int:
     return sum(fsdp.local(tensor.detach()).nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
-def optimizer_bytes(net: nn.Module) -> int:
-    """Bytes of AdamW's state, measured after a step."""
-    parameters = [nn.Parameter(fsdp.local(p.detach())) for p in net.parameters()]
-    optimizer = torch.optim.AdamW(parameters)
-    for parameter in parameters:
+def optimizer_cost(net: nn.Module, trainer: TrainerConfig) -> UpdateCost:
+    """Run the first step of the optimizer on the meta device, with the parameters of `net`, sharded or not."""
+    numbers = {"lr": trainer.lr, "betas": trainer.betas, "weight_decay": trainer.weight_decay}
+    optimizer = trainer.optimizer.build(net, **numbers, precision=trainer.precision)
+    for parameter in net.parameters():
         parameter.grad = torch.empty_like(parameter)
-    optimizer.step()
-    return sum(value.nbytes for state in optimizer.state.values() for value in state.values())
+    held = [tensor for p in net.parameters() for tensor in (p.detach(), p.grad)]
+
+    living = Living({fsdp.local(tensor).untyped_storage()._cdata for tensor in held})
+
+    def made(operation: Any, tensor: Tensor) -> None:
+        living.add(fsdp.local(tensor))
+
+    with FlopCounterMode(display=False) as counter, SentBytes() as exchanged, Watchdog(made):
+        optimizer.step()
+    optimizer.zero_grad()
+
+    tensors = [fsdp.local(value) for state in optimizer.state.values() for value in state.values()]
+    on_device = sum(tensor.nbytes for tensor in tensors if tensor.is_meta)
+    return UpdateCost(
+        state=sum(tensor.nbytes for tensor in tensors),
+        transient=living.peak - on_device,
+        flops=counter.get_total_flops(),
+        sent=exchanged.bytes,
+    )
+
+
+class SentBytes(TorchDispatchMode):
+    """Bytes that rank 0 sends to other ranks by all-to-all, the collective of optimizers that work on matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function is torch.ops.c10d.alltoall_base_.default:
+            _, given, _, _, sizes = arguments[:5]
+            self.bytes += given.nbytes - sizes[0] * given.element_size()
+        return function(*arguments, **(keywords or {}))
 
 
 def units(module: nn.Module, value_bytes: int, kept: float) -> tuple[Unit, ...]:
@@ -210,10 +257,11 @@ def traffic(share: Share, calls: Sequence[Call], num_micro: int = 1) -> dict[str
         num_micro: micro-batches per step.
     """
     payload = payloads(share, calls)
+    sent = {"all_to_all": share.update.sent} if share.update.sent else {}
     shards, replicas = share.live_units[0].ranks, share.live_units[0].replicas
     parts = {"all_gather": (shards - 1) / shards, "reduce_scatter": (shards - 1) / shards}
     parts["all_reduce"] = 2 * (replicas - 1) / replicas
-    return {kind: round(num_micro * parts[kind] * size) for kind, size in payload.items()}
+    return {kind: round(num_micro * parts[kind] * size) for kind, size in payload.items()} | sent
 
 
 def payloads(share: Share, calls: Sequence[Call]) -> dict[str, int]:

@@ -12,12 +12,16 @@ from selfe.evaluation import results
 from selfe.tools.report.run_folder import RunFolder, plain_text
 
 MOST_NAMED = 4  # differing keys that a warning names
-EVERY_LOSS = r"^(train|val|val_ema|val_plain)/(.*_)?loss$"
-CURRENT_OBJECTIVE = r"^(train|val|val_ema)/(.*_)?loss$"
-VALIDATION = r"^val(_ema|_plain)?/"
+# groups of validation metrics: val, val_plain, and val_NAME for every average of the weights
+EVERY_LOSS = r"^(train|val(_[^/]+)?)/(.*_)?loss$"
+CURRENT_OBJECTIVE = r"^(train|val(_(?!plain/)[^/]+)?)/(.*_)?loss$"
+VALIDATION = r"^val(_[^/]+)?/"
 
 # parameters on which plain flow matching depends, the objective of val_plain
-PLAIN = ("system.objective.params.p_drop", "system.objective.params.t_std")
+PLAIN = tuple(
+    f"system.objective.params.{name}"
+    for name in ("p_drop", "t_std", "t_mean", "t_distribution", "t_warp", "loss_weight")
+)
 # keys that decide images, times and noise of a validation
 VALIDATION_KEYS = ("seed", "trainer.val_batches", "trainer.total_batch_size", "data.params.pixels")
 
