@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -166,7 +167,11 @@ class FeatureFolder:
             raise UserError(f"{where} is not finite; the weights of the extractor may be damaged")
 
     def save(self, chunk: Chunk, tensors: dict[str, Tensor]) -> None:
-        image_encode.write(chunk.file, save(tensors))
+        """Write a file atomically; another evaluation that shares the folder may be writing the same one."""
+        chunk.file.parent.mkdir(parents=True, exist_ok=True)
+        partial = chunk.file.with_suffix(f".{uuid.uuid4().hex}{image_encode.PARTIAL}")
+        partial.write_bytes(save(tensors))
+        partial.replace(chunk.file)
 
 
 def digest_of(image: Tensor) -> Tensor:

@@ -115,7 +115,6 @@ def test_a_killed_evaluation_resumes_without_computing_features_again(job):
     assert len(computed) == 5
     assert not (job / "evaluation.json").exists()
 
-    (job / ".lock").unlink()
     evaluate.main(arguments(job))
     resumed = result(job)
     after = {file.name: file.stat().st_mtime_ns for file in (job / "features").iterdir()}
