@@ -79,7 +79,7 @@ def run(settings: dict, folder: Path, world: World) -> None:
 def chosen_metrics(evaluation: EvaluationConfig) -> list[str]:
     """The names of the metrics. Raises UserError for one that no extractor or no reference allows."""
     for name in evaluation.metrics:
-        if METRICS[name].needs_reference and evaluation.reference is None:
+        if name in results.WITH_REFERENCE and evaluation.reference is None:
             raise UserError(f"evaluation.metrics: {name} compares with real images; set --reference")
         if METRICS[name].needs_texts and not any(each.has_texts for each in evaluation.extractors.values()):
             raise UserError(f"evaluation.metrics: {name} needs an extractor with a text encoder, such as CLIP")

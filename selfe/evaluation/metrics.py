@@ -16,6 +16,7 @@ from selfe.errors import UserError
 from selfe.evaluation import statistics
 from selfe.evaluation.features import FeatureSet
 from selfe.evaluation.image_sets import evenly_spaced
+from selfe.evaluation.results import BY_NEIGHBOURS, WITH_REFERENCE
 from selfe.evaluation.statistics import Bootstrap, Estimate, Moments, Neighbours
 
 if TYPE_CHECKING:
@@ -188,15 +189,14 @@ class Metric:
     """How a metric is computed and what it needs."""
 
     compute: Callable[[Measured], Values]
-    needs_reference: bool = False
     needs_texts: bool = False
 
 
 METRICS = {
-    "fd": Metric(fd, needs_reference=True),
-    "kid": Metric(kid, needs_reference=True),
-    "cmmd": Metric(cmmd, needs_reference=True),
-    **{name: Metric(neighbour_metric(name), needs_reference=True) for name in Neighbours._fields},
+    "fd": Metric(fd),
+    "kid": Metric(kid),
+    "cmmd": Metric(cmmd),
+    **{name: Metric(neighbour_metric(name)) for name in BY_NEIGHBOURS},
     "clip_score": Metric(clip_score, needs_texts=True),
     "retrieval": Metric(retrieval, needs_texts=True),
     "diversity": Metric(diversity),
@@ -209,7 +209,7 @@ def compute(names: Sequence[str], measured: Measured) -> Values:
     values: Values = {}
     for name in names:
         metric = METRICS[name]
-        has_reference = measured.reference is not None or not metric.needs_reference
+        has_reference = measured.reference is not None or name not in WITH_REFERENCE
         has_texts = measured.texts is not None or not metric.needs_texts
         if has_reference and has_texts:
             values |= metric.compute(measured)

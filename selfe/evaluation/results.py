@@ -12,6 +12,10 @@ from selfe.errors import UserError
 
 FILE = "evaluation.json"
 FORMAT = 1
+BY_NEIGHBOURS = ("precision", "recall", "density", "coverage")
+WITH_REFERENCE = ("fd", "kid", "cmmd", *BY_NEIGHBOURS)  # metrics that compare with real images
+# the metrics that a setting changes
+CHANGED_BY = {"max_features": ("kid", "cmmd", "diversity", *BY_NEIGHBOURS), "nearest_k": BY_NEIGHBOURS}
 FACTS = {"count": "numbers of images", "extractor": "extractors", "reference": "reference images"}
 
 
@@ -55,9 +59,10 @@ class Evaluation:
         cell = self.cells[value.cell]
         record = {"extractor": self.extractors[value.extractor]}
         record |= {name: cell[name] for name in ("count", "prompts", "noise", "sizes")}
-        if self.reference is not None:
+        record |= {name: fact for name, fact in self.settings.items() if value.metric in CHANGED_BY[name]}
+        if value.metric in WITH_REFERENCE:
             record["reference"] = {name: fact for name, fact in self.reference.items() if name != "path"}
-        return record | self.settings
+        return record
 
     def to_json(self) -> str:
         values = [value._asdict() for value in self.values]

@@ -2,13 +2,14 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from selfe import cli
 from selfe.errors import UserError
 from selfe.evaluation import results, tables
-from selfe.evaluation.results import Evaluation
+from selfe.evaluation.results import Evaluation, Value
 from selfe.tools.report import comparability, page
 from selfe.tools.report.run_folder import RunFolder
 from tests.helpers.run_folders import add_evaluation, evaluation, make_run
@@ -45,9 +46,16 @@ def test_numbers_with_different_records_have_a_warning():
     assert "model" in tables.markdown([a, b])
 
     other = evaluation("runs/b/images", images="gh", count=99)
-    assert results.differences([a, other]) == {("reference",): [("dino", "fd"), ("clip", "clip_score")]}
-    warning = "measured with different reference images: fd (dino), clip_score (clip)."
+    assert results.differences([a, other]) == {("reference",): [("dino", "fd")]}  # the CLIP score needs no reference
+    warning = "measured with different reference images: fd (dino)."
     assert warning in tables.plain([a, other])
+
+    # settings count for the metrics that they change
+    other = replace(b, settings={"max_features": 100, "nearest_k": 3})
+    assert results.differences([a, other]) == {}
+    values = [Value(0, "dino", name, 0.5) for name in ("fd", "kid", "recall")]
+    unlike = results.differences([replace(a, values=values), replace(other, values=values)])
+    assert unlike == {("max_features",): [("dino", "kid")], ("max_features", "nearest_k"): [("dino", "recall")]}
 
 
 def test_the_report_has_curves_over_steps_with_warnings(tmp_path):
