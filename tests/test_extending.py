@@ -41,7 +41,7 @@ def latents() -> tuple:
 
 def test_examples_are_short_and_all_are_on_the_page():
     page = (ROOT / "docs/extending.md").read_text()
-    assert len(EXAMPLES) == 6
+    assert len(EXAMPLES) == 7
     for path in EXAMPLES:
         assert len(path.read_text().splitlines()) < 50, path
         assert f"[examples/{path.name}](../examples/{path.name})" in page
