@@ -488,6 +488,10 @@ def visit_union(value: Any, arms: tuple, path: str, build: bool) -> Any:
     if len(arms) == 1:
         return visit(value, arms[0], path, build)
 
+    # a path or a URL
+    if {str, Path} <= set(arms) and isinstance(value, (str, Path)):
+        return value if "://" in str(value) else expand(value, path)
+
     # exact type first, before types it can be coerced to
     problems = []
     for arm in sorted(arms, key=lambda arm: type(value) is not arm):

@@ -175,7 +175,7 @@ class BucketedDataset:
         self.max_pixels, self.convert_icc = max_pixels, convert_icc
         self.index_dir = Path(index_dir) if index_dir else None
         self.image_column, self.caption_column = image_column, caption_column
-        check_range("cache_gb", cache_gb, 0, 10**9)
+        check_range("cache_gb", cache_gb, 1e-5, 10**9)
         self.cache = DiskCache(Path(cache_dir) if cache_dir else None, int(cache_gb * 10**9))
         self.weights = tuple(entry.weight for entry in entries)
         self.sources = {
