@@ -27,6 +27,7 @@ from transformers import (
 from selfe import packaged
 from selfe.encoders.pretrained_tokenizer import SENTENCES, check_files, plain_errors
 from selfe.errors import UserError
+from selfe.io.model_folder import find_model, is_path
 from selfe.io.safetensors_files import SafetensorsFiles, read_json
 from selfe.protocols import TensorReader
 
@@ -41,36 +42,15 @@ OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm
 
 
 def model_folder(model: str, cache_dir: Path | None) -> Path:
-    """The folder of a model: a path if it is absolute or starts with `.` or `~`, otherwise a name in the cache folder.
-
-    A model that the cache folder does not have may be installed as a package (`selfe.packaged`).
+    """The folder of a model (`find_model`); one that the cache folder does not have may be installed as a package.
 
     Raises:
         UserError: there is no such folder; the message has the command that downloads it.
     """
-    if is_path(model):
-        folder = Path(model).expanduser()
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; system.text_encoder.params.model names it")
-        return folder
-
     installed = packaged.folder(model)
-    if cache_dir is None and installed is None:
-        raise UserError(
-            f"{model} is needed, but SELFE_CACHE_DIR is not set; set it to the directory of the weights"
-            f"{packaged.remedy(model)}, or set SELFE_SKIP_PRETRAINED=1 for random weights"
-        )
-    folder = Path(cache_dir) / model if cache_dir else installed
-    if not folder.is_dir() and installed is not None:
+    if installed is not None and not (cache_dir and (Path(cache_dir) / model).is_dir()):
         return installed
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; {remedy(model)}, or set SELFE_SKIP_PRETRAINED=1 for random weights")
-    return folder
-
-
-def is_path(model: str) -> bool:
-    """Whether a model is named by its path, and not by its name on the Hub."""
-    return model.startswith((".", "~")) or Path(model).is_absolute()
+    return find_model(model, cache_dir, "system.text_encoder.params.model", remedy(model))
 
 
 def remedy(model: str) -> str:

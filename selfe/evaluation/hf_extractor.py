@@ -44,7 +44,7 @@ class HFExtractor:
             side: pixels to which images are resized; default: that of the model's preprocessor.
             output: pooled output, first token or mean over tokens; `auto`: embeddings, pooled output or mean.
         """
-        self.folder = find_model(model, cache_dir, KEY)
+        self.folder = find_model(model, cache_dir, KEY, f"download {model} from the Hub to it")
         self.model, self.output = model, output
 
         self.advice = advice = f"download all files of {model} again"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from selfe import packaged
 from selfe.errors import UserError
 
 
@@ -33,8 +34,8 @@ def find_model(model: str, cache_dir: Path | None, key: str, remedy: str) -> Pat
 
     if cache_dir is None:
         raise UserError(
-            f"{model} is needed, but SELFE_CACHE_DIR is not set; set it to the directory of the weights, or set "
-            "SELFE_SKIP_PRETRAINED=1 for random weights"
+            f"{model} is needed, but SELFE_CACHE_DIR is not set; set it to the directory of the weights"
+            f"{packaged.remedy(model)}, or set SELFE_SKIP_PRETRAINED=1 for random weights"
         )
     folder = Path(cache_dir) / model
     if not folder.is_dir():
