@@ -728,7 +728,7 @@ def run_checks(names: Sequence[str], budget: float, tiny: bool, out: Path) -> bo
             try:
                 for facts in check(setting):
                     report(name, facts)
-            except Exception:
+            except Exception:  # of any kind: it is reported and fails the script, after the other checks
                 report(name, {"failed": traceback.format_exc()[-2500:]})
                 succeeded = False
             free_memory(setting)

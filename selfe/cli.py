@@ -211,6 +211,7 @@ def check_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-column", metavar="NAME", help="column or key of the images, if it has another name")
     parser.add_argument("--caption-column", metavar="NAME", help="the same for the captions")
     parser.add_argument("--cache-dir", type=path, help="folder for copies of remote data")
+
     parser.add_argument("--workers", type=at_least(0), default=4, help="reader processes; 0: read in this process")
     parser.add_argument("--write-clean", type=path, metavar="OUT", help="write the valid lines, with image sizes")
     parser.add_argument(
@@ -221,6 +222,8 @@ def check_data(parser: argparse.ArgumentParser) -> None:
         metavar="W",
         help="data.params.caption_weights, to count how often each caption is used",
     )
+
+    # limits and buckets, as in a config
     parser.add_argument("--min-side", type=at_least(1), default=64, help="smallest allowed side in pixels")
     parser.add_argument("--max-pixels", type=at_least(1), default=178_956_970, help="larger images are rejected")
     parser.add_argument(
@@ -402,7 +405,7 @@ VERBS = {
     ),
     "probe-text": Verb(
         "selfe.tools.probe_text",
-        "Measure how well a config's text encoder tells captions apart: swapped attributes, counts, negations.",
+        "Measure how well a config's text encoder distinguishes captions: swapped attributes, counts, negations.",
         probe_text,
         "Each line of PROMPTS has a kind, a caption, the same in other words, and other meanings, separated by tabs.",
         ("system",),

@@ -1,4 +1,4 @@
-"""The verb `selfe probe-text`: how well a text encoder tells captions apart.
+"""The verb `selfe probe-text`: how well a text encoder distinguishes captions.
 
 In few steps the image depends on the caption's code alone: what two codes do not tell apart, no sampler can draw apart
 (arXiv 2604.18168). Each line of the prompt file has a caption, the same in other words, and captions with another
@@ -172,7 +172,7 @@ def unrelated_distance(similarity: Tensor, lines: Sequence[Line], index: dict[st
 
 
 def summary(cases: Sequence[dict]) -> dict:
-    """Of pairs of captions with different meanings: how many are told apart, and by how much."""
+    """Of pairs of captions with different meanings: how many are distinguished, and by how much."""
     worst = min(cases, key=lambda case: case["margin"])
     return {
         "pairs": len(cases),

@@ -13,7 +13,7 @@ from selfe.types import Batch, check_range
 
 
 class LossAtTimes:
-    """Flow matching loss (Eq. 3) at fixed times: tells where between data and noise a model is better than another."""
+    """Flow matching loss (Eq. 3) at fixed times: shows where between data and noise a model is better."""
 
     def __init__(self, times: tuple[float, ...] = (0.1, 0.5, 0.9)):
         """
