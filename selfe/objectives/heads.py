@@ -7,7 +7,16 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
+from selfe.protocols import Backbone
 from selfe.types import Packed
+
+
+def layer_width(backbone: Backbone, layer: str) -> int:
+    """The width of a block's output. Raises ValueError if the backbone has no such block."""
+    widths = backbone.feature_widths
+    if layer not in widths:
+        raise ValueError(f"objective: the backbone has no block {layer}; its blocks are {', '.join(widths)}")
+    return widths[layer]
 
 
 class MlpHead(nn.Module):

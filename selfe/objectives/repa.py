@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from selfe import flow
 from selfe.errors import UserError
-from selfe.objectives.heads import ConvHead, MlpHead
+from selfe.objectives.heads import ConvHead, MlpHead, layer_width
 from selfe.objectives.wrapper import Wrapper
 from selfe.protocols import Backbone, Denoiser, ImageEncoder, Objective
 from selfe.rng import SampleRNG
@@ -74,10 +74,7 @@ class Repa(Wrapper):
 
     def prepare(self, backbone: Backbone) -> None:
         super().prepare(backbone)
-        widths, out = backbone.feature_widths, self.encoder.feature_dim
-        if self.layer not in widths:
-            raise ValueError(f"objective: the backbone has no block {self.layer}; its blocks are {', '.join(widths)}")
-        width = widths[self.layer]
+        width, out = layer_width(backbone, self.layer), self.encoder.feature_dim
         head = MlpHead(width, self.hidden, out) if self.head == "mlp" else ConvHead(width, out)
         backbone.add_head(HEAD, self.layer, head)
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from selfe import flow
 from selfe.device import to_device
 from selfe.objectives.flow_matching import FlowMatching
-from selfe.objectives.heads import MlpHead
+from selfe.objectives.heads import MlpHead, layer_width
 from selfe.protocols import Backbone, Denoiser
 from selfe.rng import SampleRNG, philox
 from selfe.types import MOST_WIDTH, Loss, Packed, TextCond, check_range
@@ -53,11 +53,8 @@ class SelfFlow(FlowMatching):
         self.weight, self.mask_ratio, self.hidden = weight, mask_ratio, hidden
 
     def prepare(self, backbone: Backbone) -> None:
-        widths = backbone.feature_widths
-        for layer in (self.student_layer, self.teacher_layer):
-            if layer not in widths:
-                raise ValueError(f"objective: the backbone has no block {layer}; its blocks are {', '.join(widths)}")
-        head = MlpHead(widths[self.student_layer], self.hidden, widths[self.teacher_layer])
+        student, teacher = (layer_width(backbone, layer) for layer in (self.student_layer, self.teacher_layer))
+        head = MlpHead(student, self.hidden, teacher)
         backbone.add_head(HEAD, self.student_layer, head)
 
     def phase(self, step: int) -> str:

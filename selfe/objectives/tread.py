@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from selfe.objectives.heads import layer_width
 from selfe.objectives.wrapper import Wrapper
 from selfe.protocols import Backbone, Denoiser, Objective
 from selfe.rng import SampleRNG, philox
@@ -34,10 +35,9 @@ class Tread(Wrapper):
 
     def prepare(self, backbone: Backbone) -> None:
         super().prepare(backbone)
-        names = list(backbone.feature_widths)
         for name in (self.first, self.last):
-            if name not in names:
-                raise ValueError(f"objective: the backbone has no block {name}; its blocks are {', '.join(names)}")
+            layer_width(backbone, name)
+        names = list(backbone.feature_widths)
         if names.index(self.first) > names.index(self.last):
             raise ValueError(f"objective: first block {self.first} comes after last block {self.last}; exchange them")
 
