@@ -55,7 +55,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
     Accelerators in half precision: the fused kernel for variable lengths. Otherwise one SDPA call per run of sequences
     of equal length; on the CPU in at least float32, because its backward pass is slow in half precision.
     """
-    if has_varlen_kernel(q):
+    if has_varlen_kernel(q.device, q.dtype):
         ends, longest = sequences.cu_seqlens, sequences.max_seqlen
         return varlen_attn(q, k, v, ends, ends, longest, longest)
 
@@ -63,9 +63,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
     return attend_by_runs(q.to(dtype), k.to(dtype), v.to(dtype), sequences).to(q.dtype)
 
 
-def has_varlen_kernel(q: Tensor) -> bool:
+def has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether one kernel attends over all sequences at once."""
-    return q.dtype in HALF and q.device.type not in ("cpu", "meta")
+    return dtype in HALF and device.type not in ("cpu", "meta")
 
 
 @torch.compiler.disable  # a graph would be specialised to the lengths of one batch

@@ -11,7 +11,7 @@ import torch.fx.experimental._config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from selfe.backbones.attention import KERNELS
+from selfe.backbones.attention import KERNELS, has_varlen_kernel
 
 ActivationCheckpointing = bool | int | Literal["selective"]
 
@@ -56,12 +56,17 @@ def checkpointed(forward: Callable[..., Tensor], selective: bool) -> Callable[..
     return run
 
 
+def can_compile(recompute: ActivationCheckpointing, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `compile` has an effect on all blocks: torch does not break a graph inside of a checkpoint."""
+    return not recompute or has_varlen_kernel(device, dtype)
+
+
 def compile(module: nn.Module) -> None:
     """Compile every block with dynamic shapes, at its first call.
 
     Call it after `apply_activation_checkpointing`, if both are used. A block is one graph where attention is a single
     kernel (half precision on accelerators). Otherwise it is several, with attention between them, and a block with
-    activation checkpointing is not compiled at all, because torch does not break a graph inside of a checkpoint.
+    activation checkpointing is not compiled at all: see `can_compile`.
     """
     torch._dynamo.config.recompile_limit = MOST_VARIANTS
     torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal by chance are no reason to recompile

@@ -12,10 +12,12 @@ from torch import nn
 
 from selfe import log
 from selfe.device import device_name
+from selfe.distributed.activation_checkpoint import can_compile
 from selfe.distributed.collectives import World
 from selfe.protocols import Data
 from selfe.system import System
 from selfe.training.settings import TrainerConfig
+from selfe.types import DTYPES
 
 
 def start(
@@ -35,7 +37,7 @@ def start(
         "devices": devices(cfg, world),
         "data": images(data, step),
         "batch": batch(cfg, data, seed, world, step, num_micro),
-        "compile": "on: the first steps take minutes" if cfg.compile else "off",
+        "compile": compilation(cfg, world),
         "first": first_events(cfg, data, step, last_step),
     }
     return "\n".join(f"{name + ':':10}{text}" for name, text in rows.items())
@@ -57,6 +59,15 @@ def devices(cfg: TrainerConfig, world: World) -> str:
     shards = cfg.shard_size or world.size
     sharding = f"; parameters sharded over {shards}" if shards > 1 else ""
     return f"{log.count(world.size, 'process', 'processes')} on {device_name(world.device)}{sharding}"
+
+
+def compilation(cfg: TrainerConfig, world: World) -> str:
+    """Whether blocks are compiled."""
+    if not cfg.compile:
+        return "off"
+    if not can_compile(cfg.activation_checkpointing, world.device, DTYPES[cfg.precision]):
+        return "no effect on blocks with activation checkpointing, except in bf16 on a GPU"
+    return "on: the first steps take minutes"
 
 
 def images(data: Data, step: int) -> str:

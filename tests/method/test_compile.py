@@ -37,7 +37,7 @@ def counters(traced) -> dict[str, Counter]:
 @pytest.fixture
 def one_kernel(monkeypatch) -> None:
     """Attention is one call with the arguments of the kernel; it computes something simple."""
-    monkeypatch.setattr(attention, "has_varlen_kernel", lambda q: True)
+    monkeypatch.setattr(attention, "has_varlen_kernel", lambda device, dtype: True)
     monkeypatch.setattr(attention, "varlen_attn", lambda q, k, v, *lengths: q * k + v)
 
 
@@ -95,6 +95,19 @@ def test_times_per_token():
 def test_values_and_gradients_of_recomputed_blocks(one_kernel, counters):
     assert_same(*pair(torch.float64, "selective"), torch.float64, 1e-12)
     assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_recomputed_blocks_are_compiled_only_where_attention_is_one_kernel(counters):
+    """`can_compile` is what the start of a run states."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert activation_checkpoint.can_compile("selective", cuda, torch.bfloat16)
+    assert activation_checkpoint.can_compile(False, cpu, torch.float32)
+    assert not activation_checkpoint.can_compile(True, cuda, torch.float32)
+
+    assert not activation_checkpoint.can_compile("selective", cpu, torch.float32)
+    _, compiled = pair(torch.float32, "selective")
+    compiled(*inputs(torch.float32))
+    assert counters["stats"]["unique_graphs"] == 0
 
 
 def test_generated_code(one_kernel, counters, monkeypatch):
