@@ -83,7 +83,7 @@ def chosen_metrics(evaluation: EvaluationConfig) -> list[str]:
             raise UserError(f"evaluation.metrics: {name} compares with real images; set --reference")
         if METRICS[name].needs_texts and not any(each.has_texts for each in evaluation.extractors.values()):
             raise UserError(f"evaluation.metrics: {name} needs an extractor with a text encoder, such as CLIP")
-    return list(evaluation.metrics or METRICS)
+    return list(evaluation.metrics or (name for name, metric in METRICS.items() if not metric.on_request))
 
 
 def needs_texts(extractor: Any, names: Sequence[str]) -> bool:
@@ -163,7 +163,8 @@ def measure(
     for number in numbers:
         cell, features = job.cells[number], extracted.cells[number]
         captions = [places[image["prompt"]] for image in cell.images]
-        measured = Measured(features, captions, texts, reference, evaluation)
+        categories = [image.get("category", "") for image in cell.images]
+        measured = Measured(features, captions, texts, reference, evaluation, categories)
         for metric, estimate in metrics.compute(names, measured).items():
             mine.append(results.Value(number, extractor, metric, *estimate))
         progress.advance()

@@ -227,7 +227,10 @@ class Inferencer:
         self, folder: Path, todo: Sequence[ImageSpec], requests: Sequence[Request], facts: dict, any_new: bool
     ) -> None:
         """Write the files next to the images: metadata, files that evaluators need, the gallery."""
-        lines = [{"file": spec.file} | record(spec, facts) for spec in todo]
+        lines = []
+        for spec in todo:
+            category = {"category": spec.category} if spec.category else {}
+            lines.append({"file": spec.file} | record(spec, facts) | category)
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         image_encode.write(folder / "metadata.jsonl", text.encode())
 

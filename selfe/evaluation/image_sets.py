@@ -26,7 +26,7 @@ from selfe.types import Split
 
 MANIFESTS = (".tsv", ".csv", ".jsonl")
 # of an image's metadata: what differs between images of one set, and where the set is
-PER_IMAGE = ("file", "prompt", "negative_prompt", "seed", "sample", "height", "width", "checkpoint")
+PER_IMAGE = ("file", "prompt", "negative_prompt", "category", "seed", "sample", "height", "width", "checkpoint")
 
 
 class ImageSet(Protocol):

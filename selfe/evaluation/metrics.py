@@ -17,13 +17,15 @@ from selfe.evaluation import statistics
 from selfe.evaluation.features import FeatureSet
 from selfe.evaluation.image_sets import evenly_spaced
 from selfe.evaluation.results import BY_NEIGHBOURS, WITH_REFERENCE
-from selfe.evaluation.statistics import Bootstrap, Estimate, Moments, Neighbours
+from selfe.evaluation.statistics import Bootstrap, Estimate, Frechet, Moments, Neighbours
 
 if TYPE_CHECKING:
     from selfe.evaluation.settings import EvaluationConfig
 
 FEWEST_PROMPTS = 20  # with fewer, images are resampled one by one, because intervals of few groups are too narrow
 OWN = ("features", "aligned")  # outputs of an extractor that are not scores
+
+Values = dict[str, Estimate]
 
 
 class Reference:
@@ -55,6 +57,7 @@ class Measured:
     texts: Tensor | None  # features of all captions of the job (C, e); None: the extractor has no text encoder
     reference: Reference | None
     settings: EvaluationConfig
+    categories: Sequence[str] = ()  # that of each image's prompt, "" for none
 
     @cached_property
     def bootstrap(self) -> Bootstrap:
@@ -65,6 +68,28 @@ class Measured:
         places: dict[int, int] = {}
         groups = [places.setdefault(self.captions[index], len(places)) for index in indices]
         return Bootstrap(groups if len(places) >= FEWEST_PROMPTS else range(len(groups)), self.settings.bootstrap)
+
+    @cached_property
+    def by_category(self) -> dict[str, list[int]]:
+        """The images of each category, in the order of their first images."""
+        images: dict[str, list[int]] = {}
+        for index, category in enumerate(self.categories):
+            if category:
+                images.setdefault(category, []).append(index)
+        return images
+
+    def means(self, name: str, values: Tensor) -> Values:
+        """The mean of a value per image (n,), and as NAME/CATEGORY those over the images of each category."""
+        values = values.cpu()
+        estimates = {name: self.bootstrap.mean(values)}
+        for category, indices in self.by_category.items():
+            estimates[f"{name}/{category}"] = self.bootstrap_of(indices).mean(values[indices])
+        return estimates
+
+    @cached_property
+    def frechet(self) -> Frechet:
+        reference = self.reference
+        return statistics.frechet_distance(self.features, reference.moments, reference.root, self.bootstrap)
 
     @cached_property
     def rows(self) -> tuple[Tensor, Bootstrap]:
@@ -83,17 +108,22 @@ class Measured:
         return statistics.neighbours(self.rows[0], self.reference.rows, k)
 
 
-Values = dict[str, Estimate]
-
-
 # ---- distances to the reference ----
 
 
 def fd(measured: Measured) -> Values:
     """Frechet distance of the features: FID with Inception features, FD-DINOv2 with those of DINOv2."""
-    reference = measured.reference
-    value = statistics.frechet_distance(measured.features, reference.moments, reference.root, measured.bootstrap)
-    return {"fd": value}
+    return {"fd": measured.frechet.distance}
+
+
+def fd_of_means(measured: Measured) -> Values:
+    """The part of `fd` that is due to the means of the features; the rest is due to their covariances."""
+    return {"fd_of_means": measured.frechet.of_means}
+
+
+def extent(measured: Measured) -> Values:
+    """Total variance of the features, relative to the reference: below 1, images vary less than real ones."""
+    return {"extent": measured.frechet.extent}
 
 
 def kid(measured: Measured) -> Values:
@@ -134,7 +164,7 @@ def clip_score(measured: Measured) -> Values:
         own = texts[torch.tensor(measured.captions[start : start + len(block)], device=texts.device)]
         cosines.append((F.normalize(block, dim=1) * own).sum(dim=1))
         start += len(block)
-    return {"clip_score": measured.bootstrap.mean(100 * torch.cat(cosines).cpu())}
+    return measured.means("clip_score", 100 * torch.cat(cosines))
 
 
 def retrieval(measured: Measured) -> Values:
@@ -149,8 +179,10 @@ def retrieval(measured: Measured) -> Values:
         similarities = F.normalize(block, dim=1) @ candidates.T
         ranks.append((similarities > similarities.gather(1, own[:, None])).sum(dim=1))
         start += len(block)
-    rank = torch.cat(ranks).cpu()
-    return {f"retrieval@{k}": measured.bootstrap.mean(rank < k) for k in measured.settings.retrieval_k}
+    rank, values = torch.cat(ranks), {}
+    for k in measured.settings.retrieval_k:
+        values |= measured.means(f"retrieval@{k}", rank < k)
+    return values
 
 
 def diversity(measured: Measured) -> Values:
@@ -180,8 +212,16 @@ def diversity(measured: Measured) -> Values:
 
 def scores(measured: Measured) -> Values:
     """The extractor's own scores: means over images."""
+    values: Values = {}
+    for name in sorted(measured.features.names() - set(OWN)):
+        values |= measured.means(name, measured.features.all(name))
+    return values
+
+
+def deviations(measured: Measured) -> Values:
+    """Standard deviations over images of the extractor's own scores, as NAME_std."""
     names = sorted(measured.features.names() - set(OWN))
-    return {name: measured.bootstrap.mean(measured.features.all(name).cpu()) for name in names}
+    return {f"{name}_std": measured.bootstrap.deviation(measured.features.all(name).cpu()) for name in names}
 
 
 @dataclass(frozen=True)
@@ -190,10 +230,13 @@ class Metric:
 
     compute: Callable[[Measured], Values]
     needs_texts: bool = False
+    on_request: bool = False  # not among those that are computed without `evaluation.metrics`
 
 
 METRICS = {
     "fd": Metric(fd),
+    "fd_of_means": Metric(fd_of_means, on_request=True),
+    "extent": Metric(extent, on_request=True),
     "kid": Metric(kid),
     "cmmd": Metric(cmmd),
     **{name: Metric(neighbour_metric(name)) for name in BY_NEIGHBOURS},
@@ -201,6 +244,7 @@ METRICS = {
     "retrieval": Metric(retrieval, needs_texts=True),
     "diversity": Metric(diversity),
     "scores": Metric(scores),
+    "deviations": Metric(deviations, on_request=True),
 }
 
 

@@ -13,7 +13,7 @@ from selfe.errors import UserError
 FILE = "evaluation.json"
 FORMAT = 1
 BY_NEIGHBOURS = ("precision", "recall", "density", "coverage")
-WITH_REFERENCE = ("fd", "kid", "cmmd", *BY_NEIGHBOURS)  # metrics that compare with real images
+WITH_REFERENCE = ("fd", "fd_of_means", "extent", "kid", "cmmd", *BY_NEIGHBOURS)  # metrics that compare with real images
 # the metrics that a setting changes
 CHANGED_BY = {"max_features": ("kid", "cmmd", "diversity", *BY_NEIGHBOURS), "nearest_k": BY_NEIGHBOURS}
 FACTS = {"count": "numbers of images", "extractor": "extractors", "reference": "reference images"}

@@ -25,7 +25,7 @@ class EvaluationConfig:
     # number of reference images, evenly spaced over it (of a config: the first); default: all
     reference_images: int | None = None
     reference_split: Split = "val"  # of a config's data
-    metrics: tuple[str, ...] = ()  # see docs/evaluation.md; default: all that extractors and reference allow
+    metrics: tuple[str, ...] = ()  # see docs/evaluation.md; default: those that extractors and reference allow
     bootstrap: int = 100  # replicates of a 95 % interval; 0: no intervals
     max_features: int = 10_000  # images of a set of which all pairs are compared (all metrics but fd): bounds memory
     nearest_k: int = 5  # neighbours of precision, recall, density and coverage

@@ -7,6 +7,7 @@ callers bound the number of rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -19,6 +20,7 @@ from selfe.rng import philox
 
 BLOCK = 1024  # rows of a matrix of all pairs that are in memory at once
 CONFIDENCE = 95  # percent
+NORMAL = 1.96  # half the width of that interval of a normal distribution, in standard deviations
 
 Kernel = Callable[[Tensor, Tensor], Tensor]  # (n, d), (m, d) -> (n, m)
 
@@ -76,6 +78,17 @@ class Bootstrap:
         weights = (self.weights(replicate) for replicate in range(self.count))
         return interval(values.mean().item(), [(w @ values / w.sum()).item() for w in weights])
 
+    def deviation(self, values: Tensor) -> Estimate:
+        """The standard deviation of a value per image (n,), that of the images and not of what they are drawn from."""
+        centred = values.double() - values.double().mean()
+
+        def deviation(w: Tensor) -> float:
+            mean, square = w @ centred / w.sum(), w @ centred.square() / w.sum()
+            return (square - mean.square()).clamp_min(0).sqrt().item()
+
+        weights = (self.weights(replicate) for replicate in range(self.count))
+        return interval(deviation(torch.ones_like(centred)), [deviation(w) for w in weights])
+
 
 def interval(value: float, replicates: Sequence[float]) -> Estimate:
     """The percentiles of the replicates, moved so that their mean is the value.
@@ -88,6 +101,22 @@ def interval(value: float, replicates: Sequence[float]) -> Estimate:
     tail = (100 - CONFIDENCE) / 2
     low, high = np.percentile(replicates, [tail, 100 - tail]) - np.mean(replicates)
     return Estimate(value, value + float(low), value + float(high))
+
+
+def pooled(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean of one number over several runs, such as training seeds, with an interval over runs and images.
+
+    Its width is that of a bootstrap that draws runs with replacement, and images within each: the variance of the mean
+    of k runs is (variance of the k values + mean of their own variances) / k. Each side has its own width.
+    """
+    count, mean = len(estimates), sum(each.value for each in estimates) / len(estimates)
+    if any(each.low is None for each in estimates):
+        return Estimate(mean)
+
+    between = NORMAL**2 * sum((each.value - mean) ** 2 for each in estimates)
+    below = math.sqrt(between + sum((each.value - each.low) ** 2 for each in estimates)) / count
+    above = math.sqrt(between + sum((each.high - each.value) ** 2 for each in estimates)) / count
+    return Estimate(mean, mean - below, mean + above)
 
 
 # ---- Frechet distance ----
@@ -139,11 +168,26 @@ def frechet(a: Moments, b: Moments, root_b: Tensor) -> float:
     return distance.item()
 
 
-def frechet_distance(generated: Rows, reference: Moments, root_b: Tensor, bootstrap: Bootstrap) -> Estimate:
+class Frechet(NamedTuple):
+    """A Frechet distance, and what explains it."""
+
+    distance: Estimate
+    of_means: Estimate  # the part of the distance that is due to the means
+    extent: Estimate  # total variance of the generated features, relative to that of the reference
+
+
+def frechet_distance(generated: Rows, reference: Moments, root_b: Tensor, bootstrap: Bootstrap) -> Frechet:
     """FD of generated images; a pass over their features per replicate."""
-    value = frechet(Moments.of(generated), reference, root_b)
-    weights = (bootstrap.weights(replicate) for replicate in range(bootstrap.count))
-    return interval(value, [frechet(Moments.of(generated, w), reference, root_b) for w in weights])
+
+    def numbers(weights: Tensor | None) -> tuple[float, float, float]:
+        moments = Moments.of(generated, weights)
+        of_means = (moments.mean - reference.mean).square().sum().item()
+        extent = (moments.covariance.trace() / reference.covariance.trace()).item()
+        return frechet(moments, reference, root_b), of_means, extent
+
+    values = numbers(None)
+    replicates = [numbers(bootstrap.weights(replicate)) for replicate in range(bootstrap.count)]
+    return Frechet(*(interval(values[i], [each[i] for each in replicates]) for i in range(3)))
 
 
 # ---- maximum mean discrepancy ----

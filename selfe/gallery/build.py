@@ -43,7 +43,8 @@ FACTS = (
     "weights",
     "fingerprint",
 )
-NOT_PARAMETERS = {*FACTS, "file", "num_steps", "step", "checkpoint"}  # all other keys are sampler parameters
+# all other keys are sampler parameters
+NOT_PARAMETERS = {*FACTS, "file", "num_steps", "step", "checkpoint", "category"}
 
 
 def build(folders: Sequence[Path], output: Path, embed_bytes: int = EMBED_BYTES) -> None:

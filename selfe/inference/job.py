@@ -52,10 +52,11 @@ class ImageSpec:
     s_ratio: float
     sampler: Sampler
     weights: Weights
+    category: str = ""  # of the prompt; does not change the pixels, and is not in the file
 
     def record(self) -> dict:
         """All settings that determine the pixels, as stored in metadata; the caller adds the facts of the weights."""
-        facts = {name: value for name, value in vars(self).items() if name not in ("file", "sampler")}
+        facts = {name: value for name, value in vars(self).items() if name not in ("file", "sampler", "category")}
         return facts | sampler_record(self.sampler)
 
     @property
@@ -126,6 +127,7 @@ def plan(requests: Sequence[Request], weights: Sequence[Weights], layout: Layout
                 "s_ratio": s_ratio,
                 "sampler": settings.sampler,
                 "weights": kind,
+                "category": request.category,
             }
 
             # GenEval names files by prompt and sample number

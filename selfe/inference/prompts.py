@@ -20,7 +20,8 @@ from selfe.io.sampling_limits import check_multiple, check_range, check_size, ch
 from selfe.protocols import Sampler
 from selfe.samplers.renoise import Renoise
 
-TEXT_KEYS = ("prompt", "negative_prompt", "aspect", "sampler", "path")  # TSV columns that are plain text, not JSON
+# TSV columns that are plain text, not JSON
+TEXT_KEYS = ("prompt", "negative_prompt", "category", "aspect", "sampler", "path")
 GENEVAL_KEYS = ("tag", "include", "exclude")
 
 
@@ -65,6 +66,7 @@ class Request:
     settings: SamplingDefaults
     where: str  # "FILE, line N"
     extra: dict = field(default_factory=dict)  # GenEval metadata: the objects that the image must contain
+    category: str = ""  # a kind of prompts, by which an evaluation averages; GenEval's tag
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Line:
 
     prompt: str
     negative_prompt: str | None = None
+    category: str | None = None
     num_steps: tuple[int, ...] | None = None
     num_samples: int | None = None
     first_sample: int | None = None
@@ -138,7 +141,7 @@ def request(where: str, keys: dict, defaults: SamplingDefaults, multiple: int) -
     extra = {}
     if all(key in keys for key in GENEVAL_KEYS[:2]):  # a line of GenEval's evaluation_metadata.jsonl
         extra = keys
-        keys = {"prompt": keys.get("prompt", "???")}
+        keys = {"prompt": keys.get("prompt", "???"), "category": keys.get("tag")}
     for name in ("num_steps", "cfg_scale", "s_ratio"):
         if name in keys and keys[name] is not None:
             keys = keys | {name: sweep(keys[name])}
@@ -147,10 +150,12 @@ def request(where: str, keys: dict, defaults: SamplingDefaults, multiple: int) -
     line = config.call(Line, keys, "", build=True)
     prompt = normal_prompt(line.prompt)
 
-    # sampler and aspect set other fields; the rest are fields of SamplingDefaults
+    # category, sampler and aspect set other fields; the rest are fields of SamplingDefaults
     given = {name: value for name, value in vars(line).items() if value is not None}
     for name in ("prompt", "path"):
         given.pop(name, None)
+    category = given.pop("category", "")
+    check_text("category", category)
     name, eta = given.pop("sampler", None), given.pop("eta", None)
     if name is not None or eta is not None:
         given["sampler"] = sampler_of(name, eta, defaults)
@@ -162,7 +167,7 @@ def request(where: str, keys: dict, defaults: SamplingDefaults, multiple: int) -
     settings = replace(defaults, **given)
     for name in ("height", "width"):
         check_multiple(name, getattr(settings, name), multiple)
-    return Request(prompt, settings, where, extra)
+    return Request(prompt, settings, where, extra, category)
 
 
 # what other programs write into prompt files; here it is part of the prompt

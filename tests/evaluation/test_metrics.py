@@ -85,6 +85,28 @@ def test_of_large_sets_evenly_spaced_rows_are_compared(arrays, tmp_path):
     assert few["kid"] != all_rows["kid"]
 
 
+def test_scores_are_averaged_over_all_images_and_over_each_category(arrays, tmp_path):
+    scores = np.arange(10, dtype=np.float32)
+    features = feature_set(tmp_path, arrays | {"bright": scores}, 4)
+    categories = ["a", "a", "", "b", "a", "b", "", "b", "b", ""]
+    config = EvaluationConfig({"thumbnails": Thumbnails()}, bootstrap=50)
+    given = Measured(features, range(10), None, None, config, categories)
+
+    values = metrics.compute(["scores", "deviations"], given)
+    assert {name: estimate.value for name, estimate in values.items()} == {
+        "bright": 4.5,
+        "bright/a": pytest.approx((0 + 1 + 4) / 3),
+        "bright/b": pytest.approx((3 + 5 + 7 + 8) / 4),
+        "bright_std": pytest.approx(scores.std()),
+    }
+    assert values["bright/a"].low < values["bright/a"].value < values["bright/a"].high
+
+    # the resampling of a category does not depend on the images of others
+    rows = {name: array[[3, 5, 7, 8]] for name, array in (arrays | {"bright": scores}).items()}
+    only = Measured(feature_set(tmp_path / "b", rows, 4), range(4), None, None, config)
+    assert metrics.compute(["scores"], only)["bright"] == values["bright/b"]
+
+
 def test_metrics_that_lack_texts_or_a_reference_are_left_out(arrays, tmp_path):
     values = metrics.compute(list(metrics.METRICS), measured(feature_set(tmp_path, arrays, 4)))
     assert values.keys() == {"diversity"}

@@ -43,7 +43,7 @@ def measure(generated: Tensor, reference: Tensor) -> dict[str, float]:
     moments = Moments.of(InBlocks(y.numpy(), 100))
     root = statistics.root(moments.covariance)
     values = {
-        "fd": statistics.frechet_distance(InBlocks(x.numpy(), 100), moments, root, none).value,
+        "fd": statistics.frechet_distance(InBlocks(x.numpy(), 100), moments, root, none).distance.value,
         "kid": statistics.kid(x, y, none).value,
         "cmmd": statistics.cmmd(x, y, none).value,
     }

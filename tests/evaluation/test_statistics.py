@@ -31,7 +31,7 @@ def features() -> tuple[np.ndarray, np.ndarray]:
     return x, y
 
 
-def frechet_distance(x: np.ndarray, y: np.ndarray, size: int, bootstrap: Bootstrap) -> statistics.Estimate:
+def frechet_distance(x: np.ndarray, y: np.ndarray, size: int, bootstrap: Bootstrap) -> statistics.Frechet:
     reference = Moments.of(InBlocks(y, size))
     return statistics.frechet_distance(InBlocks(x, size), reference, statistics.root(reference.covariance), bootstrap)
 
@@ -87,8 +87,10 @@ def test_frechet_distance_equals_the_formula_in_any_blocks(features):
     for size in (1, 37, 900):
         reference = Moments.of(InBlocks(y, size))
         np.testing.assert_allclose(reference.covariance, np.cov(y, rowvar=False), rtol=1e-10, atol=1e-12)
-        value = frechet_distance(x, y, size, no_intervals(x)).value
-        assert value == pytest.approx(numpy_frechet(x, y), rel=1e-8)
+        parts = frechet_distance(x, y, size, no_intervals(x))
+        assert parts.distance.value == pytest.approx(numpy_frechet(x, y), rel=1e-8)
+        assert parts.of_means.value == pytest.approx(np.square(x.mean(0) - y.mean(0)).sum(), rel=1e-8)
+        assert parts.extent.value == pytest.approx(x.var(0, ddof=1).sum() / y.var(0, ddof=1).sum(), rel=1e-8)
 
 
 def test_weights_of_a_replicate_equal_repeated_rows(features):
@@ -138,10 +140,38 @@ def test_distances_have_intervals_around_their_values(features, name):
     bootstrap = Bootstrap(range(len(x)), 60)
     if name == "fd":
         wide, narrow = (
-            frechet_distance(features[0][:n], features[1], 300, Bootstrap(range(n), 60)) for n in (100, 600)
+            frechet_distance(features[0][:n], features[1], 300, Bootstrap(range(n), 60)).distance for n in (100, 600)
         )
     else:
         function = getattr(statistics, name)
         wide, narrow = function(x[:100], y, Bootstrap(range(100), 60)), function(x, y, bootstrap)
     assert narrow.low < narrow.value < narrow.high
     assert wide.high - wide.low > 1.5 * (narrow.high - narrow.low)
+
+
+def test_a_deviation_is_that_of_numpy_and_its_interval_narrows_with_the_number_of_images():
+    values = np.random.default_rng(2).standard_normal(2000) * 3 + 100
+    few, many = (Bootstrap(range(n), 100).deviation(torch.from_numpy(values[:n])) for n in (100, 2000))
+    assert many.value == pytest.approx(values.std(), rel=1e-9)
+    # the deviation of n values has a standard error of 3 / sqrt(2 n)
+    assert many.high - many.low == pytest.approx(2 * 1.96 * 3 / np.sqrt(4000), rel=0.3)
+    assert few.high - few.low > 2.5 * (many.high - many.low)
+    assert Bootstrap([0, 1], 0).deviation(torch.tensor([1.0, 3.0])) == (1.0, None, None)
+
+
+def test_a_pooled_interval_is_that_of_a_bootstrap_over_runs_and_images():
+    source = np.random.default_rng(0)
+    runs = (source.random((4, 500)) < np.array([[0.2], [0.3], [0.35], [0.5]])).astype(float)
+    estimates = [Bootstrap(range(500), 400).mean(torch.from_numpy(run)) for run in runs]
+    together = statistics.pooled(estimates)
+
+    means = []
+    for _ in range(4000):
+        drawn = runs[source.integers(4, size=4)]
+        means.append(np.mean([run[source.integers(500, size=500)].mean() for run in drawn]))
+    assert together.value == pytest.approx(runs.mean())
+    assert together.high - together.low == pytest.approx(np.subtract(*np.percentile(means, [97.5, 2.5])), rel=0.1)
+
+    # one run has its own interval; without intervals there is none
+    assert statistics.pooled(estimates[:1]) == pytest.approx(estimates[0])
+    assert statistics.pooled([statistics.Estimate(1.0), statistics.Estimate(2.0)]) == (1.5, None, None)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from selfe.errors import UserError
+from selfe.inference import job
 from selfe.inference.prompts import SamplingDefaults, foreign_syntax, from_file, from_list
 from selfe.samplers.euler import Euler
 from selfe.samplers.renoise import Renoise
@@ -86,6 +87,21 @@ def test_geneval(tmp_path):
     said = {"tag": "counting", "include": [{"class": "cup", "count": 3}], "exclude": [], "prompt": "three cups"}
     (request,) = read(tmp_path, "evaluation_metadata.jsonl", json.dumps(said))
     assert (request.prompt, request.extra, request.settings) == ("three cups", said, DEFAULTS)
+    assert request.category == "counting"
+
+
+def test_a_category_does_not_change_the_images(tmp_path):
+    table = "prompt\tcategory\na cat\tanimals\na cup\t\n"
+    requests = read(tmp_path, "p.tsv", table)
+    assert [request.category for request in requests] == ["animals", ""]
+    assert all(request.settings == DEFAULTS for request in requests)
+
+    without = read(tmp_path, "p.txt", "a cat\na cup")
+    with_category, plain = (job.plan(some, ("ema",), "flat", ".png") for some in (requests, without))
+    assert [(spec.file, spec.record()) for spec in with_category] == [(spec.file, spec.record()) for spec in plain]
+    assert [spec.category for spec in with_category] == ["animals", "animals", "", ""]
+    with pytest.raises(UserError, match=r"line 1: category: contains the control character U\+0009"):
+        read(tmp_path, "p.jsonl", line(category="a\tb"))
 
 
 def test_only_a_line_feed_ends_a_line(tmp_path):
@@ -118,7 +134,7 @@ MALFORMED = {
     "1 MB in a line of text": ("p.txt", "a" * 2**20, "1048576 characters"),
     "1 MB in a line of JSON": ("p.jsonl", line(prompt="a" * 2**20), "1048604 characters|1048576 characters"),
     "1 MB that is no JSON": ("p.jsonl", "[" * 2**20, "line 1: not JSON"),
-    "1 MB of an unknown key": ("p.jsonl", line(**{"k" * 2**20: 1}), "kkk ... wn key; valid keys: prompt"),
+    "1 MB of an unknown key": ("p.jsonl", line(**{"k" * 2**20: 1}), "kkk ... lid keys: prompt"),
     "1 MB of a number": ("p.jsonl", '{"prompt": "a", "seed": ' + "9" * 2**20 + "}", "line 1: not JSON"),
     "gzip": ("p.txt", b"\x1f\x8b\x08 and more", "compressed with gzip"),
     "a table with the quotes of CSV": ("p.tsv", 'prompt\n"a ""big"" dog"\n', "line 2: .*has the quotes of CSV files"),
