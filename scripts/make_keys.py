@@ -19,8 +19,9 @@ import types
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
+from selfe import signatures
 from selfe.backbones.mmdit import MMDiT
 from selfe.data.cached import CachedData
 from selfe.data.dataset import BucketedDataset
@@ -127,7 +128,16 @@ def described_arguments(constructor: Any) -> dict[str, str]:
 
 
 def described_fields(kind: type) -> dict[str, str]:
-    """The comment behind the field of a dataclass, or the comments above it."""
+    """The comment behind the field of a dataclass, or the comments above it; those of the classes that it extends."""
+    described: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if is_dataclass(base):
+            described |= own_described_fields(base)
+    return described
+
+
+def own_described_fields(kind: type) -> dict[str, str]:
+    """As `described_fields`, of the fields in the source of a class."""
     source = textwrap.dedent(inspect.getsource(kind))
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {token.start: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
@@ -204,7 +214,7 @@ def keys_of(kind: type, path: str, sections: dict[str, type]) -> Iterator[Key]:
         SystemExit: one has no description.
     """
     described = described_fields(kind) if is_dataclass(kind) else described_arguments(kind.__init__)
-    hints = get_type_hints(kind.__init__)
+    hints = signatures.type_hints(kind)
     made = {field.name: field.default_factory for field in fields(kind)} if is_dataclass(kind) else {}
 
     for name, parameter in inspect.signature(kind).parameters.items():

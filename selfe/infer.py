@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import nn
 
 from selfe import compare, config, errors, launch, log
@@ -36,7 +35,6 @@ from selfe.inference.prompts import Request, SamplingDefaults
 from selfe.io import image_encode
 from selfe.io.folder_lock import removed_on_failure
 from selfe.io.image_encode import Format
-from selfe.rng import SampleRNG
 from selfe.system import System
 from selfe.types import DTYPES, MOST_SAMPLES, PrecisionOrAuto, check_range
 
@@ -187,7 +185,7 @@ class Inferencer:
         saving: list[Future] = []
         with ThreadPoolExecutor(1, "save images") as thread:
             for batch in mine:
-                images = self.generate(system, nets[batch[0].weights], batch)
+                images = job.generate(system, nets[batch[0].weights], batch)
 
                 # files are compressed and written while the next batch is generated
                 for future in saving:
@@ -206,22 +204,6 @@ class Inferencer:
             for future in saving:
                 future.result()
         progress.close()
-
-    def generate(self, system: System, net: nn.Module, batch: Sequence[ImageSpec]) -> list[Image.Image]:
-        """Generate one batch. All its images have the same sampling settings."""
-        first = batch[0]
-        images = system.generate(
-            net,
-            [spec.prompt for spec in batch],
-            [(spec.height, spec.width) for spec in batch],
-            SampleRNG.of_images([(spec.seed, spec.prompt, spec.sample) for spec in batch]),
-            sampler=first.sampler,
-            num_steps=first.num_steps,
-            cfg_scale=first.cfg_scale,
-            s_ratio=first.s_ratio,
-            negative_prompts=[spec.negative_prompt for spec in batch],
-        )
-        return [image_encode.to_image(image) for image in images]
 
     def describe(
         self, folder: Path, todo: Sequence[ImageSpec], requests: Sequence[Request], facts: dict, any_new: bool

@@ -12,7 +12,7 @@ import os
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -42,13 +42,20 @@ def of(target: Callable) -> dict[str, Parameter] | None:
     """The parameters of a class or function by name; None if the source does not define them."""
     if inspect.isclass(target) and issubclass(target, SourceClass):
         return target.parameters()
-    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    hints = type_hints(target)
     parameters = inspect.signature(target).parameters
     return {
         name: Parameter(hints.get(name, Any), parameter.default is parameter.empty)
         for name, parameter in parameters.items()
         if name != "self"
     }
+
+
+def type_hints(target: Callable) -> dict[str, Any]:
+    """The types of the parameters of a class or function by name."""
+    if inspect.isclass(target) and not is_dataclass(target):
+        return get_type_hints(target.__init__)
+    return get_type_hints(target)  # fields that a dataclass inherits are evaluated in the module of their class
 
 
 class SourceClass:

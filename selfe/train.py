@@ -31,6 +31,8 @@ from selfe.rng import SampleRNG
 from selfe.signals import Stopped, StopSignal
 from selfe.system import System
 from selfe.training import banners, ema, grad_guard, run_info
+from selfe.training import evaluation as evaluations
+from selfe.training.evaluation import Evaluator
 from selfe.training.grad_guard import GradGuard
 from selfe.training.loggers import Loggers
 from selfe.training.metrics import MetricAccumulator, TimeGrid, ema_distance, write_cells
@@ -56,6 +58,7 @@ class Trainer:
             self.num_micro(step)
         system.check_data(data)
         self.folder = Path(cfg.output_dir)
+        self.evaluator = cfg.evaluate and Evaluator(cfg.evaluate, system, self.folder, world)
 
         # live and EMA denoisers, both sharded; the text encoder is sharded over the same ranks on request
         mesh = fsdp.make_mesh(world, cfg.shard_size)
@@ -69,6 +72,8 @@ class Trainer:
         shard_encoder = partial(fsdp.load_sharded, mesh=mesh)
         system.load_encoders(world.device, shard_encoder if cfg.shard_text_encoder else None)
         cfg.samples.check(system)
+        if self.evaluator:
+            self.evaluator.prepare()
 
         numbers = {"lr": cfg.lr, "betas": cfg.betas, "weight_decay": cfg.weight_decay}
         self.optimizer = cfg.optimizer.build(self.net, **numbers, precision=precision)
@@ -150,8 +155,10 @@ class Trainer:
         """
         cfg, main = self.cfg, self.world.is_main
         end = min(cfg.max_steps, cfg.max_steps if cfg.stop_step is None else cfg.stop_step)
-        if self.start >= end:
-            return self.finish(f"nothing to do: {self.start} steps are done, and this run ends at {end}", stop=0)
+        missing = bool(self.evaluator) and self.evaluator.is_missing(self.start)
+        nothing = f"nothing to do: {self.start} steps are done, and this run ends at {end}"
+        if self.start >= end and not missing:
+            return self.finish(nothing, stop=0)
 
         record = config.plain(settings or {})
         loggers = Loggers(self.folder, self.start, cfg.wandb, cfg.tensorboard, cfg.loggers, record, main)
@@ -164,6 +171,17 @@ class Trainer:
             num_micro = self.num_micro(self.start)
             system, data, step = self.system, self.data, self.start
             log.print_line(banners.start(cfg, system, data, self.net, self.seed, self.world, step, num_micro))
+
+        # an evaluation that an interruption has prevented
+        if self.evaluator:
+            self.evaluator.remove_later(self.start)
+        if missing:
+            watch.heartbeat(self.start, "evaluating", limited=False)
+            self.evaluate(self.start, loggers)
+        if self.start >= end:
+            for background in (progress, watch, stop_signal, loggers, garbage):
+                background.close()
+            return self.finish(nothing, stop=0)
 
         # one data loader for the run; workers prefetch micro-batches in this order
         order = ((step, place) for step in range(self.start, end) for place in range(self.num_micro(step)))
@@ -207,6 +225,11 @@ class Trainer:
             if done % cfg.samples.every == 0 and cfg.samples.prompts:
                 watch.heartbeat(done, "sampling", limited=False)
                 self.draw_samples(done, loggers)
+
+            # evaluation; after a stop signal, the next start makes up for it
+            if self.evaluator and done % cfg.evaluate.every == 0 and not stop:
+                watch.heartbeat(done, "evaluating", limited=False)
+                self.evaluate(done, loggers)
             if last:
                 break
 
@@ -433,6 +456,22 @@ class Trainer:
         for name, sheet in self.cfg.samples.draw(self.system, nets, self.seed, done, self.world).items():
             loggers.image(done, name, save_sheet(sheet, self.folder / name, done))
         fsdp.reshard(self.net)
+        self.clock.mark("other")
+
+    def evaluate(self, done: int, loggers: Loggers) -> None:
+        """Evaluate the EMA weights, log and record the values, and keep the checkpoint if it is the best one."""
+        self.saver.wait()  # complete the checkpoint first, so that a failure in the evaluation loses no step
+        self.clock.mark("evaluation")
+        evaluation = self.evaluator.run(self.ema, done)
+        if evaluation is not None:
+            loggers.numbers(done, self.totals() | evaluations.logged(evaluation))
+            if self.cfg.evaluate.keep_best is not None:
+                best = self.evaluator.best(evaluation, self.saver.best())
+                if best is not None and self.saver.keep_best(done, best):
+                    log.print_line(f"step {done} is the best so far: {best['name']} {best['value']:.4g}")
+
+            # last: what has no record is evaluated again by the next start
+            log.print_line(f"evaluation after step {done}: {self.evaluator.write(evaluation)}")
         self.clock.mark("other")
 
 

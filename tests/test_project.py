@@ -46,9 +46,12 @@ EDGES = {
     "distributed": BASE | {"backbones"},  # the attention kernels that selective checkpointing keeps
     "data": PARTS | {"compare", "distributed"},  # a loader reads what its rank trains on
     "checkpoint": PARTS | {"distributed", "encoders"},  # FLUX files hold a denoiser and a VAE
-    "training": PARTS | {"checkpoint", "compare", "config", "data", "distributed", "optimizers", "samplers", "system"},
+    "training": PARTS
+    | {"checkpoint", "compare", "config", "data", "distributed", "optimizers", "samplers", "system"}
+    | {"evaluation", "inference"},  # evaluation during training
     "inference": PARTS | {"compare", "config", "samplers"},
-    "evaluation": PARTS | {"config", "data", "encoders"},  # reads manifests and shards, and checks pretrained models
+    # reads manifests and shards, and checks pretrained models
+    "evaluation": PARTS | {"config", "data", "distributed", "encoders"},
     "gallery": {"config", "errors", "inference", "io", "types"},
     "launch": BASE | {"config", "distributed"},  # the failure of one process is published for the others
     "recorded_run": {"compare", "config"},

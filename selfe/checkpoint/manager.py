@@ -7,11 +7,14 @@ and earlier checkpoints are not touched.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
@@ -26,6 +29,7 @@ from selfe.errors import UserError
 from selfe.types import MOST_STEPS, check_range
 
 PARTIAL, REMOVED = ".partial", ".removed"  # suffixes of folders being written or removed
+BEST, RECORD = "best", "best.json"  # the folder of the checkpoint with the best evaluation, and a file in it
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,45 @@ class CheckpointManager:
             )
         return self.saved
 
+    def best(self) -> dict[str, Any] | None:
+        """The record of the checkpoint that `keep_best` has kept; None without one."""
+        path = self.folder / BEST / RECORD
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            log.print_line(f"{path}: cannot be read; the next evaluated checkpoint counts as the best")
+            return None
+
+    def keep_best(self, step: int, record: dict[str, Any]) -> bool:
+        """Keep the saved checkpoint of a step as the folder `best`, which `prune` never removes; call it on rank 0.
+
+        Files are hard links where the file system has them. Returns False, with a message, if it was not possible.
+
+        Args:
+            record: stored in the folder, JSON values.
+        """
+        source = self.folder / f"step_{step:08d}"
+        if not verify.is_complete(source):
+            log.print_line(f"{source}: no complete checkpoint, so it is not kept as {self.folder / BEST}")
+            return False
+
+        partial, final = self.folder / (BEST + PARTIAL), self.folder / BEST
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(source, partial, copy_function=link_or_copy)
+            (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            sync(partial)
+            if final.exists():
+                remove(final)
+            partial.rename(final)
+            sync(self.folder)
+        except OSError as error:
+            log.print_line(f"the checkpoint of step {step} could not be kept as {final}: {error}")
+            return False
+        return True
+
     def complete(self, upload: Future, partial: Path, step: int, notes: dict) -> Path:
         """Wait until torch has written the files, then publish them; runs in a background thread of every rank.
 
@@ -179,6 +222,14 @@ def sync(folder: Path) -> None:
         os.close(number)
 
 
+def link_or_copy(source: str, target: str) -> None:
+    """A hard link, or a copy where the file system has no links. Files of a checkpoint never change."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def remove(path: Path) -> None:
     """Remove a checkpoint. It is renamed first, so that an interrupted removal does not leave a damaged checkpoint."""
     gone = path.with_name(path.name + REMOVED)
@@ -189,8 +240,8 @@ def remove(path: Path) -> None:
 
 def clear(folder: Path) -> None:
     """Remove leftovers of interrupted saves and removals."""
-    for suffix in (PARTIAL, REMOVED):
-        for path in folder.glob(f"step_*{suffix}"):
+    for name, suffix in product(("step_*", BEST), (PARTIAL, REMOVED)):
+        for path in folder.glob(f"{name}{suffix}"):
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from selfe.checkpoint.verify import read_step
@@ -125,10 +126,15 @@ def load_tensors(path: Path, tensors: dict[str, Tensor], weights: str) -> None:
 def fingerprint(module: nn.Module) -> str:
     """Identifies a denoiser's weights: a digest of up to 1024 evenly spaced values of each parameter.
 
-    Equal for all copies of the same weights, whatever the file format; changes with every training step.
+    Equal for all copies of the same weights, whatever the file format; changes with every training step. Heads of
+    training aids do not count, because sampling leaves them out. All ranks must call it if the weights are sharded.
     """
     digest = hashlib.blake2b(digest_size=8)
     for name, parameter in module.named_parameters():
+        if name.startswith("heads."):
+            continue
+        if isinstance(parameter, DTensor):
+            parameter = parameter.full_tensor()
         stride = max(1, parameter.numel() // 1024)
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         digest.update(parameter.detach().flatten()[::stride].float().cpu().numpy().tobytes())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -86,16 +86,33 @@ class FeatureSet:
 class FeatureFolder:
     """Computes the features of one extractor into a folder."""
 
-    def __init__(self, folder: Path, name: str, extractor: Extractor, record: dict[str, Any], batch_size: int):
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        extractor: Extractor,
+        record: dict[str, Any],
+        batch_size: int,
+        section: str = "evaluation",
+    ):
         """
         Args:
             folder: for the files.
             name: of the extractor, in error messages.
             record: `extractor.record()`.
             batch_size: images per call of the extractor.
+            section: the section of the config, in error messages.
         """
         self.folder, self.name, self.extractor, self.batch_size = folder, name, extractor, batch_size
+        self.where = f"{section}.extractors.{name}"
         self.identity = json.dumps(record, sort_keys=True)
+        self.is_loaded = False
+
+    def load(self, device: torch.device) -> None:
+        """Load the extractor, unless it is."""
+        if not self.is_loaded:
+            self.extractor.load(device)
+            self.is_loaded = True
 
     # ---- files ----
 
@@ -108,9 +125,10 @@ class FeatureFolder:
         """The files of captions, whether they exist or not."""
         return self.chunks("texts", captions)
 
-    def chunks(self, kind: str, keys: Any) -> list[Chunk]:
+    def chunks(self, kind: str, keys: Iterable[Any], size: int | None = None) -> list[Chunk]:
+        """The files of what these keys identify, `size` (default: `CHUNK`) in each."""
         keys, chunks, start = iter(keys), [], 0
-        while some := list(islice(keys, CHUNK)):
+        while some := list(islice(keys, size or CHUNK)):
             text = json.dumps([self.identity, kind, some], ensure_ascii=False)
             name = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
             chunks.append(Chunk(self.folder / f"{name}.safetensors", start, start + len(some)))
@@ -121,15 +139,17 @@ class FeatureFolder:
 
     def compute_images(self, chunk: Chunk, images: ImageSet) -> None:
         """Compute and write a file of images."""
-        indices = range(chunk.start, chunk.stop)
-        rows: dict[str, list[Tensor]] = {CONTENT: []}
         with ThreadPoolExecutor(READERS, "read images") as threads:
-            pairs = threads.map(images.read, indices)
-            while some := list(islice(pairs, self.batch_size)):
-                batch, captions = zip(*some, strict=True)
-                rows[CONTENT].append(torch.stack([digest_of(image) for image in batch]))
-                for name, values in self.extract(batch, captions).items():
-                    rows.setdefault(name, []).append(values)
+            self.compute(chunk, threads.map(images.read, range(chunk.start, chunk.stop)))
+
+    def compute(self, chunk: Chunk, pairs: Iterator[tuple[Tensor, str]]) -> None:
+        """Compute and write a file of images that are given, with their captions."""
+        rows: dict[str, list[Tensor]] = {CONTENT: []}
+        while some := list(islice(pairs, self.batch_size)):
+            batch, captions = zip(*some, strict=True)
+            rows[CONTENT].append(torch.stack([digest_of(image) for image in batch]))
+            for name, values in self.extract(batch, captions).items():
+                rows.setdefault(name, []).append(values)
         self.save(chunk, {name: torch.cat(values) for name, values in rows.items()})
 
     def extract(self, batch: Sequence[Tensor], captions: Sequence[str]) -> dict[str, Tensor]:
@@ -142,7 +162,7 @@ class FeatureFolder:
             checked[name] = values.detach().float().cpu().contiguous()
         if "features" not in checked or CONTENT in checked:
             problem = "returns no `features`" if "features" not in checked else f"returns the reserved name {CONTENT}"
-            raise UserError(f"evaluation.extractors.{self.name}: {problem}; see selfe.protocols.Extractor")
+            raise UserError(f"{self.where}: {problem}; see selfe.protocols.Extractor")
         return checked
 
     def compute_captions(self, chunk: Chunk, captions: Sequence[str]) -> None:
@@ -159,7 +179,7 @@ class FeatureFolder:
 
     def check(self, values: Tensor, name: str, count: int, dims: int) -> None:
         """Raise UserError unless values have a row per image and are finite."""
-        where = f"evaluation.extractors.{self.name}: {name}"
+        where = f"{self.where}: {name}"
         if values.ndim != dims or len(values) != count:
             shape = f"({count}, d)" if dims == 2 else f"({count},)"
             raise UserError(f"{where} of {count} inputs must have the shape {shape}, got {tuple(values.shape)}")

@@ -40,6 +40,10 @@ class ImageSet(Protocol):
         """Changes when the file of an image or its caption changes; known without decoding the image."""
         ...
 
+    def caption(self, index: int) -> str:
+        """The caption of an image; empty if the set has none."""
+        ...
+
     def read(self, index: int) -> tuple[Tensor, str]:
         """Pixels (3, H, W), uint8 or in [-1, 1], and caption."""
         ...
@@ -68,9 +72,12 @@ class Cell:
             ) from error
         return path.name, status.st_size, status.st_mtime_ns, self.images[index]["prompt"]
 
+    def caption(self, index: int) -> str:
+        return self.images[index]["prompt"]
+
     def read(self, index: int) -> tuple[Tensor, str]:
         path = self.path(index)
-        return as_tensor(image_decode.read(path, str(path))), self.images[index]["prompt"]
+        return as_tensor(image_decode.read(path, str(path))), self.caption(index)
 
     def path(self, index: int) -> Path:
         return self.folder / self.images[index]["file"]
@@ -134,6 +141,9 @@ class Folder:
         status = self.files[index].stat()
         return str(self.files[index].relative_to(self.path)), status.st_size, status.st_mtime_ns
 
+    def caption(self, index: int) -> str:
+        return ""
+
     def read(self, index: int) -> tuple[Tensor, str]:
         return fitted(image_decode.read(self.files[index], str(self.files[index])), self.size), ""
 
@@ -153,9 +163,12 @@ class Captioned:
         status = path.stat()
         return path.name, status.st_size, status.st_mtime_ns, offset, length, self.source.prompt(index)
 
+    def caption(self, index: int) -> str:
+        return self.source.prompt(index)
+
     def read(self, index: int) -> tuple[Tensor, str]:
         enough = None if self.size is None else 2 * max(self.size)
-        return fitted(self.source.image(index, enough), self.size), self.source.prompt(index)
+        return fitted(self.source.image(index, enough), self.size), self.caption(index)
 
 
 @dataclass(frozen=True)
@@ -184,6 +197,9 @@ class FromConfig:
     def stamp(self, index: int) -> tuple:
         return self.identity, index
 
+    def caption(self, index: int) -> str:
+        return self.read(index)[1]
+
     def read(self, index: int) -> tuple[Tensor, str]:
         batch = self.data.batch(self.settings["seed"], 0, range(index, index + 1), [0], self.split)
         return batch.images[0], batch.prompts[0]
@@ -206,12 +222,15 @@ class Subset:
     def stamp(self, index: int) -> tuple:
         return self.images.stamp(self.indices[index])
 
+    def caption(self, index: int) -> str:
+        return self.images.caption(self.indices[index])
+
     def read(self, index: int) -> tuple[Tensor, str]:
         return self.images.read(self.indices[index])
 
 
 def open_reference(
-    path: Path, base_dir: Path, split: Split, size: tuple[int, int] | None, most: int | None
+    path: Path, base_dir: Path, split: Split, size: tuple[int, int] | None, most: int | None, section: str
 ) -> ImageSet:
     """The images of a folder, of a manifest (.tsv, .csv, .jsonl), of tar shards (a pattern), or of a config (.yaml).
 
@@ -220,6 +239,7 @@ def open_reference(
         split: of a config.
         size: height and width that images are resized to cover, and cropped to, as in training; None: unchanged.
         most: number of images, evenly spaced over the set; None: all.
+        section: of the config, for error messages.
 
     Raises:
         UserError: there is nothing at the path, or it has too few images.
@@ -230,36 +250,36 @@ def open_reference(
         images: ImageSet = Folder(path, files, size)
     elif path.suffix.lower() in MANIFESTS:
         if not path.is_file():
-            raise UserError(f"evaluation.reference: {path}: no such file; relative paths start from the current folder")
+            raise UserError(f"{section}.reference: {path}: no such file; relative paths start from the current folder")
         images = Captioned(Manifest(path, base_dir, image_decode.MAX_PIXELS), size)
     elif path.suffix.lower() in (".yaml", ".yml"):
-        return from_config(path, split, most)
+        return from_config(path, split, most, section)
     elif ".tar" in path.name:
         images = Captioned(Shards(path, image_decode.MAX_PIXELS), size)
     else:
         raise UserError(
-            f"evaluation.reference: {path}: give a folder of images, a manifest ({', '.join(MANIFESTS)}), a pattern "
+            f"{section}.reference: {path}: give a folder of images, a manifest ({', '.join(MANIFESTS)}), a pattern "
             "of tar shards, or a config with a section data"
         )
 
     if len(images) < 2:
-        raise UserError(f"evaluation.reference: {path}: has {len(images)} images; at least 2 are needed")
+        raise UserError(f"{section}.reference: {path}: has {len(images)} images; at least 2 are needed")
     return images if most is None else subset(images, most)
 
 
-def from_config(path: Path, split: Split, count: int | None) -> FromConfig:
+def from_config(path: Path, split: Split, count: int | None, section: str) -> FromConfig:
     """The first images of a config's data. Raises UserError."""
     if count is None:
-        raise UserError(f"evaluation.reference_images: missing; set how many images of {path} are taken")
+        raise UserError(f"{section}.reference_images: missing; set how many images of {path} are taken")
     images = FromConfig(config.load(path), split, count)
     if split == "val" and not images.data.has_val:
-        raise UserError(f"evaluation.reference: {path}: has no validation images; set evaluation.reference_split=train")
+        raise UserError(f"{section}.reference: {path}: has no validation images; set {section}.reference_split=train")
 
     # training images are repeated without end, those for validation are read once
     if split == "val" and isinstance(images.data, BucketedDataset):
         (source,) = images.data.sources["val"]
         if count > len(source):
-            raise UserError(f"evaluation.reference_images: {count}, but {path} has {len(source)} validation images")
+            raise UserError(f"{section}.reference_images: {count}, but {path} has {len(source)} validation images")
     return images
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -20,10 +20,11 @@ from selfe.evaluation.results import BY_NEIGHBOURS, WITH_REFERENCE
 from selfe.evaluation.statistics import Bootstrap, Estimate, Frechet, Moments, Neighbours
 
 if TYPE_CHECKING:
-    from selfe.evaluation.settings import EvaluationConfig
+    from selfe.evaluation.settings import MetricSettings
 
 FEWEST_PROMPTS = 20  # with fewer, images are resampled one by one, because intervals of few groups are too narrow
 OWN = ("features", "aligned")  # outputs of an extractor that are not scores
+BY_CATEGORY = ("clip_score", "retrieval", "scores")  # metrics that are also averaged over each category of prompts
 
 Values = dict[str, Estimate]
 
@@ -56,7 +57,7 @@ class Measured:
     captions: Sequence[int]  # the number of each image's caption
     texts: Tensor | None  # features of all captions of the job (C, e); None: the extractor has no text encoder
     reference: Reference | None
-    settings: EvaluationConfig
+    settings: MetricSettings
     categories: Sequence[str] = ()  # that of each image's prompt, "" for none
 
     @cached_property
@@ -102,7 +103,7 @@ class Measured:
         k = self.settings.nearest_k
         if min(len(self.rows[0]), len(self.reference.rows)) <= k:
             raise UserError(
-                f"evaluation.nearest_k: {k} neighbours need more than {k} images in each set, got "
+                f"{self.settings.section}.nearest_k: {k} neighbours need more than {k} images in each set, got "
                 f"{len(self.rows[0])} generated and {len(self.reference.rows)} reference images"
             )
         return statistics.neighbours(self.rows[0], self.reference.rows, k)
@@ -252,9 +253,35 @@ def compute(names: Sequence[str], measured: Measured) -> Values:
     """The metrics of these names that the extractor and the reference allow."""
     values: Values = {}
     for name in names:
-        metric = METRICS[name]
-        has_reference = measured.reference is not None or name not in WITH_REFERENCE
-        has_texts = measured.texts is not None or not metric.needs_texts
-        if has_reference and has_texts:
-            values |= metric.compute(measured)
+        if is_possible(name, measured.reference is not None, measured.texts is not None):
+            values |= METRICS[name].compute(measured)
+    return values
+
+
+def is_possible(name: str, has_reference: bool, has_texts: bool) -> bool:
+    """Whether a metric can be computed with or without a reference and features of captions."""
+    return (has_reference or name not in WITH_REFERENCE) and (has_texts or not METRICS[name].needs_texts)
+
+
+def value_names(
+    names: Sequence[str], outputs: Iterable[str], categories: Iterable[str], settings: MetricSettings
+) -> list[str]:
+    """The names of the values of these metrics.
+
+    Args:
+        outputs: names of what the extractor returns.
+        categories: those of the prompts.
+    """
+    own_scores = sorted(set(outputs) - set(OWN))
+    several = {
+        "retrieval": [f"retrieval@{k}" for k in settings.retrieval_k],
+        "scores": own_scores,
+        "deviations": [f"{score}_std" for score in own_scores],
+    }
+    values = []
+    for name in names:
+        for value in several.get(name, [name]):
+            values.append(value)
+            if name in BY_CATEGORY:
+                values += [f"{value}/{category}" for category in categories]
     return values

@@ -11,9 +11,12 @@ from typing import Any, NamedTuple
 from selfe.errors import UserError
 
 FILE = "evaluation.json"
+DURING_TRAINING = "evaluations"  # folder of a run: a file step_N.json of each evaluation during training
 FORMAT = 1
 BY_NEIGHBOURS = ("precision", "recall", "density", "coverage")
 WITH_REFERENCE = ("fd", "fd_of_means", "extent", "kid", "cmmd", *BY_NEIGHBOURS)  # metrics that compare with real images
+LOWER_IS_BETTER = ("fd", "fd_of_means", "kid", "cmmd")
+NEITHER = ("extent", "deviations")  # of all others, and of an extractor's scores, higher values are better
 # the metrics that a setting changes
 CHANGED_BY = {"max_features": ("kid", "cmmd", "diversity", *BY_NEIGHBOURS), "nearest_k": BY_NEIGHBOURS}
 FACTS = {"count": "numbers of images", "extractor": "extractors", "reference": "reference images"}
@@ -81,6 +84,11 @@ class Evaluation:
             raise UserError(f"{path}: no such file; selfe evaluate writes it") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{path}: not an evaluation of this version; run selfe evaluate again") from error
+
+
+def is_better(metric: str, value: float, than: float) -> bool:
+    """Whether a value of a metric is better than another one."""
+    return value < than if metric in LOWER_IS_BETTER else value > than
 
 
 def order(value: Value) -> tuple[int, str]:

@@ -18,7 +18,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import chain, count, product
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from PIL import Image
 
 from selfe import config
 from selfe.balance import pack_greedy
@@ -26,7 +28,11 @@ from selfe.errors import UserError
 from selfe.inference.prompts import Request, SamplingDefaults, sampler_name, shorten, sweep
 from selfe.io import image_encode
 from selfe.io.folder_lock import FolderLock
-from selfe.protocols import Sampler
+from selfe.protocols import Denoiser, Sampler
+from selfe.rng import SampleRNG
+
+if TYPE_CHECKING:
+    from selfe.system import System
 
 Weights = str  # "live" or the name of an average of the weights, such as "ema"
 Layout = Literal["flat", "geneval", "npz"]
@@ -209,6 +215,31 @@ def share(batches: Sequence[list[ImageSpec]], processes: int) -> list[list[list[
         numbers = sorted(number for index in indices for number in groups[index])
         shares.append([batches[number] for number in numbers])
     return shares
+
+
+# ---- generation ----
+
+
+def random_numbers(batch: Sequence[ImageSpec]) -> SampleRNG:
+    """The random numbers of images, which do not depend on the rest of the batch."""
+    return SampleRNG.of_images([(spec.seed, spec.prompt, spec.sample) for spec in batch])
+
+
+def generate(system: System, net: Denoiser, batch: Sequence[ImageSpec]) -> list[Image.Image]:
+    """Generate one batch. All its images have the same sampling settings."""
+    first = batch[0]
+    images = system.generate(
+        net,
+        [spec.prompt for spec in batch],
+        [(spec.height, spec.width) for spec in batch],
+        random_numbers(batch),
+        sampler=first.sampler,
+        num_steps=first.num_steps,
+        cfg_scale=first.cfg_scale,
+        s_ratio=first.s_ratio,
+        negative_prompts=[spec.negative_prompt for spec in batch],
+    )
+    return [image_encode.to_image(image) for image in images]
 
 
 # ---- output directory ----

@@ -90,12 +90,14 @@ def batch(cfg: TrainerConfig, data: Data, seed: int, world: World, step: int, nu
 
 
 def first_events(cfg: TrainerConfig, data: Data, step: int, last_step: int) -> str:
-    """The steps after which the first checkpoint, validation and sample grid of this start come."""
+    """The steps after which the first checkpoint, validation, sample grid and evaluation of this start come."""
     periods = {"checkpoint": cfg.checkpoint_every}
     if data.has_val:
         periods["validation"] = cfg.val_every
     if cfg.samples.prompts:
         periods["samples"] = cfg.samples.every
+    if cfg.evaluate:
+        periods["evaluation"] = cfg.evaluate.every
 
     steps = {name: step - step % every + every for name, every in periods.items()}
     steps["checkpoint"] = min(steps["checkpoint"], last_step)

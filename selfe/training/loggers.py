@@ -44,10 +44,10 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """`metrics.jsonl`, one object per logged step.
+    """`metrics.jsonl`, one object per logged step; the values of an evaluation have an object of their own.
 
-    On resuming after `start` steps, lines of steps that will be repeated are dropped, so that each step is in the file
-    once.
+    On resuming after `start` steps, lines of steps that will be repeated are dropped, so that nothing is in the file
+    twice.
     """
 
     def __init__(self, folder: Path, start: int, name: str = "metrics.jsonl"):

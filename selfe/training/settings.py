@@ -16,6 +16,7 @@ from selfe.errors import UserError
 from selfe.optimizers.adamw import AdamW
 from selfe.protocols import EmaTrack, Logger, Optimizer, Schedule, ValidationMetric
 from selfe.training.ema import ConstantDecay
+from selfe.training.evaluation import TrainingEvaluation
 from selfe.training.grad_guard import GradGuardConfig
 from selfe.training.loggers import WandbConfig
 from selfe.training.profiling import ProfileConfig
@@ -90,6 +91,8 @@ class TrainerConfig:
     val_metrics: tuple[ValidationMetric, ...] = ()  # measured beside the losses of the objective
     # steps to profile
     profile: ProfileConfig = ProfileConfig()  # noqa: RUF009 - frozen
+    # evaluation during training, see docs/evaluation.md; null: none
+    evaluate: TrainingEvaluation | None = None
     # sample grids during training
     samples: SampleGridConfig = SampleGridConfig()  # noqa: RUF009 - frozen
     # Weights & Biases
@@ -127,6 +130,14 @@ class TrainerConfig:
         check_range("peak_tflops", self.peak_tflops, 0.001, 10**6)
         if self.activation_checkpointing != "selective":
             check_range("activation_checkpointing", self.activation_checkpointing, 0, 1000)
+
+        # the checkpoint that an evaluation may keep
+        evaluate = self.evaluate
+        if evaluate is not None and evaluate.keep_best is not None and evaluate.every % self.checkpoint_every:
+            raise ValueError(
+                f"evaluate.every: {evaluate.every} is not a multiple of checkpoint_every, {self.checkpoint_every}; "
+                "keep_best needs a checkpoint of every evaluation"
+            )
 
         steps = [phase.step for phase in self.phases]
         if steps != sorted(set(steps)):

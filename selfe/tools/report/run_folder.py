@@ -106,9 +106,10 @@ class RunFolder:
         return self.sheets != before
 
     def refresh_evaluations(self) -> bool:
-        """Read the evaluations of sampling jobs in the folder; it may be that of a job itself."""
+        """Read the evaluations of sampling jobs in the folder or of a job itself, and the newest of training."""
         before = self.evaluations
         files = [file for pattern in (".", "*", "*/*") for file in sorted(self.path.glob(f"{pattern}/{results.FILE}"))]
+        files += sorted(self.path.glob(f"{results.DURING_TRAINING}/step_*.json"))[-1:]
         modified = {file: file.stat().st_mtime_ns for file in files}
         self.evaluations = {
             file: before[file] if file in before and before[file][0] == time_ns else (time_ns, Evaluation.read(file))
@@ -136,9 +137,11 @@ class RunFolder:
         """Curves of metrics over the number of steps: extractor, metric, label, and points by steps."""
         curves = []
         for file, (_, evaluation) in self.evaluations.items():
-            folder = f"{file.parent.name}, " if len(self.evaluations) > 1 else ""
+            is_job = file.name == results.FILE
+            origin = file.parent.name if is_job else f"step {evaluation.cells[0]['settings']['step']}"
+            origin = f"{origin}, " if len(self.evaluations) > 1 or not is_job else ""
             for curve in results.curves(evaluation):
-                curves.append(curve | {"label": folder + curve["label"]})
+                curves.append(curve | {"label": origin + curve["label"]})
         return curves
 
     def tables(self) -> dict:

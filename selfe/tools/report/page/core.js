@@ -13,8 +13,8 @@ const AXES = {
 };
 // the sections of the page
 const ORDER = [
-  "runs", "quality", "loss", "validation", "self-evaluation", "samples", "maps", "optimisation", "training", "time", "speed",
-  "other", "configs",
+  "runs", "quality", "loss", "validation", "evaluation", "self-evaluation", "samples", "maps", "optimisation", "training",
+  "time", "speed", "other", "configs",
 ];
 const NOT_METRICS = new Set(["step", "samples", "elapsed", "time", "epoch"]);
 const COARSE = matchMedia("(pointer: coarse)").matches;

@@ -5,6 +5,7 @@ const LIVE = { label: "live weights", dash: "dot" };
 const GROUPS = [
   { id: "loss", title: "Loss", pattern: /^train\/(.*_)?loss$/ },
   { id: "validation", title: "Validation", pattern: /^val/ },
+  { id: "evaluation", title: "Evaluation during training", pattern: /^eval\// },
   { id: "self-evaluation", title: "Self-evaluation", pattern: /^train\/(self_weight|norm_ratio|cosine)$/ },
   { id: "optimisation", title: "Optimisation", pattern: /^train\/(lr|grad_norm|ema_distance|skipped|replaced)$/ },
   { id: "training", title: "Other measurements of training", pattern: /^train\// },
@@ -15,8 +16,9 @@ const FIRST = [
   "train/loss", "train/data_loss", "train/self_loss", "train/aux_loss", "val_plain/loss", "val/loss", "train/lr",
   "train/grad_norm", "speed/seconds_per_step", "speed/images_per_second", "speed/mfu",
 ];
+const EVALUATED = /^(eval\/.*)\/steps_(\d+)$/;
 const LOGARITHMIC = new Set(["train/grad_norm", "train/ema_distance"]);
-const WITH_MARKS = new Set(["loss", "validation", "self-evaluation", "optimisation"]);
+const WITH_MARKS = new Set(["loss", "validation", "evaluation", "self-evaluation", "optimisation"]);
 const WITH_MARK_TEXTS = new Set(["train/loss", "val/loss"]);
 const NOTES = {
   "train/loss": "the objective, mean over the batch",
@@ -49,7 +51,14 @@ function wantedPanels() {
     // live and EMA weights share a panel
     if (name.startsWith("val_ema/") && names.includes(name.replace("val_ema/", "val/"))) continue;
     const pair = name.replace("val/", "val_ema/");
-    if (name.startsWith("val/") && names.includes(pair)) {
+    const evaluated = EVALUATED.exec(name);
+    if (evaluated) {
+      // the numbers of sampling steps share a panel
+      const [, metric] = evaluated;
+      if (!wanted.some(({ id }) => id === metric)) {
+        wanted.push({ id: metric, group, title: metric.slice("eval/".length), lines: evaluatedLines(metric, names) });
+      }
+    } else if (name.startsWith("val/") && names.includes(pair)) {
       const lines = [{ metric: pair, ...EMA }, { metric: name, ...LIVE }];
       wanted.push({ id: name, group, title: `${name}, ${pair}`, lines });
     } else {
@@ -57,6 +66,17 @@ function wantedPanels() {
     }
   }
   return wanted;
+}
+
+/** A line for each number of sampling steps of an evaluated metric. */
+function evaluatedLines(metric, names) {
+  const counts = names.map((name) => EVALUATED.exec(name)).filter((match) => match?.[1] === metric)
+    .map(([, , count]) => Number(count));
+  return counts.sort((a, b) => a - b).map((count, i) => ({
+    metric: `${metric}/steps_${count}`,
+    label: count === 1 ? "1 step" : `${count} steps`,
+    dash: DASHES[i % DASHES.length],
+  }));
 }
 
 function isZero(spec) {

@@ -2,11 +2,11 @@
 
 const ACTIVITIES = [
   "data", "encode", "forward", "self_evaluation", "backward", "objective", "optimizer", "checkpoint", "validation",
-  "samples", "other",
+  "samples", "evaluation", "other",
 ];
 const ACTIVITY_COLOURS = [
   "#b8336a", "#a07d00", "#2563a8", "#5d9bd5", "#1d3f66", "#8fb8dd", "#2f8f5b", "#d1581a", "#8e4ab8", "#c79be0",
-  "#b5b0a6",
+  "#0f7f8c", "#b5b0a6",
 ];
 
 class Shares extends Panel {
