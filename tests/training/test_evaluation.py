@@ -100,7 +100,7 @@ def test_values_are_logged_and_recorded_and_their_time_is_counted(straight):
 def test_the_report_shows_the_newest_evaluation_as_a_curve(straight):
     curves = RunFolder(straight, "run").quality()
     (curve,) = [curve for curve in curves if curve["metric"] == "fd"]
-    assert curve["label"] == "step 4, guidance 2, s ratio 0, Renoise eta 1"
+    assert curve["label"] == "step 4, guidance 2, s ratio 0, renoise eta 1"
     values = evaluated(straight)[4]
     assert {point["steps"]: point["value"] for point in curve["points"]} == {
         count: values[f"eval/thumbs/fd/steps_{count}"] for count in (1, 2)
