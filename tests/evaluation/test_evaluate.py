@@ -156,7 +156,7 @@ def test_a_replaced_image_gets_new_features(job):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("evaluation.metrics=[fid]", "no metric 'fid'; valid: fd, kid"),
+        ("evaluation.metrics=[fid]", "no metric 'fid'; valid: fd,"),
         ("evaluation.reference=nowhere.tsv", "nowhere.tsv: no such file"),
         ("evaluation.reference=model.pt", "give a folder of images, a manifest"),
         ("evaluation.reference=configs/debug/selfe_smoke.yaml evaluation.reference_images=1000", "has 33 validation"),

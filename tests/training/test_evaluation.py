@@ -180,7 +180,7 @@ def test_it_equals_selfe_evaluate_of_the_checkpoint(straight, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"metrics": ["fid"]}, "trainer.evaluate: metrics: no metric 'fid'; valid: fd, kid"),
+        ({"metrics": ["fid"]}, "trainer.evaluate: metrics: no metric 'fid'; valid: fd,"),
         ({"extractors": {}}, "trainer.evaluate: extractors: none is given"),
         (
             {"reference": None, "metrics": ["fd"]},
