@@ -312,6 +312,7 @@ def test_a_summary_of_four_lines_comes_first(paper):
     assert start == "starts: yes; micro-batches of 32"
     assert time.startswith(f"time: {paper['days']:.3g} days, ")
     assert ", fits; " in memory
+    assert [plan_page.time(days) for days in (12.345, 0.5, 1 / 180)] == ["12.3 days", "12 h 0 min", "8 min 0 s"]
 
 
 def test_checkpointing_trades_operations_for_memory(paper):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from textwrap import wrap
 
+from selfe import log
+
 NAME, COLUMN, WIDTH = 29, 16, 80  # columns of text: row names, a phase, the page
 PHASES_PER_TABLE = (WIDTH - NAME) // COLUMN
 
@@ -36,7 +38,7 @@ def summary(plan: dict) -> list[str]:
     return [
         f"{plan['config']} on {plan['gpus']:,} x {gpu['name']} of {gpu['gib']} GiB"[:WIDTH],
         f"{line}; micro-batches of {' and '.join(map(str, starts['micro']))}"[:WIDTH],
-        f"time: {number(plan['days'])} days, {number(plan['gpu_hours'])} GPU-hours at {plan['mfu']:.0%} MFU",
+        f"time: {time(plan['days'])}, {number(plan['gpu_hours'])} GPU-hours at {plan['mfu']:.0%} MFU",
         f"memory: {size(own['peak'])} of {size(room['usable'])} usable, {fits}; "
         f"checkpoint: {size(plan['storage']['checkpoint'])}",
     ]
@@ -81,8 +83,13 @@ def tables(phases: list[dict]) -> list[str]:
         row("steps", phases, lambda phase: f"{phase['end'] - phase['start']:,}"),
         row("GPU-hours", phases, lambda phase: number(phase["gpu_hours"])),
         row("  with cached encoders", phases, lambda phase: number(phase["gpu_hours_cached"])),
-        row("days", phases, lambda phase: number(phase["days"])),
+        row("time", phases, lambda phase: time(phase["days"])),
     ]
+
+
+def time(days: float) -> str:
+    """Days, or hours and minutes of less than a day."""
+    return f"{number(days)} days" if days >= 1 else log.duration(days * 24 * 3600)
 
 
 def most_shapes(phases: list[dict]) -> int:
