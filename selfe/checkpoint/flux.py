@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -57,12 +57,15 @@ SINGLE = {
     "qk_norm.k_norm": ("norm.key_norm", "attn.norm_k"),
     "attention_mlp_out": ("linear2", "proj_out"),
 }
-UNKNOWN = ("heads.", "position.", "image_in.0.", "image_in.1.")  # parameters that FLUX does not have
+OWN = ("heads.", "position.", "image_in.0.", "image_in.1.")  # parameters that FLUX does not have keep their names
 BLOCKS = {"double_blocks": (DOUBLE, "transformer_blocks"), "single_blocks": (SINGLE, "single_transformer_blocks")}
 
 
 def names_in(style: Style, name: str) -> tuple[str, ...]:
     """Names of the tensors that make up a parameter in the other format, in order of concatenation."""
+    if name.startswith(OWN):
+        return (name,)
+
     module, _, kind = name.rpartition(".")
     if block := re.fullmatch(r"(double_blocks|single_blocks)\.(\d+)\.(.+)", module):
         stack, index, inner = block.groups()
@@ -197,12 +200,9 @@ def warm_start(path: Path, *modules: nn.Module) -> FluxStateDict:
     """Initialise sharded denoisers of equal architecture from a FLUX file.
 
     If the file lacks the embedding of t - s, its output layer is zeroed, so that it has no effect at the start.
-    What FLUX does not have, such as heads of training aids, keeps its initial values.
+    What the file does not have, such as heads of training aids, keeps its initial values.
     """
-    shapes = {name: p.shape for name, p in modules[0].named_parameters()}
-    others = tuple(name for name in shapes if name.startswith(UNKNOWN))
-    source = FluxStateDict.of(path, {name: shape for name, shape in shapes.items() if name not in others})
-    source = replace(source, missing=source.missing + others)
+    source = FluxStateDict.of(path, {name: p.shape for name, p in modules[0].named_parameters()})
     for name in source.used:
         full = source.read(name)
         for module in modules:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from selfe import cli, config
@@ -185,11 +186,11 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
         loaded(folder, "SD")
 
 
-def test_a_run_with_a_bottleneck_and_prediction_of_x0_resumes_and_is_not_exported(tmp_path):
+def test_a_run_with_a_bottleneck_and_prediction_of_x0_resumes_and_is_exported(tmp_path):
     """On two ranks, with random weights of the autoencoder."""
     params = {"model": "none", "latent_channels": 4, "downsampling": 4, "skip_pretrained": True, "dtype": "fp32"}
     autoencoder = {"module": "selfe.encoders.diffusers_vae.DiffusersVAE", "params": params}
-    backbone = {"params": {"patch_dim": 16, "bottleneck": 5, "prediction": "x0"}}
+    backbone = {"params": {"patch_dim": 16, "bottleneck": 5, "prediction": "x0", "learned_grid": [8, 8]}}
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps({"base": str(TINY), "system": {"autoencoder": autoencoder, "backbone": backbone}}))
     for name, stop in (("once", 3), ("resumed", 2), ("resumed", 3)):
@@ -198,10 +199,17 @@ def test_a_run_with_a_bottleneck_and_prediction_of_x0_resumes_and_is_not_exporte
     assert files(tmp_path / "once" / checkpoint) == files(tmp_path / "resumed" / checkpoint)
     assert lines(tmp_path / "once")[-1] == lines(tmp_path / "resumed")[-1]
 
-    with pytest.raises(UserError, match=r"params\.bottleneck: FLUX's format has no tensors for it"):
-        cli.run(["export", str(tmp_path / "once/checkpoints"), str(tmp_path / "out")])
-    (image,) = Generator(tmp_path / "once/checkpoints", precision="fp32").generate(["x"], height=32, width=48)
-    assert image.size == (48, 32)
+    # parameters that FLUX does not have keep their names
+    run, exported = tmp_path / "once/checkpoints", tmp_path / "exported"
+    cli.run(["export", str(run), str(exported), "--dtype", "fp32"])
+    names = load_file(exported / "model.safetensors").keys()
+    assert {"image_in.0.weight", "image_in.1.bias", "position.weight", "txt_in.weight"} <= names
+    images = [Generator(folder, precision="fp32").generate(["x"], height=32, width=48)[0] for folder in (run, exported)]
+    assert images[0].size == (48, 32)
+    assert images[0].tobytes() == images[1].tobytes()
+
+    with pytest.raises(UserError, match=r"diffusers supports FluxVAE only"):
+        cli.run(["export", str(run), str(tmp_path / "out"), "--format", "diffusers"])
 
 
 def test_the_configs_of_the_page_fit_together(tmp_path, monkeypatch):

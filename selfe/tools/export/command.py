@@ -134,12 +134,18 @@ def read_run(path: Path, layout: str, trust: bool) -> tuple[dict, System]:
                 f"{settings_path}: --format {layout} supports {kind.__name__} only, the run has "
                 f"{compare.class_path(part)}"
             )
-    for name in ("learned_grid", "bottleneck"):
-        if getattr(system.backbone, name) is not None:
-            raise UserError(f"{settings_path}: system.backbone.params.{name}: FLUX's format has no tensors for it")
-    if layout == "diffusers" and system.backbone.prediction != "velocity":
-        raise UserError(f"{settings_path}: system.backbone.params.prediction: diffusers' FLUX predicts a velocity")
+    if layout == "diffusers":
+        check_is_flux(system.backbone, settings_path)
     return settings, system
+
+
+def check_is_flux(net: MMDiT, settings_path: Path) -> None:
+    """Raise UserError if the denoiser has something that diffusers' FLUX lacks."""
+    for name in ("learned_grid", "bottleneck"):
+        if getattr(net, name) is not None:
+            raise UserError(f"{settings_path}: system.backbone.params.{name}: diffusers' FLUX has no tensors for it")
+    if net.prediction != "velocity":
+        raise UserError(f"{settings_path}: system.backbone.params.prediction: diffusers' FLUX predicts a velocity")
 
 
 def sampling_settings(settings: dict, out: Path) -> dict:
