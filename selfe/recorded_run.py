@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from selfe import compare, config
 
@@ -31,3 +32,16 @@ def image_size(settings: dict) -> tuple[int, int] | None:
         return tuple(size)
     defaults = settings.get("inferencer", {}).get("defaults", {})
     return (defaults["height"], defaults["width"]) if {"height", "width"} <= defaults.keys() else None
+
+
+def sampling_defaults(settings: dict) -> dict[str, Any]:
+    """Values of `inferencer.defaults` that a run's settings ask for: its inferencer's, otherwise its sample grids'."""
+    grids = settings.get("trainer", {}).get("samples", {})
+    shared = {name: grids[name] for name in ("num_steps", "cfg_scale", "s_ratio", "sampler") if name in grids}
+    return shared | settings.get("inferencer", {}).get("defaults", {})
+
+
+def example_prompts(settings: dict) -> list[str]:
+    """The prompts that a run's settings name: its inferencer's, otherwise those of its sample grids."""
+    own = settings.get("inferencer", {}).get("prompts")
+    return list(own or settings.get("trainer", {}).get("samples", {}).get("prompts", ()))

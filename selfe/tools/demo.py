@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from selfe import config, log
+from selfe import config, log, recorded_run
 from selfe.checkpoint import verify
 from selfe.checkpoint.weights import is_export
 from selfe.errors import UserError
@@ -152,8 +152,8 @@ class DemoModel:
 
 
 def sampling_defaults(settings: dict, height: int, width: int) -> SamplingDefaults:
-    """The defaults of a run's inferencer for one image of this size; of lists, the first value."""
-    values = settings.get("inferencer", {}).get("defaults", {})
+    """The defaults of a run for one image of this size; of lists, the first value."""
+    values = recorded_run.sampling_defaults(settings)
     defaults = config.call(SamplingDefaults, values, "inferencer.defaults", build=True)
     single = {name: prompts.sweep(getattr(defaults, name))[0] for name in ("num_steps", "cfg_scale", "s_ratio")}
     return replace(defaults, prompt_file=None, num_samples=1, first_sample=0, height=height, width=width, **single)
@@ -212,10 +212,14 @@ def controls(model: DemoModel) -> tuple[dict[str, Any], Any, Any]:
     import gradio as gr
 
     defaults, samplers = model.defaults, model.samplers()
+    examples = recorded_run.example_prompts(model.generator.settings)
     guidance, eta = defaults.cfg_scale, defaults.sampler.output_settings().get("eta", 1)
     inputs = {}
 
-    inputs["prompt"] = gr.Textbox("a red bird on a branch", label="Prompt", lines=2, elem_id="prompt")
+    first = examples[0] if examples else "a red bird on a branch"
+    inputs["prompt"] = gr.Textbox(first, label="Prompt", lines=2, elem_id="prompt")
+    if examples:
+        gr.Examples(examples, inputs["prompt"], elem_id="examples", api_name=False)
     inputs["num_steps"] = gr.Slider(1, 50, value=4, step=1, label="Steps", elem_id="num_steps")
     inputs["cfg_scale"] = gr.Slider(0, max(10, guidance), value=guidance, step=0.1, label="Guidance (1: none)")
     with gr.Row():

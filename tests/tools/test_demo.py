@@ -1,5 +1,6 @@
 """The demo: the image that infer.sh generates, the page in a real browser, and the addresses it listens on."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 from selenium.webdriver.common.keys import Keys
 
-from selfe import cli, config
+from selfe import cli, config, recorded_run
 from selfe.errors import UserError
 from selfe.generator import Generator
 from selfe.tools import demo
@@ -122,6 +123,12 @@ def test_the_page_in_a_browser(model, tmp_path):
                 url for url in browser.requests(driver) if not url.startswith((blocks.local_url, "data:", "blob:"))
             ] == []
             assert [line for line in browser.console(driver) if "SEVERE" in line or "alert" in line] == []
+
+            # a prompt of the run's sample grids
+            example = all_of(driver, "#examples button")[-1]
+            assert example.text in recorded_run.example_prompts(model.generator.settings)
+            example.click()
+            until(driver, f"document.querySelector('#prompt textarea').value == {json.dumps(example.text)}")
 
             # another seed, another image
             seed = "document.querySelector('#seed input').value"

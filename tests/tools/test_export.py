@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from selfe import cli, config
+from selfe import cli, config, recorded_run
 from selfe.backbones.mmdit import MMDiT
 from selfe.checkpoint import flux, state, verify
 from selfe.checkpoint.flux import FluxStateDict
@@ -392,8 +392,12 @@ def test_an_exported_folder_draws_the_images_of_the_checkpoint(trained, tmp_path
     with pytest.raises(UserError, match="has ema weights only, live ones are asked for; set weights to ema"):
         Generator(out, weights="live")
 
+    # it samples as the run does
+    settings, run = config.load(out / "config.yaml"), config.load(folder / "config.yaml")
+    assert list(settings["inferencer"]["prompts"]) == recorded_run.example_prompts(run) != []
+    assert list(settings["inferencer"]["defaults"]["num_steps"]) == [1, 2, 4]
+
     # another system, and a damaged file
-    settings = config.load(out / "config.yaml")
     settings["system"]["backbone"]["params"]["num_single_blocks"] += 1
     config.save(settings, tmp_path / "other.yaml")
     with pytest.raises(UserError, match=r"its tensors are not those of system\.backbone"):

@@ -149,11 +149,16 @@ def check_is_flux(net: MMDiT, settings_path: Path) -> None:
 
 
 def sampling_settings(settings: dict, out: Path) -> dict:
-    """A config that samples from an exported folder: the run's system, and the size of its images."""
-    defaults = SamplingDefaults()
-    height, width = recorded_run.image_size(settings) or (defaults.height, defaults.width)
-    folders = {"ckpt_dir": out, "output_dir": Path("outputs") / out.name}
-    return {"system": settings["system"], "inferencer": folders | {"defaults": {"height": height, "width": width}}}
+    """A config that samples from an exported folder: the run's system, and the settings of its sample grids."""
+    standard = SamplingDefaults()
+    height, width = recorded_run.image_size(settings) or (standard.height, standard.width)
+    defaults = recorded_run.sampling_defaults(settings) | {"height": height, "width": width}
+    defaults.pop("prompt_file", None)  # a file of this machine
+
+    inferencer = {"ckpt_dir": out, "output_dir": Path("outputs") / out.name, "defaults": defaults}
+    if prompts := recorded_run.example_prompts(settings):
+        inferencer["prompts"] = prompts
+    return {"system": settings["system"], "inferencer": inferencer}
 
 
 def write_denoiser(
