@@ -297,6 +297,8 @@ def export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ema-std", type=float, metavar="STD", help=std_help)
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the denoiser")
     parser.add_argument("--format", choices=("safetensors", "diffusers"), default="safetensors")
+    adapter_help = "write only the low-rank matrices of a fine-tuning run, for PEFT or diffusers (docs/fine_tuning.md)"
+    parser.add_argument("--adapter-only", action="store_true", help=adapter_help)
     trust(parser)
 
 

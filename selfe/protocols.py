@@ -271,7 +271,8 @@ class Optimizer(Protocol):
     def build(
         self, net: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float, precision: Precision
     ) -> torch.optim.Optimizer:
-        """The optimizer of the parameters of `net`, which are sharded (DTensor) in training and plain in a plan.
+        """The optimizer of the parameters of `net` that require a gradient: sharded (DTensor) in training, plain in a
+        plan.
 
         The trainer sets `lr` of every group before a step: the scheduled one, times the group's `lr_scale` if it has
         one. `betas` and `weight_decay` are the keys of `trainer`; `precision` is that of matrix products.

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from selfe import config, errors, launch, log
-from selfe.checkpoint import flux, state, verify
+from selfe.checkpoint import adapter, flux, state, verify
+from selfe.checkpoint.adapter import AdapterRecord
 from selfe.checkpoint.manager import CheckpointManager
 from selfe.data import loader
 from selfe.data.cached import CachedData
@@ -26,6 +27,7 @@ from selfe.distributed.collectives import World
 from selfe.errors import UserError
 from selfe.io.folder_lock import FolderLock, removed_on_failure
 from selfe.io.image_encode import save_sheet
+from selfe.optimizers.groups import trained
 from selfe.protocols import Data
 from selfe.rng import SampleRNG
 from selfe.signals import Stopped, StopSignal
@@ -61,6 +63,8 @@ class Trainer:
         self.evaluator = cfg.evaluate and Evaluator(cfg.evaluate, system, self.folder, world)
 
         # live and EMA denoisers, both sharded; the text encoder is sharded over the same ranks on request
+        if cfg.adapt is not None:
+            cfg.adapt.apply(system.backbone)
         mesh = fsdp.make_mesh(world, cfg.shard_size)
         how = {name: getattr(cfg, name) for name in ("activation_checkpointing", "compile", "gathering")}
         precision = choose_precision(cfg.precision, world.device)
@@ -84,6 +88,9 @@ class Trainer:
         # resume from the newest valid checkpoint, or initialise a new run
         self.saver = CheckpointManager(self.folder / "checkpoints", cfg.checkpoints, world)
         newest = verify.newest_valid(self.saver.folder, world)
+        self.adapter = None if cfg.adapt is None else self.load_base(newest)
+        if newest:
+            adapter.check_resumed(newest, self.adapter, self.net)
         self.start = self.resume(newest) if newest else self.initialise()
         marker = verify.read_marker(newest) if newest else {"guard": None}
         self.guard = GradGuard(cfg.health, marker["guard"])
@@ -93,7 +100,9 @@ class Trainer:
 
         # statistics since the last logged step
         self.measured, self.cells = MetricAccumulator(), TimeGrid()
-        self.clock = StepTimer(world.device, cfg.peak_tflops)
+        num_trained = sum(parameter.numel() for _, parameter in trained(self.net))
+        share = num_trained / banners.num_parameters([self.net])
+        self.clock = StepTimer(world.device, cfg.peak_tflops, share)
         self.num_steps = 0
         self.replaced = self.num_samples = self.num_tokens = 0  # of this rank; samples and tokens learned from
         self.has_learned, self.last_skip = False, ""  # since this start
@@ -125,10 +134,19 @@ class Trainer:
             log.print_line(f"not in {path}, so started anew: {', '.join(new)}")
         return done
 
+    def load_base(self, resumed: Path | None) -> AdapterRecord:
+        """Load the weights that this run fine-tunes, and return what its checkpoints record of them.
+
+        `resumed`: the checkpoint from which the run continues.
+        """
+        cfg = self.cfg
+        options = cfg.adapt.record() | {"report": self.folder / "init_from.txt", "resumed": resumed}
+        return adapter.load_base(cfg.init_from, self.net, self.averages, self.world, **options)
+
     def initialise(self) -> int:
         """Start a run that has no checkpoint yet, loading what `init_from` names. Returns the first step."""
         origin, main = self.cfg.init_from, self.world.is_main
-        if origin is None:
+        if origin is None or self.adapter is not None:
             return 0
 
         # safetensors weights in FLUX names: parameters only, starting at step 0
@@ -143,6 +161,7 @@ class Trainer:
         if main:
             log.print_line(f"starting from {', '.join(origin.parts)} of {origin.path}")
         path = collectives.broadcast(verify.find(origin.path) if main else None, self.world)
+        adapter.refuse(path)
         if "step" in origin.parts:
             self.samples = verify.read_marker(path)["samples"]
         return state.load(path, self.net, self.averages, self.optimizer, origin.parts)
@@ -286,7 +305,7 @@ class Trainer:
         self.clock.mark("checkpoint")
         snapshot = state.training_state(self.net, self.averages, self.optimizer)
         notes = {"score": score, "guard": self.guard.memory, "samples": self.samples, "elapsed": self.elapsed()}
-        self.saver.begin(done, snapshot, notes)
+        self.saver.begin(done, snapshot, notes | adapter.as_note(self.adapter))
         self.clock.mark("other")
 
     def elapsed(self) -> float:

@@ -45,9 +45,10 @@ EDGES = {
     "system": PARTS | {"samplers"},  # guidance
     "distributed": BASE | {"backbones"},  # the attention kernels that selective checkpointing keeps
     "data": PARTS | {"compare", "distributed"},  # a loader reads what its rank trains on
-    "checkpoint": PARTS | {"distributed", "encoders"},  # FLUX files hold a denoiser and a VAE
+    # FLUX files hold a denoiser and a VAE; the checkpoint of an adapter holds the low-rank matrices of a denoiser
+    "checkpoint": PARTS | {"backbones", "distributed", "encoders"},
     "training": PARTS
-    | {"checkpoint", "compare", "config", "data", "distributed", "optimizers", "samplers", "system"}
+    | {"backbones", "checkpoint", "compare", "config", "data", "distributed", "optimizers", "samplers", "system"}
     | {"evaluation", "inference"},  # evaluation during training
     "inference": PARTS | {"compare", "config", "samplers"},
     # reads manifests and shards, and checks pretrained models

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from selfe import flow
 from selfe.backbones.attention import attend
+from selfe.backbones.lora import is_low_rank, split_rows
 from selfe.backbones.packing import EachToken, PackedLayout, Segments
 from selfe.device import to_device
 from selfe.errors import UserError
@@ -103,7 +104,6 @@ class MMDiT(nn.Module):
         self.single_blocks = nn.ModuleList(SingleBlock(width, num_heads, mlp_ratio) for _ in range(num_single_blocks))
         self.out_modulation = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, patch_dim)
-        self.weights_of = self.count_weights()
 
         # Heads of training aids (`add_head`), and the block whose output each of them takes.
         self.heads = nn.ModuleDict()
@@ -265,11 +265,12 @@ class MMDiT(nn.Module):
                 total += 4 * pairs * self.width
         return total
 
-    def count_weights(self) -> dict[str, dict[str, int]]:
+    @cached_property
+    def weights_of(self) -> dict[str, dict[str, int]]:
         """Weights of each block, and outside of blocks, by the rows they are multiplied with, see `count_rows`."""
         counts: dict[str, dict[str, int]] = {}
         for name, weight in self.named_parameters():
-            if weight.ndim < 2 or name.startswith("position"):
+            if weight.ndim < 2 or name.startswith(("position", "heads.")):
                 continue
 
             if name.startswith("pooled_in") or ".text.modulation" in name:
@@ -291,6 +292,8 @@ class MMDiT(nn.Module):
         """How a weight is made of several matrices: the dimension in which they are concatenated, and their sizes in
         it; no sizes for a single matrix. Used by optimizers that treat a matrix as one.
         """
+        if is_low_rank(name):
+            return 0, ()
         width, hidden = self.width, int(self.width * self.mlp_ratio)
         fused = {
             "qkv_in": (0, (width,) * 3),
@@ -457,10 +460,9 @@ class SingleBlock(nn.Module):
 
         # Apply the fused projection as two matmuls to lower peak memory: the MLP activations are not alive during
         # attention, nor q, k and v during the MLP.
-        sizes = [3 * x.shape[1], self.hidden]
-        qkv_in, mlp_in = zip(self.qkv_mlp_in.weight.split(sizes), self.qkv_mlp_in.bias.split(sizes), strict=True)
-        attended = self.attend(F.linear(h, *qkv_in), layout)
-        mlp = self.gelu(F.linear(h, *mlp_in))
+        qkv, mlp = split_rows(self.qkv_mlp_in, h, [3 * x.shape[1], self.hidden])
+        attended = self.attend(qkv(), layout)
+        mlp = self.gelu(mlp())
         return layout.joint.addcmul(x, self.attention_mlp_out(torch.cat([attended, mlp], dim=-1)), gate)
 
     def attend(self, qkv: Tensor, layout: PackedLayout) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from selfe.backbones import lora
 from selfe.distributed.fsdp import fill
 from selfe.encoders.flux_vae import STAGES
 from selfe.errors import UserError
@@ -202,7 +203,8 @@ def warm_start(path: Path, *modules: nn.Module) -> FluxStateDict:
     If the file lacks the embedding of t - s, its output layer is zeroed, so that it has no effect at the start.
     What the file does not have, such as heads of training aids, keeps its initial values.
     """
-    source = FluxStateDict.of(path, {name: p.shape for name, p in modules[0].named_parameters()})
+    shapes = {name: p.shape for name, p in modules[0].named_parameters() if not lora.is_low_rank(name)}
+    source = FluxStateDict.of(path, shapes)
     for name in source.used:
         full = source.read(name)
         for module in modules:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -18,10 +19,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from selfe.backbones import lora
 from selfe.checkpoint.verify import read_step
+from selfe.distributed import fsdp
 from selfe.errors import UserError
 
 Part = Literal["model", "ema", "optimizer", "step"]
@@ -47,7 +49,7 @@ def load(
     optimizer: Optimizer | None,
     parts: Sequence[Part] = PARTS,
 ) -> int:
-    """Load parts of a training state in place; must be called by every rank.
+    """Load parts of a training state in place, without what is frozen; must be called by every rank.
 
     If only one of `model` and `ema` is in `parts`, its weights are loaded into both. An average that the checkpoint
     lacks starts from the weights of the first one. Heads of training aids that the checkpoint does not have keep their
@@ -67,7 +69,7 @@ def load(
     if "ema" in parts:
         stored = list_weights(path)
         modules |= {name: module for name, module in averages.items() if name == "ema" or name in stored}
-    state = {name: get_model_state_dict(module) for name, module in modules.items()}
+    state = {name: trained_state(net, module) for name, module in modules.items()}
     if "optimizer" not in parts:
         state = {name: without_new_heads(path, name, tensors) for name, tensors in state.items()}
     check_fits(path, state)
@@ -90,6 +92,41 @@ def load(
         if name not in state:
             set_model_state_dict(module, source, options=StateDictOptions(strict=False))  # without new heads
     return read_step(path) if "step" in parts else 0
+
+
+def trained_state(net: nn.Module, module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a denoiser `net` or of an average of it, without those that are frozen in `net`."""
+    frozen = {name for name, parameter in net.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in get_model_state_dict(module).items() if name not in frozen}
+
+
+def load_base(path: Path, net: nn.Module, averages: Mapping[str, nn.Module], weights: str) -> list[str]:
+    """Load complete weights, "ema" or "live", into a denoiser and all averages of it; must be called by every rank.
+
+    Returns the parameters that the checkpoint lacks, which keep their initial values. Low-rank matrices and heads are
+    not among them. The embedding of t - s starts without effect if it is missing.
+
+    Raises:
+        UserError: a tensor has another shape.
+    """
+    group = group_of(weights)
+    stored = stored_parameters(path, group)
+    tensors = {
+        name: tensor
+        for name, tensor in get_model_state_dict(net).items()
+        if not lora.is_low_rank(name) and not name.startswith("heads.")
+    }
+    missing = [name for name in tensors if name not in stored]
+
+    state = {group: {name: tensor for name, tensor in tensors.items() if name in stored}}
+    check_fits(path, state)
+    dcp.load(state, checkpoint_id=path)
+    for name in missing:
+        if name.startswith("s_in.2."):
+            tensors[name].zero_()
+    for average in averages.values():
+        fsdp.copy_weights(average, net)
+    return missing
 
 
 def without_new_heads(path: Path, group: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -116,7 +153,7 @@ def load_tensors(path: Path, tensors: dict[str, Tensor], weights: str) -> None:
 
     `weights` is "live", or the name of an average of the weights, such as "ema".
     """
-    state = {"net" if weights == "live" else weights: tensors}
+    state = {group_of(weights): tensors}
     check_fits(path, state)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # expected with no_dist
@@ -129,28 +166,56 @@ def fingerprint(module: nn.Module) -> str:
     Equal for all copies of the same weights, whatever the file format; changes with every training step. Heads of
     training aids do not count, because sampling leaves them out. All ranks must call it if the weights are sharded.
     """
-    digest = hashlib.blake2b(digest_size=8)
+    digest = Digest()
     for name, parameter in module.named_parameters():
-        if name.startswith("heads."):
-            continue
-        if isinstance(parameter, DTensor):
-            parameter = parameter.full_tensor()
-        stride = max(1, parameter.numel() // 1024)
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().flatten()[::stride].float().cpu().numpy().tobytes())
+        if not name.startswith("heads."):
+            digest.update(name, fsdp.unsharded(parameter.detach()))
     return digest.hexdigest()
 
 
+class Digest:
+    """A digest of named tensors: of their shapes, and up to 1024 evenly spaced values of each."""
+
+    def __init__(self):
+        self.hash = hashlib.blake2b(digest_size=8)
+
+    def update(self, name: str, tensor: Tensor) -> None:
+        stride = max(1, tensor.numel() // 1024)
+        self.hash.update(f"{name} {tuple(tensor.shape)}".encode())
+        self.hash.update(tensor.flatten()[::stride].float().cpu().numpy().tobytes())
+
+    def hexdigest(self) -> str:
+        return self.hash.hexdigest()
+
+
 def training_state(net: nn.Module, averages: Mapping[str, nn.Module], optimizer: Optimizer) -> dict:
-    """The state dict of a checkpoint, to be saved with `CheckpointManager.begin`."""
-    state = {"net": get_model_state_dict(net)}
-    state |= {name: get_model_state_dict(average) for name, average in averages.items()}
+    """The state dict of a checkpoint, to be saved with `CheckpointManager.begin`: all that is not frozen."""
+    state = {"net": trained_state(net, net)}
+    state |= {name: trained_state(net, average) for name, average in averages.items()}
     return state | {"optimizer": get_optimizer_state_dict(net, optimizer)}
 
 
 def stored_tensors(path: Path) -> dict[str, Any]:
     """Descriptions of what a checkpoint holds, by key, such as "ema.out.weight"."""
     return dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+
+
+def stored_parameters(path: Path, group: str) -> dict[str, torch.Size]:
+    """Shapes of the parameters in a group of a checkpoint: "net", or the name of an average."""
+    stored = stored_tensors(path)
+    return {key.removeprefix(f"{group}."): entry.size for key, entry in stored.items() if key.startswith(f"{group}.")}
+
+
+def group_of(weights: str) -> str:
+    """Where a checkpoint has weights: "live", or the name of an average such as "ema"."""
+    return "net" if weights == "live" else weights
+
+
+def read_parameter(path: Path, name: str, shape: torch.Size, weights: str) -> Tensor:
+    """A parameter of a checkpoint, float32 on the host, in a single process."""
+    full = torch.empty(shape)
+    load_tensors(path, {name: full}, weights)
+    return full
 
 
 def list_weights(path: Path) -> list[str]:

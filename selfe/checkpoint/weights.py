@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from selfe.checkpoint import state, verify
+from selfe.checkpoint import adapter, state, verify
+from selfe.checkpoint.adapter import AdapterWeights
 from selfe.checkpoint.flux import FluxStateDict
 from selfe.errors import UserError
 
@@ -55,6 +57,11 @@ def load_weights(path: Path, net: nn.Module, weights: str) -> int:
     """
     remove_heads(net)
     if not is_export(path):
+        if record := adapter.read_record(path):
+            state.check_has(path, weights)
+            shapes = {name: parameter.shape for name, parameter in net.named_parameters()}
+            AdapterWeights(path, record, shapes, partial(state.read_parameter, path, weights=weights)).load(net)
+            return verify.read_step(path)
         return state.load_weights(path, net, weights)
 
     settings = read_settings(path)

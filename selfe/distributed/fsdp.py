@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from selfe.backbones import lora
 from selfe.distributed import activation_checkpoint, collectives
 from selfe.distributed.activation_checkpoint import ActivationCheckpointing
 from selfe.distributed.collectives import World
@@ -110,7 +111,8 @@ def materialise(module: nn.Module, device: torch.device, seed: int) -> None:
     """Allocate a sharded module and initialise its parameters, independent of the number of ranks."""
     module.to_empty(device=device)
     for name, parameter in module.named_parameters():
-        fill(parameter, module.initial(name, parameter.shape, seed))
+        initial = lora.initial if lora.is_low_rank(name) else module.initial
+        fill(parameter, initial(name, parameter.shape, seed))
 
 
 @torch.no_grad()
@@ -157,9 +159,26 @@ def build_model_and_averages(
     materialise(net, device, seed)
 
     for average in averages:
-        average.to_empty(device=device)
+        allocate_average(average, net)
         copy_weights(average, net)
     return net, averages
+
+
+def allocate_average(average: nn.Module, net: nn.Module) -> None:
+    """Allocate an average of a sharded denoiser. Frozen parameters, which stay equal, share the memory of the denoiser,
+    unless FSDP pads them because their rows do not divide evenly.
+    """
+    shared = {
+        id(own): parameter.detach()
+        for own, parameter in zip(average.parameters(), net.parameters(), strict=True)
+        if not parameter.requires_grad
+    }
+    device = next(net.parameters()).device
+
+    def allocate(tensor: Tensor) -> Tensor:
+        return shared[id(tensor)] if id(tensor) in shared else torch.empty_like(tensor, device=device)
+
+    average._apply(allocate)
 
 
 @torch.no_grad()
@@ -200,6 +219,17 @@ def shard_model_and_averages(
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a tensor; an ordinary tensor is returned unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def unsharded(tensor: Tensor) -> Tensor:
+    """The complete tensor of a shard; call it on every rank. An ordinary tensor is returned unchanged."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def trained_pairs(average: nn.Module, net: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """This rank's shards of the parameters that are trained: of an average of the weights, and of the denoiser."""
+    pairs = zip(average.parameters(), net.parameters(), strict=True)
+    return [(local(ours), local(theirs)) for ours, theirs in pairs if theirs.requires_grad]
 
 
 def grad_norm(module: nn.Module) -> Tensor:

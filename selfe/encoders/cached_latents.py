@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from selfe.errors import UserError
+from selfe.encoders.latent_preview import LatentPreview, grids_of
 from selfe.io import feature_cache
 from selfe.protocols import Autoencoder
 from selfe.rng import SampleRNG
@@ -24,9 +25,11 @@ class CachedLatents:
         Args:
             cache_dir: feature cache, written with the settings of `autoencoder`.
             autoencoder: the autoencoder whose latents are cached; not loaded unless `decode` is set.
-            decode: load the autoencoder anyway, to decode sample images during training.
+            decode: load the autoencoder anyway, to decode sample images during training. Otherwise they are shown by a
+                linear preview, which `selfe precompute` fits.
         """
         feature_cache.check(Path(cache_dir), feature_cache.describe("autoencoder", autoencoder))
+        self.cache_dir = Path(cache_dir)
         self.autoencoder, self.decodes = autoencoder, decode
         self.token_dim, self.multiple = autoencoder.token_dim, autoencoder.multiple
 
@@ -37,6 +40,15 @@ class CachedLatents:
         self.device = device
         if self.decodes:
             self.autoencoder.load(device)
+
+    @property
+    def is_preview(self) -> bool:
+        """Whether decoded images are only a linear preview."""
+        return not self.decodes
+
+    @cached_property
+    def preview(self) -> LatentPreview:
+        return LatentPreview.load(self.cache_dir, self.token_dim)
 
     def encode(self, images: Sequence[Tensor], rng: SampleRNG) -> Packed:
         """Cache entries -> tokens (T, token_dim), float32; latents are sampled if deviations are cached."""
@@ -57,18 +69,20 @@ class CachedLatents:
         return mean, deviation
 
     def decode(self, latents: Packed) -> list[Tensor]:
-        """Tokens (T, token_dim) -> B x (3, H, W), float32."""
-        return self.autoencoder.decode(latents)
+        """Tokens (T, token_dim) -> B x (3, H, W), float32; by the linear preview, unless the autoencoder is loaded."""
+        return self.autoencoder.decode(latents) if self.decodes else self.preview.decode(latents)
 
     def noise(self, sizes: Sequence[tuple[int, int]], rng: SampleRNG) -> Packed:
         """Standard normal tokens (T, token_dim) for images of B x (height, width) pixels.
 
         Raises:
-            UserError: the autoencoder is not loaded, so samples could not be decoded.
+            UserError: a size is not a multiple of `multiple`, or the cache has no preview to decode samples with.
         """
-        if not self.decodes:
-            raise UserError(
-                "the autoencoder is not loaded when training from a cache: set system.autoencoder.params.decode=1 to "
-                "generate sample images, or trainer.samples.prompts=[] to disable them"
-            )
-        return self.autoencoder.noise(sizes, rng)
+        if self.decodes:
+            return self.autoencoder.noise(sizes, rng)
+
+        # the same numbers, without the autoencoder's weights; a missing preview is reported before the first step
+        grids = grids_of(sizes, self.preview.side)
+        tokens = torch.empty(sum(rows * columns for rows, columns in grids), self.token_dim, device=self.device)
+        like = packed(tokens, grids)
+        return like.with_tokens(rng.normal_like("noise", like))

@@ -67,6 +67,15 @@ class Store:
     def __reduce__(self) -> tuple:
         return Store, (self.folder,)
 
+    def find(self, key: str) -> int | None:
+        """The number of the record of a key; None without one."""
+        # binary search for the first half of the key, then a scan for the second
+        high, low = int(key[:16], 16), int(key[16:], 16)
+        at = bisect_left(self.records["high"], high)
+        while at < len(self.records) and self.records["high"][at] == high and self.records["low"][at] != low:
+            at += 1
+        return at if at < len(self.records) and self.records["high"][at] == high else None
+
     def read(self, key: str, name: str) -> Tensor:
         """The entry of a key, (rows, columns, width), bf16. `name` describes it in error messages.
 
@@ -74,12 +83,8 @@ class Store:
             BadSample: kind `not cached`.
             UserError: a shard is truncated.
         """
-        # binary search for the first half of the key, then a scan for the second
-        high, low = int(key[:16], 16), int(key[16:], 16)
-        at = bisect_left(self.records["high"], high)
-        while at < len(self.records) and self.records["high"][at] == high and self.records["low"][at] != low:
-            at += 1
-        if at == len(self.records) or self.records["high"][at] != high:
+        at = self.find(key)
+        if at is None:
             raise BadSample("not cached", f"{self.folder}: does not contain {name}; {AGAIN}")
 
         # read the tensor by its offset

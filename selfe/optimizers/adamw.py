@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from selfe.distributed.fsdp import local
 from selfe.errors import UserError
-from selfe.optimizers.groups import GroupConfig, check_groups, param_groups
+from selfe.optimizers.groups import GroupConfig, check_groups, param_groups, trained
 from selfe.types import Precision
 
 # With a larger beta, a second moment in bf16 would not decay: a step changes it by less than its rounding error
@@ -34,7 +34,7 @@ class AdamW:
     def build(
         self, net: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float, precision: Precision
     ) -> torch.optim.Optimizer:
-        named = list(net.named_parameters())
+        named = trained(net)
         check_groups(self.groups, [name for name, _ in named])
         groups = param_groups(named, self.groups)
         if self.moments == "fp32":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from selfe.errors import UserError
 from selfe.types import check_range
@@ -30,18 +30,27 @@ class GroupConfig:
         check_range("lr_scale", self.lr_scale, 0, 1000)
 
 
+def trained(net: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The named parameters that are not frozen."""
+    return [(name, parameter) for name, parameter in net.named_parameters() if parameter.requires_grad]
+
+
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether a parameter name matches any of the patterns."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def check_patterns(patterns: Sequence[str], names: Sequence[str], path: str) -> None:
-    """Raise UserError for a pattern that no parameter name matches; `path` is the key that holds the patterns."""
+def check_patterns(patterns: Sequence[str], names: Sequence[str], path: str, kind: str = "parameter") -> None:
+    """Raise UserError for a pattern that no name matches.
+
+    Args:
+        path: the key that holds the patterns.
+        kind: what the names are of.
+    """
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise UserError(
-                f"{path}: {pattern!r} matches no parameter; their names are such as {', '.join(names[:3])} and "
-                f"{names[-1]}"
+                f"{path}: {pattern!r} matches no {kind}; their names are such as {', '.join(names[:3])} and {names[-1]}"
             )
 
 

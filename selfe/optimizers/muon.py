@@ -24,7 +24,7 @@ from selfe.distributed.fsdp import local
 from selfe.distributed.unsharded import apply_to_matrices
 from selfe.errors import UserError
 from selfe.optimizers.adamw import can_fuse
-from selfe.optimizers.groups import GroupConfig, check_groups, check_patterns, matches, param_groups
+from selfe.optimizers.groups import GroupConfig, check_groups, check_patterns, matches, param_groups, trained
 from selfe.types import DTYPES, Precision, check_range
 
 # a x + b x^3 + c x^5, iterated on singular values: steep at 0, and near 1 from any start after five steps
@@ -66,7 +66,7 @@ class Muon:
     def build(
         self, net: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float, precision: Precision
     ) -> torch.optim.Optimizer:
-        named = list(net.named_parameters())
+        named = trained(net)
         names = [name for name, _ in named]
         check_groups(self.groups, names)
         check_patterns(self.matrices, names, "trainer.optimizer.params.matrices")

@@ -27,6 +27,7 @@ from selfe.data.dataset import BucketedDataset, SampleSpec
 from selfe.data.loader import WatchedLoader, share
 from selfe.distributed import collectives
 from selfe.distributed.collectives import World
+from selfe.encoders.latent_preview import LatentPreview
 from selfe.errors import BadSample, UserError
 from selfe.io import feature_cache
 from selfe.io.feature_cache import FileStamp
@@ -38,6 +39,7 @@ from selfe.types import Packed, Split, signed
 
 LATENTS_PER_SHARD, CAPTIONS_PER_SHARD = 4096, 512
 SAMPLE = 64  # captions encoded to estimate the size of the text cache
+PREVIEW_IMAGES = 256  # to which the linear preview of the latents is fitted
 BYTES = 2  # per value in bf16
 POSITION_BITS = 16  # of the position of a caption in its line
 
@@ -216,6 +218,7 @@ class Precompute:
             cached.write_stamps(self.folder, self.data)
             for name, number in self.num_shards.items():
                 feature_cache.write_index(self.folder / name, number)
+            self.fit_preview()
 
     def encode(self, name: str, total: int, per_shard: int, work: Work) -> None:
         """Encode this rank's shards, except existing ones."""
@@ -328,6 +331,22 @@ class Precompute:
             entries = torch.cat([mean.tokens, deviation], dim=1)
         return unpacked(mean.with_tokens(entries))
 
+    def fit_preview(self) -> None:
+        """Fit the linear preview of the latents to some images, by which training from the cache shows samples."""
+        some = np.unique(np.linspace(0, len(self.images) - 1, PREVIEW_IMAGES).astype(int))
+        store, width = feature_cache.Store(self.folder / "latents"), self.system.autoencoder.token_dim
+
+        def samples() -> Iterator[tuple[Tensor, Tensor]]:
+            for item in some:
+                key, _, image = self.images[int(item)]
+                if isinstance(image, UserError) or store.find(key) is None:
+                    continue  # unreadable now, or when it was encoded
+                yield store.read(key, f"image {item}")[..., :width], signed(image)
+
+        preview = LatentPreview.fit(samples())
+        preview.save(self.folder)
+        log.print_line(f"linear preview of latents, fitted to {len(some)} images: PSNR {preview.psnr:.1f} dB")
+
     def check_space(self) -> None:
         """Print the estimated size of the cache; raise a UserError if it does not fit on the disk."""
         # latents: exact, from the values per token of one image
@@ -382,13 +401,13 @@ def claim(folder: Path, facts: dict[str, str]) -> None:
 
 
 def from_cache(settings: dict, folder: Path) -> dict:
-    """The same training config reading from the cache: encoders and data are wrapped, sample grids are switched off."""
+    """The same training config reading from the cache: encoders and data are wrapped."""
     place = {"cache_dir": str(folder)}
 
     def wrap(module: str, name: str, wrapped: dict) -> dict:
         return {"module": f"selfe.{module}", "params": place | {name: wrapped}}
 
-    system, trainer = settings["system"], settings["trainer"]
+    system = settings["system"]
     data = wrap("data.cached.CachedData", "source", settings["data"])
     if (encoder := encoder_settings(system["objective"])) is not None:
         data["params"]["features"] = encoder
@@ -396,11 +415,7 @@ def from_cache(settings: dict, folder: Path) -> dict:
         "text_encoder": wrap("encoders.cached_text.CachedText", "encoder", system["text_encoder"]),
         "autoencoder": wrap("encoders.cached_latents.CachedLatents", "autoencoder", system["autoencoder"]),
     }
-    return settings | {
-        "system": system | parts,
-        "data": data,
-        "trainer": trainer | {"samples": trainer.get("samples", {}) | {"prompts": []}},
-    }
+    return settings | {"system": system | parts, "data": data}
 
 
 def encoder_settings(objective: dict) -> dict | None:

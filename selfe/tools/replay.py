@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from selfe import config
-from selfe.checkpoint import state, verify
+from selfe.checkpoint import adapter, state, verify
 from selfe.device import choose_precision
 from selfe.distributed import collectives, fsdp
 from selfe.errors import UserError
@@ -53,7 +53,12 @@ def replay(settings: dict, record: dict, checkpoint: Path | None, world: collect
     seed, number = settings["seed"], record["step"]
     step = number - 1  # completed before it
     precision = choose_precision(trainer.precision, world.device)
+    if trainer.adapt is not None:
+        trainer.adapt.apply(system.backbone)
     net, ema = fsdp.build_model_and_ema(system.backbone, fsdp.make_mesh(world, None), precision, seed)
+    if trainer.adapt is not None:
+        report = trainer.output_dir / "init_from.txt"
+        adapter.load_base(trainer.init_from, net, {"ema": ema}, world, **trainer.adapt.record(), report=report)
     system.load_encoders(world.device)
     done = state.load(checkpoint, net, {"ema": ema}, None, ("model", "ema", "step")) if checkpoint else 0
     print(f"step {number} with the weights after {done} steps ({checkpoint or 'initial weights'})")

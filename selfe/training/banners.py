@@ -14,6 +14,7 @@ from selfe import log
 from selfe.device import device_name
 from selfe.distributed.activation_checkpoint import can_compile
 from selfe.distributed.collectives import World
+from selfe.optimizers.groups import trained
 from selfe.protocols import Data
 from selfe.system import System
 from selfe.training.settings import TrainerConfig
@@ -27,12 +28,14 @@ def start(
     encoders = {"text encoder": system.text_encoder, "autoencoder": system.autoencoder}
     sizes = {name: num_parameters(modules_of(part)) for name, part in encoders.items()}
     frozen = [f"{name} {size / 1e6:,.2f}M parameters, frozen" for name, size in sizes.items() if size]
+    total, learned = num_parameters([net]), sum(parameter.numel() for _, parameter in trained(net))
+    how = f"{learned / 1e6:,.2f}M of them trained" if learned < total else "trained"
     last_step = cfg.max_steps if cfg.stop_step is None else min(cfg.stop_step, cfg.max_steps)
     state = f"continues after step {step}" if step else "new"
 
     rows = {
         "run": f"{cfg.output_dir}, {state}, to step {last_step} of {cfg.max_steps}",
-        "denoiser": f"{num_parameters([net]) / 1e6:,.2f}M parameters, trained in {cfg.precision}, and their EMA",
+        "denoiser": f"{total / 1e6:,.2f}M parameters, {how} in {cfg.precision}, and their EMA",
         "encoders": "; ".join(frozen) or "none in memory",
         "devices": devices(cfg, world),
         "data": images(data, step),

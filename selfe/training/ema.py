@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from selfe.distributed.fsdp import local
+from selfe.distributed.fsdp import trained_pairs
 from selfe.types import check_range
 
 
@@ -65,7 +65,6 @@ def gamma_of(std: float) -> float:
 
 @torch.no_grad()
 def update(ema: nn.Module, net: nn.Module, decay: float) -> None:
-    """ema <- decay ema + (1 - decay) net, on this rank's shards, in place."""
-    averages = [local(p) for p in ema.parameters()]
-    weights = [local(p) for p in net.parameters()]
+    """ema <- decay ema + (1 - decay) net, on this rank's shards of what is trained, in place."""
+    averages, weights = zip(*trained_pairs(ema, net), strict=True)
     torch._foreach_lerp_(averages, weights, 1 - decay)

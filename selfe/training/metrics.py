@@ -121,8 +121,8 @@ def write_cells(folder: Path, step: int, means: dict[str, Tensor]) -> Path:
 
 @torch.no_grad()
 def ema_distance(ema: nn.Module, net: nn.Module, device: torch.device) -> float:
-    """|| ema - net || / || net || over all parameters and ranks."""
-    pairs = [(fsdp.local(a), fsdp.local(b)) for a, b in zip(ema.parameters(), net.parameters(), strict=True)]
+    """|| ema - net || / || net || over all ranks and all parameters that are trained."""
+    pairs = fsdp.trained_pairs(ema, net)
     apart = torch.stack([(a - b).square().sum() for a, b in pairs]).sum()
     length = torch.stack([b.square().sum() for _, b in pairs]).sum()
     sums = collectives.sum_over_ranks(torch.stack([apart, length]).double().to(device))

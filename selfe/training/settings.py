@@ -15,6 +15,7 @@ from selfe.distributed.fsdp import GatherConfig
 from selfe.errors import UserError
 from selfe.optimizers.adamw import AdamW
 from selfe.protocols import EmaTrack, Logger, Optimizer, Schedule, ValidationMetric
+from selfe.training.adapt import AdaptConfig
 from selfe.training.ema import ConstantDecay
 from selfe.training.evaluation import TrainingEvaluation
 from selfe.training.grad_guard import GradGuardConfig
@@ -51,7 +52,10 @@ class TrainerConfig:
     micro_batch_size: int  # images per pass, at most; the largest number that divides those of a process is taken
     phases: tuple[BatchPhase, ...] = ()  # changes of batch size and learning rate, sorted by step
     stop_step: int | None = None  # stop early; the schedule still ends at max_steps
-    init_from: Path | state.InitFromConfig | None = None  # initial weights; unused if output_dir has a checkpoint
+    # initial weights; unused if output_dir has a checkpoint, unless adapt is set
+    init_from: Path | state.InitFromConfig | None = None
+    # train only low-rank matrices beside the weights of init_from (LoRA), or some of the parameters; null: all weights
+    adapt: AdaptConfig | None = None
     lr: float = 3e-4  # learning rate after the warm-up
     min_lr: float = 1e-5  # learning rate of the last step
     warmup_steps: int = 1000  # steps in which the learning rate rises linearly to lr
@@ -109,6 +113,15 @@ class TrainerConfig:
             check_range(name, getattr(self, name), 0, MOST_STEPS)
         for name in ("total_batch_size", "micro_batch_size", "val_batches"):
             check_range(name, getattr(self, name), 1, MOST_SAMPLES)
+
+        # fine-tuning
+        if self.adapt is not None and self.init_from is None:
+            raise ValueError("adapt: init_from is not set; set it to the weights that are fine-tuned")
+        parts = self.init_from.parts if isinstance(self.init_from, state.InitFromConfig) else ()
+        if self.adapt is not None and (extra := sorted({"optimizer", "step"} & set(parts))):
+            raise ValueError(
+                f"init_from.parts: {extra[0]} is that of another run, which adapt cannot continue; remove it"
+            )
 
         # optimizer
         for name in ("lr", "min_lr", "weight_decay"):

@@ -39,7 +39,9 @@ class ManualGC:
 class StepTimer:
     """Attributes the time between two marks to the name of the first. Synchronises with the device only in `rates`."""
 
-    def __init__(self, where: torch.device, peak_tflops: float | None = None):
+    def __init__(self, where: torch.device, peak_tflops: float | None = None, trained: float = 1.0):
+        """`trained`: share of the parameters that have a gradient."""
+        self.trained = trained
         self.device = None if where.type == "cpu" else where
         self.peak = peak_tflops or device.peak_tflops()
         self.marks: list[tuple[str, float | torch.Event]] = []
@@ -74,9 +76,10 @@ class StepTimer:
             output = net(x_t, t, s, cond, features, route)
             self.mark("objective")
 
-            # a backward pass costs two forward passes; recomputation by activation checkpointing is not counted
+            # a backward pass costs two forward passes, one of them for the gradients of weights; recomputation by
+            # activation checkpointing is not counted
             options = {"token_times": len(t) != len(x_t), "features": features, "route": route}
-            self.flops += (3 if learns else 1) * net.flops(x_t.lens, cond.text.lens, **options)
+            self.flops += (2 + self.trained if learns else 1) * net.flops(x_t.lens, cond.text.lens, **options)
             return output
 
         return call

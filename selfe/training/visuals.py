@@ -88,5 +88,7 @@ class SampleGridConfig:
         for name in nets:
             rows = [[everyone[name, i, count] for count in self.num_steps] for i in range(len(self.prompts))]
             title = f"{TITLES.get(name, name)}, step {done:,}, guidance {self.cfg_scale:g}, s ratio {self.s_ratio:g}"
+            if getattr(system.autoencoder, "is_preview", False):
+                title += ", linear preview of latents"
             sheets[name] = image_encode.sample_sheet(rows, self.prompts, self.num_steps, title)
         return sheets

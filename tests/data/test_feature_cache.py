@@ -3,11 +3,14 @@
 import argparse
 import copy
 import json
+import math
 import os
 import pickle
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,10 +18,12 @@ from selfe import config
 from selfe.data.buckets import balance
 from selfe.data.manifest import ManifestData
 from selfe.distributed.collectives import World
+from selfe.encoders.latent_preview import LatentPreview
 from selfe.errors import BadSample, UserError
-from selfe.io import feature_cache
-from selfe.rng import SampleRNG
+from selfe.io import feature_cache, image_encode
+from selfe.rng import SampleRNG, philox
 from selfe.tools import precompute
+from selfe.types import packed
 from tests.helpers.images import make_image, manifest
 from tests.helpers.ranks import on_ranks
 
@@ -101,10 +106,78 @@ def test_training_from_the_cache_loads_no_encoder(cached):
     system.load_encoders(CPU)
     assert not hasattr(system.text_encoder, "t5")
     assert vars(system.autoencoder)["autoencoder"].device.type == "meta"
-    assert trainer.samples.prompts == ()
-    with pytest.raises(UserError, match="decode=1"):
-        system.autoencoder.noise([(32, 32)], SampleRNG.of_step(0, 0, [0]))
+    assert trainer.samples.prompts == ("an astronaut", "a cup of coffee")
     assert data.has_val
+
+
+def test_sample_grids_from_the_cache_are_linear_previews(settings, cached, monkeypatch):
+    """From the noise of the autoencoder, which is not loaded."""
+    system, _, trainer = build(cached)
+    system.load_encoders(CPU)
+    source = build(settings)[0].autoencoder
+    source.load(CPU)
+    rng = SampleRNG.of_images([(0, "an astronaut", 0)])
+    expected, noise = (part.noise([(32, 48)], rng) for part in (source, system.autoencoder))
+    assert torch.equal(noise.tokens, expected.tokens)
+    assert noise.grids == expected.grids
+    with pytest.raises(UserError, match="size 40 x 48: height and width must be multiples of 16"):
+        system.autoencoder.noise([(40, 48)], rng)
+
+    net = system.backbone.to_empty(device=CPU)
+    for name, p in net.named_parameters():
+        p.data.copy_(net.initial(name, p.shape, 0))
+    titles = []
+    draw = image_encode.sample_sheet
+
+    def sample_sheet(*arguments):
+        titles.append(arguments[-1])
+        return draw(*arguments)
+
+    monkeypatch.setattr(image_encode, "sample_sheet", sample_sheet)
+    small = replace(trainer.samples, size=(32, 48), num_steps=(1,))
+    small.check(system)
+    sheets = small.draw(system, {"samples": net}, 0, 5, World(0, 1, CPU))
+    assert sheets.keys() == {"samples"}
+    assert titles == ["EMA weights, step 5, guidance 5, s ratio 0, linear preview of latents"]
+
+    path = Path(cached["data"]["params"]["cache_dir"]) / "preview.safetensors"
+    moved = path.rename(path.with_name("away"))
+    del system.autoencoder.preview
+    with pytest.raises(
+        UserError, match=r"preview.safetensors: no such file; run selfe precompute again, which adds it"
+    ):
+        small.check(system)
+    moved.rename(path)
+
+
+def test_a_preview_is_the_least_squares_fit_of_pixels_to_latents():
+    """Compared with NumPy's solution, for images of two shapes; its PSNR is that of what it decodes."""
+    rng = philox("preview")
+    samples = []
+    for rows, columns in [(4, 6), (5, 5), (6, 3)]:
+        image = torch.from_numpy(rng.uniform(-1, 1, (3, 2 * rows, 2 * columns)))
+        patches = image.view(3, rows, 2, columns, 2).permute(1, 3, 0, 2, 4).flatten(2)
+        mixed = patches @ torch.from_numpy(philox("mix").standard_normal((12, 5))) + 0.3
+        samples.append((mixed, image))
+    preview = LatentPreview.fit(iter(samples))
+
+    inputs = np.concatenate([latents.flatten(0, 1).numpy() for latents, _ in samples])
+    inputs = np.concatenate([inputs, np.ones((len(inputs), 1))], axis=1)
+    patches = [
+        image.view(3, image.shape[1] // 2, 2, image.shape[2] // 2, 2).permute(1, 3, 0, 2, 4).reshape(-1, 12)
+        for _, image in samples
+    ]
+    targets = torch.cat(patches).numpy()
+    solution = np.linalg.lstsq(inputs, targets, rcond=None)[0]
+    assert preview.side == 2
+    np.testing.assert_allclose(preview.weight.T, solution[:-1], atol=1e-3)
+    np.testing.assert_allclose(preview.bias, solution[-1], atol=1e-3)
+
+    tokens = packed(torch.cat([latents.flatten(0, 1) for latents, _ in samples]).float(), [(4, 6), (5, 5), (6, 3)])
+    decoded = preview.decode(tokens)
+    errors = torch.cat([(a - b).square().flatten() for a, (_, b) in zip(decoded, samples, strict=True)])
+    assert preview.psnr == pytest.approx(10 * math.log10(4 / errors.mean().item()), abs=0.01)
+    assert preview.psnr > 5
 
 
 def test_the_cache_holds_each_caption_once_and_null_and_fake_prompts(cached):

@@ -18,6 +18,7 @@ from selfe import cli, config, recorded_run
 from selfe.backbones.mmdit import MMDiT
 from selfe.checkpoint import flux, state, verify
 from selfe.checkpoint.flux import FluxStateDict
+from selfe.checkpoint.weights import load_weights
 from selfe.errors import UserError
 from selfe.generator import Generator
 from selfe.io.sampling_limits import RANGES
@@ -407,6 +408,103 @@ def test_an_exported_folder_draws_the_images_of_the_checkpoint(trained, tmp_path
         Generator(out)
 
 
+LORA = (
+    "trainer.adapt={rank: 4, alpha: 8, layers: ['*blocks.*', out_modulation, out, image_in]}",
+    "trainer.lr=1e-1",
+    "trainer.warmup_steps=0",
+    "trainer.max_steps=3",
+    "trainer.samples.prompts=[]",
+    "trainer.ema_decay=0",
+    "system.text_encoder.params.max_tokens=24",
+)
+
+
+@pytest.fixture(scope="module")
+def adapted(trained, tmp_path_factory) -> Path:
+    """The run fine-tuned for three steps."""
+    folder = tmp_path_factory.mktemp("adapted")
+    cache = config.load(trained[0] / "config.yaml")["system"]["text_encoder"]["params"]["cache_dir"]
+    env = {"SELFE_SKIP_PRETRAINED": "0", "SELFE_CACHE_DIR": str(cache)}
+    start = f"trainer.init_from={trained[0] / 'checkpoints'}"
+    train_processes.finish(folder, 1, *LORA, start, config=ROOT / SMOKE, env=env)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapted_image(adapted) -> np.ndarray:
+    """The image of the fine-tuned run."""
+    generator = Generator(adapted / "checkpoints", precision="fp32")
+    (image,) = generator.generate(["a cup of coffee"], num_steps=2, height=48, width=64)
+    return np.asarray(image, dtype=int)
+
+
+def test_a_pipeline_of_the_merged_weights_makes_the_images_of_the_run(adapted, adapted_image, pipeline, tmp_path):
+    arguments = [str(adapted / "checkpoints"), str(tmp_path / "merged"), "--format", "diffusers", "--dtype", "fp32"]
+    cli.run(["export", *arguments])
+    assert np.abs(generate(loaded(tmp_path / "merged"))[0] - adapted_image).max() <= 1
+    assert np.abs(generate(pipeline)[0] - adapted_image).max() > 20
+
+
+def test_the_file_for_diffusers_has_a_matrix_pair_for_each_of_its_layers(adapted, pipeline, tmp_path):
+    """Their products are the differences of the merged transformer, whatever reads them."""
+    out = tmp_path / "adapter"
+    arguments = [str(adapted / "checkpoints"), str(out), "--adapter-only", "--format", "diffusers", "--dtype", "fp32"]
+    cli.run(["export", *arguments])
+    assert [path.name for path in out.iterdir()] == ["pytorch_lora_weights.safetensors"]
+    matrices = load_file(out / "pytorch_lora_weights.safetensors")
+
+    cli.run(
+        ["export", str(adapted / "checkpoints"), str(tmp_path / "merged"), "--format", "diffusers", "--dtype", "fp32"]
+    )
+    merged = load_file(tmp_path / "merged/transformer/diffusion_pytorch_model.safetensors")
+    before = pipeline.transformer.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], merged[name])}
+    layers = {name.removeprefix("transformer.").removesuffix(".lora_A.weight") for name in matrices if "lora_A" in name}
+    assert {name.removesuffix(".weight") for name in changed} <= layers
+    assert {"transformer_blocks.0.attn.to_q", "single_transformer_blocks.1.proj_mlp", "norm_out.linear"} <= layers
+    for layer in layers:
+        a, b = (matrices[f"transformer.{layer}.lora_{kind}.weight"] for kind in "AB")
+        difference = merged[f"{layer}.weight"] - before[f"{layer}.weight"]
+        torch.testing.assert_close(b @ a, difference, rtol=0, atol=1e-6, msg=layer)
+        assert a.shape[0] == b.shape[1] == 4
+
+
+def test_diffusers_loads_the_adapter_into_the_pipeline_of_the_base(adapted, adapted_image, exported, tmp_path):
+    pytest.importorskip("peft")
+    out = tmp_path / "adapter"
+    arguments = [str(adapted / "checkpoints"), str(out), "--adapter-only", "--format", "diffusers", "--dtype", "fp32"]
+    cli.run(["export", *arguments])
+    pipeline = loaded(exported)
+    before = generate(pipeline)
+    pipeline.load_lora_weights(out)
+    assert np.abs(generate(pipeline)[0] - adapted_image).max() <= 1
+    pipeline.unload_lora_weights()
+    assert np.array_equal(generate(pipeline), before)
+
+
+def test_the_folder_for_peft_is_loaded_by_peft_and_merges_to_the_same_weights(adapted, trained, tmp_path):
+    out = tmp_path / "adapter"
+    cli.run(["export", str(adapted / "checkpoints"), str(out), "--adapter-only", "--dtype", "fp32"])
+    assert {path.name for path in out.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    settings = json.loads((out / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"], settings["peft_type"]) == (4, 8, "LORA")
+    layers = settings["target_modules"]
+    assert load_file(out / "adapter_model.safetensors").keys() == {
+        f"base_model.model.{layer}.lora_{kind}.weight" for layer in layers for kind in "AB"
+    }
+
+    peft = pytest.importorskip("peft")
+    nets = []
+    for folder in (trained[0], adapted):
+        with torch.device("meta"):
+            nets.append(config.build(config.load(folder / "config.yaml"), "system").backbone)
+        nets[-1].to_empty(device="cpu")
+        load_weights(verify.find(folder / "checkpoints"), nets[-1], "ema")
+    merged = peft.PeftModel.from_pretrained(nets[0], out).merge_and_unload()
+    for name, parameter in nets[1].named_parameters():
+        torch.testing.assert_close(merged.get_parameter(name), parameter, rtol=0, atol=1e-6, msg=name)
+
+
 class Renamed(MMDiT):
     """A denoiser with the tensors of MMDiT that may compute something else."""
 
@@ -419,6 +517,8 @@ def test_mistakes_are_one_line(trained, tmp_path):
     config.save(settings, tmp_path / "run/config.yaml")
     with pytest.raises(UserError, match=rf"--format safetensors supports MMDiT only, the run has {__name__}.Renamed"):
         command.read_run(verify.find(tmp_path / "run/checkpoints"), "safetensors", trust=True)
+    with pytest.raises(UserError, match=r"--adapter-only: .* holds complete weights, no adapter; leave it out"):
+        cli.run(["export", str(folder / "checkpoints"), str(tmp_path / "out"), "--adapter-only"])
     with pytest.raises(UserError, match="exists and is not an empty folder"):
         cli.run(["export", str(folder / "checkpoints"), str(images)])
     with pytest.raises(UserError, match="no such checkpoint directory"):

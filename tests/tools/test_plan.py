@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from selfe import cli, config
 from selfe.backbones.packing import PackedLayout
+from selfe.checkpoint import flux
 from selfe.device import choose_precision
 from selfe.distributed import activation_checkpoint, fsdp
 from selfe.distributed.collectives import World
@@ -49,6 +51,9 @@ DIFFUSERS = {"module": "selfe.encoders.diffusers_vae.DiffusersVAE", "params": DI
 DIFFUSERS = [f"system.autoencoder={json.dumps(DIFFUSERS)}", "system.backbone.params.patch_dim=16"]
 DIFFUSERS += ["system.backbone.params.bottleneck=5", "system.backbone.params.prediction=x0"]
 MUON = "trainer.optimizer={module: selfe.optimizers.muon.Muon}"
+# a frozen first block: gradients neither reach it nor pass through it
+LATE = "trainer.adapt={rank: 4, layers: ['single_blocks.*'], trainable: ['single_blocks.*.bias']}"
+LORA = "trainer.adapt={rank: 4, trainable: ['s_in.*']}"
 TWO_AVERAGES = "trainer.ema=[{module: selfe.training.ema.ConstantDecay}, {module: selfe.training.ema.PowerFunction}]"
 SMALL = [*RANDOM, "trainer.total_batch_size=4", "trainer.micro_batch_size=4", "data.params.pixels=1024"]
 
@@ -65,9 +70,23 @@ def build(path: str, overrides: list[str]):
     return system, config.build(settings, "data"), config.build(settings, "trainer"), settings["seed"]
 
 
+def saved_weights(folder: Path, path: str, overrides: list[str]) -> Path:
+    """A file of weights from which a fine-tuning run of a config can start."""
+    settings = config.load(path, [override for override in overrides if "adapt" not in override])
+    with META:
+        net = config.build(settings, "system").backbone
+    tensors = {}
+    for name, parameter in net.named_parameters():
+        tensors |= flux.split("bfl", name, net.initial(name, parameter.shape, 0), net.width)
+    save_file(tensors, folder / "weights.safetensors")
+    return folder / "weights.safetensors"
+
+
 def measured(path: str, overrides: list[str], batch: Batch, rng: SampleRNG, step: int) -> plan_step.Step:
     """What the plan measures, of a batch that exists."""
     system, _, trainer, _ = build(path, overrides)
+    if trainer.adapt is not None:
+        trainer.adapt.apply(system.backbone)
     system.load_encoders(META)
     precision = choose_precision(trainer.precision, torch.device("cpu"))
     setting = {"precision": precision, "activation_checkpointing": trainer.activation_checkpointing}
@@ -85,11 +104,15 @@ def measured(path: str, overrides: list[str], batch: Batch, rng: SampleRNG, step
         (TINY, [*SMALL, f"system.objective={json.dumps(TREAD)}"], 5, {"auxiliary, backward", "recomputed"}),
         (TINY, [*SMALL, f"system.objective={json.dumps(SELF_FLOW)}"], 5, {"self-evaluation", "recomputed"}),
         (TINY, [*SMALL, *DIFFUSERS], 5, {"autoencoder", "recomputed"}),
+        (TINY, [*SMALL, LORA], 5, {"flow matching, backward", "auxiliary, backward", "recomputed"}),
+        (TINY, [*SMALL, LATE], 5, {"flow matching, backward", "auxiliary, backward", "recomputed"}),
     ],
-    ids=["smoke", "auxiliary", "mini", "mini, Muon", "hf text", "tread", "self-flow", "diffusers"],
+    ids=["smoke", "auxiliary", "mini", "mini, Muon", "hf text", "tread", "self-flow", "diffusers", "LoRA", "late LoRA"],
 )
 def test_operations_are_those_of_a_training_step(path, overrides, step, parts, tmp_path, alone):
     overrides = [*overrides, f"trainer.output_dir={tmp_path}"]
+    if any("adapt" in override for override in overrides):
+        overrides.append(f"trainer.init_from={saved_weights(tmp_path, path, overrides)}")
     system, data, trainer, seed = build(path, overrides)
     fit = Trainer(trainer, system, data, seed, alone)
     order = [(step, 0)] * 2
@@ -98,7 +121,10 @@ def test_operations_are_those_of_a_training_step(path, overrides, step, parts, t
         fit.step(step, iter([fit.part("train")[at] for at in order[1:]]), lambda: 0)
     batch = fit.part("train")[order[0]]
     step_cost = measured(path, overrides, batch, SampleRNG.of_step(seed, step, batch.positions), step)
-    update = plan_ranks.optimizer_cost(build(path, overrides)[0].backbone, replace(trainer, precision="fp32"))
+    net = build(path, overrides)[0].backbone
+    if trainer.adapt is not None:
+        trainer.adapt.apply(net)
+    update = plan_ranks.optimizer_cost(net, replace(trainer, precision="fp32"))
     assert sum(step_cost.flops.values()) + update.flops == counter.get_total_flops()
     assert (update.flops > 0) == (MUON in overrides)
     assert parts <= step_cost.flops.keys()
@@ -143,11 +169,13 @@ def bytes_of_a_rank(world: World, overrides: list[str], step: int) -> dict[str, 
         loss.per_sample.mean().backward()
         fit.optimizer.step()
     states = fit.optimizer.state.values()
+    shards = {fsdp.local(p.detach()).data_ptr() for p in fit.net.parameters()}
+    averages = [fsdp.local(p) for ema in fit.averages.values() for p in ema.parameters()]
     held = {
         "parameters": sum(fsdp.local(p).nbytes for p in fit.net.parameters()),
-        "gradients": sum(fsdp.local(p.grad).nbytes for p in fit.net.parameters()),
+        "gradients": sum(fsdp.local(p.grad).nbytes for p in fit.net.parameters() if p.grad is not None),
         "optimizer": sum(fsdp.local(value).nbytes for state in states for value in state.values()),
-        "ema": sum(fsdp.local(p).nbytes for ema in fit.averages.values() for p in ema.parameters()),
+        "ema": sum(average.nbytes for average in averages if average.data_ptr() not in shards),
         "encoders": sum(
             fsdp.local(tensor).nbytes
             for encoder in (system.text_encoder, system.autoencoder)
@@ -168,6 +196,9 @@ def bytes_of_a_rank(world: World, overrides: list[str], step: int) -> dict[str, 
         (4, ["trainer.gathering={reshard_after_forward: 2}"], 5),
         (4, ["trainer.shard_size=2"], 5),
         (4, ["trainer.shard_size=2", MUON, "trainer.ema_warmup=null", TWO_AVERAGES], 5),
+        (2, [LORA], 5),
+        (2, ["trainer.adapt={rank: 4}"], 5),
+        (4, [LATE, "trainer.shard_size=2", "trainer.ema_warmup=null", TWO_AVERAGES], 5),
     ],
     ids=[
         "2",
@@ -177,10 +208,15 @@ def bytes_of_a_rank(world: World, overrides: list[str], step: int) -> dict[str, 
         "4, blocks resharded to 2",
         "4 in groups of 2",
         "4 in groups of 2, Muon and two averages",
+        "2, LoRA and s",
+        "2, LoRA of all blocks",
+        "4 in groups of 2, late LoRA and two averages",
     ],
 )
 def test_a_rank_holds_and_sends_what_the_plan_says(size, overrides, step, tmp_path):
     overrides = [*RANDOM, f"trainer.output_dir={tmp_path}", f"trainer.total_batch_size={2 * size}", *overrides]
+    if any("adapt" in override for override in overrides):
+        overrides.append(f"trainer.init_from={saved_weights(tmp_path, TINY, overrides)}")
     measured = on_ranks(size, bytes_of_a_rank, overrides, step)
     job = plan_job.load(TINY, overrides)
     share = plan_ranks.share(job.system, job.trainer, size, job.loaded, job.later)

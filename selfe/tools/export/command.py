@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 
 from selfe import compare, config, log, recorded_run
 from selfe.backbones.mmdit import MMDiT
-from selfe.checkpoint import flux, state, verify
+from selfe.checkpoint import flux, peft, state, verify
+from selfe.checkpoint.adapter import AdapterWeights, read_record
 from selfe.checkpoint.weights import remove_heads
 from selfe.encoders.flux_vae import CHANNELS, SCALE, SHIFT, STAGES, FluxVAE
 from selfe.encoders.t5_clip import T5_FOLDER, T5Clip
@@ -41,7 +42,10 @@ def main(options: argparse.Namespace) -> None:
     """Entry point of `selfe export`."""
     out = options.out.absolute()
     path = verify.find(options.ckpt)
-    settings, system = read_run(path, options.format, options.trust)
+    settings, system = read_run(path, options.format, options.trust, options.adapter_only)
+    adapter = read_record(path)
+    if options.adapter_only and adapter is None:
+        raise UserError(f"--adapter-only: {path} holds complete weights, no adapter; leave it out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{options.out}: exists and is not an empty folder; choose another or remove it")
 
@@ -52,6 +56,21 @@ def main(options: argparse.Namespace) -> None:
     else:
         average = reconstruct(path, settings, options.ema_std, options.weights)
     weights = options.weights if average is None else f"ema_std_{options.ema_std:g}"
+
+    def read(name: str, shape: torch.Size) -> torch.Tensor:
+        return average.read(name, shape) if average else state.read_parameter(path, name, shape, weights)
+
+    # weights that were trained are read from the checkpoint, all others from those that it fine-tunes
+    merged = None
+    if adapter is not None:
+        merged = AdapterWeights(path, adapter, {name: p.shape for name, p in system.backbone.named_parameters()}, read)
+        merged.check_base()
+
+    if options.adapter_only:
+        with complete_folder(out) as unfinished:
+            write_adapter(unfinished, merged, options.format, DTYPES[options.dtype], system.backbone.width)
+        print(f"the adapter of {path} ({weights} weights, {options.dtype}) exported to {options.out}")
+        return
 
     with complete_folder(out) as unfinished:
         folder = unfinished / ("transformer" if options.format == "diffusers" else "")
@@ -64,11 +83,16 @@ def main(options: argparse.Namespace) -> None:
             write_json(folder / "config.json", origin | {"backbone": config.plain(settings["system"]["backbone"])})
             config.save(sampling_settings(settings, options.out), folder / "config.yaml")
 
-        def read(name: str, shape: torch.Size) -> torch.Tensor:
-            return average.read(name, shape) if average else read_parameter(path, name, shape, weights)
-
-        write_denoiser(read, system.backbone, folder, DTYPES[options.dtype], options.format)
+        write_denoiser(merged.read if merged else read, system.backbone, folder, DTYPES[options.dtype], options.format)
     print(f"{path} ({weights} weights, {options.dtype}) exported to {options.out}")
+
+
+def write_adapter(folder: Path, merged: AdapterWeights, layout: str, dtype: torch.dtype, width: int) -> None:
+    """Write the low-rank matrices alone, as PEFT or as diffusers reads them."""
+    if layout == "diffusers":
+        peft.write_diffusers(folder, merged.matrices(), merged.record, dtype, width)
+    else:
+        peft.write_peft(folder, merged.matrices(), merged.record, dtype)
 
 
 def reconstruct(path: Path, settings: dict, std: float, weights: str) -> Reconstruction:
@@ -90,13 +114,6 @@ def reconstruct(path: Path, settings: dict, std: float, weights: str) -> Reconst
     return average
 
 
-def read_parameter(path: Path, name: str, shape: torch.Size, weights: str) -> torch.Tensor:
-    """A parameter of the denoiser from a checkpoint."""
-    full = torch.empty(shape)
-    state.load_tensors(path, {name: full}, weights)
-    return full
-
-
 @contextmanager
 def complete_folder(out: Path) -> Iterator[Path]:
     """A folder to write into, which gets the name `out` when everything is written, and is removed after an error."""
@@ -110,10 +127,12 @@ def complete_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def read_run(path: Path, layout: str, trust: bool) -> tuple[dict, System]:
+def read_run(path: Path, layout: str, trust: bool, adapter_only: bool = False) -> tuple[dict, System]:
     """Settings of the run that a checkpoint belongs to, and its system on the meta device.
 
-    `trust`: the run's config.yaml may name modules that are not part of this package, which runs their code.
+    Args:
+        trust: the run's config.yaml may name modules that are not part of this package, which runs their code.
+        adapter_only: no encoders and no tensors outside of the adapter are written.
     """
     settings_path = compare.config_beside(path)
     if settings_path is None:
@@ -125,7 +144,7 @@ def read_run(path: Path, layout: str, trust: bool) -> tuple[dict, System]:
 
     remove_heads(system.backbone)
     kinds = {"backbone": MMDiT}
-    if layout == "diffusers":
+    if layout == "diffusers" and not adapter_only:
         kinds |= {"text_encoder": T5Clip, "autoencoder": FluxVAE}
     for name, kind in kinds.items():
         part = getattr(system, name)

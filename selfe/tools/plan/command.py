@@ -20,6 +20,7 @@ import torch
 
 from selfe.device import PEAKS
 from selfe.errors import UserError
+from selfe.optimizers.groups import trained
 from selfe.system import System
 from selfe.tools.plan import page as plan_page
 from selfe.tools.plan.job import Job, PhaseCost, count_words, load, phases, run
@@ -167,9 +168,11 @@ def can_start(job: Job, gpus: int, costs: list[PhaseCost]) -> dict:
 def parameters(system: System) -> dict[str, int]:
     """Number of parameters by network."""
     parts = {"denoiser": system.backbone}
+    learned = sum(p.numel() for _, p in trained(system.backbone))
     for kind, encoder in (("text_encoder", system.text_encoder), ("autoencoder", system.autoencoder)):
         parts |= {f"{kind}.{name}": network for name, network in networks(encoder).items()}
-    return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    numbers = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    return numbers | ({"denoiser, trained": learned} if learned < numbers["denoiser"] else {})
 
 
 def describe(phase: PhaseCost, job: Job, share: Share, update: int, rate: float, gpus: int) -> dict:
@@ -214,7 +217,7 @@ def storage(job: Job, costs: list[PhaseCost], optimizer: int) -> dict:
     `optimizer`: bytes of its state.
     """
     net, system = job.system.backbone, job.system
-    weights = sum(p.nbytes for p in net.parameters())
+    weights = sum(p.nbytes for _, p in trained(net))  # a checkpoint leaves out what is frozen
 
     # shapes of cached latents, from the autoencoder on the meta device; features are on the same grid
     latents, features = {}, {}

@@ -87,6 +87,8 @@ def load(path: str, overrides: Sequence[str] = (), cached: bool = False) -> Job:
     # meta device: networks without weights
     with META:
         system = config.build({"system": parts}, "system")
+    if trainer.adapt is not None:
+        trainer.adapt.apply(system.backbone)
     objective = innermost(system.objective)
     if hasattr(objective, "p_drop"):
         objective.p_drop = 0.0  # every caption at its full length

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, distributed, nn
@@ -18,12 +18,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from selfe.distributed import fsdp
 from selfe.distributed.collectives import World
 from selfe.errors import UserError
+from selfe.optimizers.groups import trained
 from selfe.protocols import TensorReader
 from selfe.system import System
 from selfe.tools.plan.step import Call, Living, Watchdog
 from selfe.training.settings import TrainerConfig
 from selfe.types import DTYPES
 
+Backward = Literal["never", "once", "each"]  # in no backward pass, once for all passes of a micro-batch, or in each
 GRADIENT_BYTES = 4  # per value: gradients are reduced in fp32
 
 
@@ -32,6 +34,8 @@ class Unit:
     """An FSDP parameter group: a block, or all parameters outside of blocks (the root)."""
 
     held: int  # values in the shard of a rank, padded to the same size on all ranks
+    learned: int  # those of them that have a gradient
+    backward: Backward  # gathered in backward passes
     ranks: int  # ranks in a shard group
     replicas: int
     holders: int  # ranks of the group with a shard that is not empty
@@ -47,7 +51,12 @@ class Unit:
     @property
     def summed(self) -> int:
         """Bytes of the unsharded gradient in reduction precision."""
-        return self.held * self.ranks * GRADIENT_BYTES
+        return self.learned * self.ranks * GRADIENT_BYTES
+
+    @property
+    def gradient(self) -> int:
+        """Bytes of the unsharded gradient in compute precision."""
+        return self.learned * self.ranks * self.value_bytes
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ class Share:
         stay = sum(unit.gathered * (1 if unit.is_root else unit.kept) for unit in self.live_units)
         blocks = [unit for unit in self.live_units if not unit.is_root]
         largest = max(blocks, key=lambda unit: unit.held, default=None)
-        return round(stay) + (3 * largest.gathered + 2 * largest.summed if largest else 0)
+        return round(stay) + (2 * largest.gathered + largest.gradient + 2 * largest.summed if largest else 0)
 
     @property
     def empty_ranks(self) -> int:
@@ -142,13 +151,14 @@ def share(
                 text_units += units(network, next(network.parameters()).element_size(), kept=0.0)
             held_networks.append(network)
 
-        parameters, value_bytes = held(net), DTYPES[trainer.precision].itemsize
+        value_bytes = DTYPES[trainer.precision].itemsize
+        learned = sum(ours.nbytes for ours, _ in fsdp.trained_pairs(net, net))
         return Share(
             size=size,
-            parameters=parameters,
-            gradients=parameters,  # fp32, like the parameters
+            parameters=held(net),
+            gradients=learned,  # fp32, like the parameters
             optimizer=updates.state,
-            ema=held(ema) * len(trainer.ema_tracks),
+            ema=learned * len(trainer.ema_tracks),  # frozen parameters are shared
             encoders=sum(map(held, held_networks)),
             update=updates,
             live_units=units(net, value_bytes, kept_after_forward(trainer.gathering.reshard_after_forward)),
@@ -166,9 +176,9 @@ def optimizer_cost(net: nn.Module, trainer: TrainerConfig) -> UpdateCost:
     """Run the first step of the optimizer on the meta device, with the parameters of `net`, sharded or not."""
     numbers = {"lr": trainer.lr, "betas": trainer.betas, "weight_decay": trainer.weight_decay}
     optimizer = trainer.optimizer.build(net, **numbers, precision=trainer.precision)
-    for parameter in net.parameters():
+    for _, parameter in trained(net):
         parameter.grad = torch.empty_like(parameter)
-    held = [tensor for p in net.parameters() for tensor in (p.detach(), p.grad)]
+    held = [p.detach() for p in net.parameters()] + [p.grad for _, p in trained(net)]
 
     living = Living({fsdp.local(tensor).untyped_storage()._cdata for tensor in held})
 
@@ -224,9 +234,13 @@ def units(module: nn.Module, value_bytes: int, kept: float) -> tuple[Unit, ...]:
         mesh = parameters[0].device_mesh
         ranks = mesh.size(mesh.ndim - 1)
         rows = [-(-p.shape[0] // ranks) for p in parameters]  # of the largest shard, to which all are padded
+        values = [n * p.shape[1:].numel() for n, p in zip(rows, parameters, strict=True)]
+        learned = sum(n for n, p in zip(values, parameters, strict=True) if p.requires_grad)
         groups.append(
             Unit(
-                held=sum(n * p.shape[1:].numel() for n, p in zip(rows, parameters, strict=True)),
+                held=sum(values),
+                learned=learned,
+                backward="each",
                 ranks=ranks,
                 replicas=mesh.size() // ranks,
                 holders=max(-(-p.shape[0] // n) for n, p in zip(rows, parameters, strict=True)),
@@ -235,7 +249,26 @@ def units(module: nn.Module, value_bytes: int, kept: float) -> tuple[Unit, ...]:
                 is_root=part is module,
             )
         )
-    return tuple(groups)
+    return gathered_backward(groups)
+
+
+def gathered_backward(groups: Sequence[Unit]) -> tuple[Unit, ...]:
+    """The parameter groups, the root and then blocks in order, with `backward` set."""
+    # the root stays unsharded from one backward pass to the next
+    root, *blocks = groups
+    kinds: dict[int, Backward] = dict.fromkeys(range(len(blocks)), "each")
+
+    # without a trained parameter outside of blocks, gradients end at the first block with one
+    if not root.learned:
+        end = next((number for number, block in enumerate(blocks) if block.learned), len(blocks))
+        kinds |= dict.fromkeys(range(end), "never")
+
+        # FSDP keeps that block unsharded, because no gradient of its inputs marks the end of its backward pass; and it
+        # prefetches the block before it, in vain
+        kinds |= dict.fromkeys(range(max(end - 1, 0), min(end + 1, len(blocks))), "once")
+
+    blocks = [replace(block, backward=kinds[number]) for number, block in enumerate(blocks)]
+    return replace(root, backward="once"), *blocks
 
 
 def kept_after_forward(after: bool | int) -> float:
@@ -270,7 +303,7 @@ def payloads(share: Share, calls: Sequence[Call]) -> dict[str, int]:
     for weights, its_units in {"live": share.live_units, "ema": share.ema_units}.items():
         passes = [call.learns for call in calls if call.weights == weights]
         for unit in its_units:
-            back = min(sum(passes), 1) if unit.is_root else sum(passes)  # the root stays unsharded in between
+            back = {"never": 0, "once": min(sum(passes), 1), "each": sum(passes)}[unit.backward]
             if unit.ranks > 1:
                 payload["all_gather"] += unit.gathered * (len(passes) + back if unit.kept < 1 else max(back, 1))
                 payload["reduce_scatter"] += unit.summed * any(passes)

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from selfe.distributed import activation_checkpoint
 from selfe.distributed.activation_checkpoint import ActivationCheckpointing
 from selfe.encoders.composed_text import ComposedText
+from selfe.optimizers.groups import trained
 from selfe.protocols import Denoiser
 from selfe.rng import SampleRNG
 from selfe.system import System
@@ -101,7 +102,7 @@ def measure(
     for _, block in activation_checkpoint.blocks(net):
         block.forward = partial(meter.again, block.forward)  # inside the checkpoint, which calls it again
     activation_checkpoint.apply_activation_checkpointing(net, activation_checkpointing)
-    for parameter in net.parameters():
+    for _, parameter in trained(net):
         parameter.register_post_accumulate_grad_hook(drop_grad)  # FSDP reshards gradients right away too
 
     with meter.watching(system.text_encoder):
@@ -208,7 +209,8 @@ class Meter:
             self.mark(before)
             if learns:  # its backward pass begins with the gradient of an output
                 for tensor in tree_leaves(output):
-                    tensor.register_hook(lambda _: self.enter(f"{part}, backward"))
+                    if tensor.requires_grad:  # not a feature of a frozen layer
+                        tensor.register_hook(lambda _: self.enter(f"{part}, backward"))
             return output
 
         return call

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FluxTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import FluxLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -41,8 +42,11 @@ logger = logging.getLogger(__name__)
 EARLIER = globals().get("SelfEPipeline")
 
 
-class SelfEPipeline(DiffusionPipeline):
-    """Generates images one by one. An image is a function of (seed, prompt, sample number)."""
+class SelfEPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
+    """Generates images one by one. An image is a function of (seed, prompt, sample number).
+
+    `load_lora_weights` loads adapters; it needs the package peft.
+    """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->vae"
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012 - as in diffusers
