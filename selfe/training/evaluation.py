@@ -117,6 +117,11 @@ class Evaluator:
         What would fail in an evaluation fails here, before the first step. Raises UserError.
         """
         cfg, world = self.cfg, self.world
+        if getattr(self.system.autoencoder, "is_preview", False):
+            raise UserError(
+                f"{cfg.section}: the autoencoder is not loaded when training from a cache, and a linear preview cannot be "
+                "evaluated; set system.autoencoder.params.decode=true, or remove this section"
+            )
         self.system.autoencoder.noise([cfg.size], job.random_numbers(self.specs[0][:1]))
         for first in range(0, len(self.captions), cfg.batch_size):
             self.system.encode({"cond": self.captions[first : first + cfg.batch_size], "null": [""]})

@@ -9,6 +9,7 @@ import pickle
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from selfe.errors import BadSample, UserError
 from selfe.io import feature_cache, image_encode
 from selfe.rng import SampleRNG, philox
 from selfe.tools import precompute
+from selfe.training.evaluation import Evaluator, TrainingEvaluation
 from selfe.types import packed
 from tests.helpers.images import make_image, manifest
 from tests.helpers.ranks import on_ranks
@@ -139,6 +141,11 @@ def test_sample_grids_from_the_cache_are_linear_previews(settings, cached, monke
     sheets = small.draw(system, {"samples": net}, 0, 5, World(0, 1, CPU))
     assert sheets.keys() == {"samples"}
     assert titles == ["EMA weights, step 5, guidance 5, s ratio 0, linear preview of latents"]
+
+    # a preview is not evaluated
+    evaluator = SimpleNamespace(cfg=TrainingEvaluation(), world=World(0, 1, CPU), system=system)
+    with pytest.raises(UserError, match=r"trainer.evaluate: .* a linear preview cannot be evaluated; set system.auto"):
+        Evaluator.prepare(evaluator)
 
     path = Path(cached["data"]["params"]["cache_dir"]) / "preview.safetensors"
     moved = path.rename(path.with_name("away"))
