@@ -119,8 +119,8 @@ class Evaluator:
         cfg, world = self.cfg, self.world
         if getattr(self.system.autoencoder, "is_preview", False):
             raise UserError(
-                f"{cfg.section}: the autoencoder is not loaded when training from a cache, and a linear preview cannot be "
-                "evaluated; set system.autoencoder.params.decode=true, or remove this section"
+                f"{cfg.section}: the autoencoder is not loaded when training from a cache, and a linear preview cannot "
+                "be evaluated; set system.autoencoder.params.decode=true, or remove this section"
             )
         self.system.autoencoder.noise([cfg.size], job.random_numbers(self.specs[0][:1]))
         for first in range(0, len(self.captions), cfg.batch_size):
