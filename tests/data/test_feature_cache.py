@@ -112,7 +112,7 @@ def test_training_from_the_cache_loads_no_encoder(cached):
     assert data.has_val
 
 
-def test_sample_grids_from_the_cache_are_linear_previews(settings, cached, monkeypatch):
+def test_sample_grids_from_the_cache_are_linear_previews(settings, cached, monkeypatch, alone):
     """From the noise of the autoencoder, which is not loaded."""
     system, _, trainer = build(cached)
     system.load_encoders(CPU)
@@ -138,12 +138,12 @@ def test_sample_grids_from_the_cache_are_linear_previews(settings, cached, monke
     monkeypatch.setattr(image_encode, "sample_sheet", sample_sheet)
     small = replace(trainer.samples, size=(32, 48), num_steps=(1,))
     small.check(system)
-    sheets = small.draw(system, {"samples": net}, 0, 5, World(0, 1, CPU))
+    sheets = small.draw(system, {"samples": net}, 0, 5, alone)
     assert sheets.keys() == {"samples"}
     assert titles == ["EMA weights, step 5, guidance 5, s ratio 0, linear preview of latents"]
 
     # a preview is not evaluated
-    evaluator = SimpleNamespace(cfg=TrainingEvaluation(), world=World(0, 1, CPU), system=system)
+    evaluator = SimpleNamespace(cfg=TrainingEvaluation(), world=alone, system=system)
     with pytest.raises(UserError, match=r"trainer.evaluate: .* a linear preview cannot be evaluated; set system.auto"):
         Evaluator.prepare(evaluator)
 
