@@ -24,7 +24,7 @@ from selfe.errors import BadSample, UserError
 from selfe.io import feature_cache, image_encode
 from selfe.rng import SampleRNG, philox
 from selfe.tools import precompute
-from selfe.training.evaluation import Evaluator, TrainingEvaluation
+from selfe.training.evaluation import Evaluator
 from selfe.types import packed
 from tests.helpers.images import make_image, manifest
 from tests.helpers.ranks import on_ranks
@@ -143,7 +143,7 @@ def test_sample_grids_from_the_cache_are_linear_previews(settings, cached, monke
     assert titles == ["EMA weights, step 5, guidance 5, s ratio 0, linear preview of latents"]
 
     # a preview is not evaluated
-    evaluator = SimpleNamespace(cfg=TrainingEvaluation(), world=alone, system=system)
+    evaluator = SimpleNamespace(cfg=SimpleNamespace(section="trainer.evaluate"), world=alone, system=system)
     with pytest.raises(UserError, match=r"trainer.evaluate: .* a linear preview cannot be evaluated; set system.auto"):
         Evaluator.prepare(evaluator)
 
