@@ -1,4 +1,4 @@
-"""What the studies have in common: models to train, sampling settings to evaluate, training and sampling them."""
+"""What the studies have in common: models to train, sampling settings to evaluate, training."""
 
 from __future__ import annotations
 
@@ -6,22 +6,12 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from selfe import config
-from selfe.checkpoint import state, verify
-from selfe.device import choose_precision
-from selfe.rng import SampleRNG
-from selfe.samplers.renoise import Renoise
-from selfe.system import System
-from selfe.types import DTYPES
 
 ROOT = Path(__file__).parents[2]
-BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -92,35 +82,3 @@ def train(run: Run, out: Path, short: tuple[int, int] | None) -> None:
     path.write_text(json.dumps({"seconds": round(seconds, 1), "done": done.returncode == 0}) + "\n")
     if done.returncode:
         raise SystemExit(f"{run.name}: training failed; see {folder / 'train.log'}")
-
-
-def load(folder: Path) -> tuple[System, torch.nn.Module]:
-    """System of a finished run, and its denoiser with EMA weights in the precision that the machine is fast in."""
-    settings = config.load(folder / "config.yaml")
-    with torch.device("meta"):
-        system = config.build(settings, "system")
-    net = system.backbone.to_empty(device="cpu").requires_grad_(False)
-    state.load_weights(verify.find(folder / "checkpoints"), net, "ema")
-    system.load_encoders(torch.device("cpu"))
-    return system, net.to(DTYPES[choose_precision("auto", torch.device("cpu"))])
-
-
-def draw(
-    system: System, net: torch.nn.Module, cell: Cell, prompts: Sequence[str], seed: int, size: int
-) -> torch.Tensor:
-    """Images (n, 3, size, size) of n prompts; same noise for all models and settings of a seed."""
-    images = []
-    for start in range(0, len(prompts), BATCH):
-        batch = prompts[start : start + BATCH]
-        rng = SampleRNG.of_images([(seed, prompt, start + i) for i, prompt in enumerate(batch)])
-        images += system.generate(
-            net,
-            batch,
-            [(size, size)] * len(batch),
-            rng,
-            sampler=Renoise(cell.eta),
-            num_steps=cell.steps,
-            cfg_scale=cell.guidance,
-            s_ratio=cell.s_ratio,
-        )
-    return torch.stack(images)

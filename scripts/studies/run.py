@@ -1,8 +1,9 @@
-"""Train every model of a study, sample from each, score the images, and write the study's page in docs/.
+"""Train every model of a study, sample from each, evaluate the images, and write the study's page in docs/.
 
-    .venv/bin/python scripts/studies/run.py miniature            all variants, three seeds
-    .venv/bin/python scripts/studies/run.py miniature --quick    one seed, short runs, two negative controls
-    .venv/bin/python scripts/studies/run.py emoji                words to images, see docs/emoji.md
+    .venv/bin/python scripts/studies/run.py miniature                all variants, three seeds
+    .venv/bin/python scripts/studies/run.py miniature --quick        one seed, short runs, two negative controls
+    .venv/bin/python scripts/studies/run.py emoji                    words to images, see docs/emoji.md
+    .venv/bin/python scripts/studies/run.py miniature --page-only    the page again from results.json
 
 Two models are trained in parallel, one thread each. Results are kept in runs/STUDY; run the same command again to
 resume.
@@ -11,6 +12,7 @@ resume.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -44,7 +46,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="seeds of the main models")
     parser.add_argument("--count", type=int, help="images per sampling setting")
     parser.add_argument("--docs", action="store_true", help="write docs/ even with --quick")
-    parser.add_argument("--report-only", action="store_true", help="write the report from existing results only")
+    parser.add_argument("--report-only", action="store_true", help="write the report from existing evaluations only")
+    parser.add_argument("--page-only", action="store_true", help="write the page again from its results.json")
     given = parser.parse_args()
     try:
         pyplot()  # the plots come last: a missing package is reported before hours of training
@@ -52,6 +55,9 @@ def main() -> None:
         parser.error(str(error))
 
     study = import_module(f"{given.study}.study")
+    if given.page_only:
+        study.write_page(json.loads(study.RESULTS.read_text()), ROOT / "docs")
+        return
     out = ROOT / "runs" / (f"{given.study}_quick" if given.quick else given.study)
     seeds = given.seeds or (1 if given.quick else study.SEEDS)
     count = given.count or (study.QUICK_COUNT if given.quick else study.COUNT)
@@ -59,7 +65,7 @@ def main() -> None:
     runs = study.plan(seeds, given.quick)
 
     if not given.report_only:
-        study.prepare(out, runs)
+        study.prepare(out, runs, count)
         log.print_line(f"{len(runs)} models, two in parallel")
         with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
             short = study.QUICK if given.quick else None

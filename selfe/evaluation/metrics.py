@@ -65,10 +65,11 @@ class Measured:
         return self.bootstrap_of(range(len(self.features)))
 
     def bootstrap_of(self, indices: Sequence[int]) -> Bootstrap:
-        """Resamples the prompts of these images; if there are too few, the images."""
+        """Resamples the prompts of these images; if there are too few, or as `resample` asks, the images."""
         places: dict[int, int] = {}
         groups = [places.setdefault(self.captions[index], len(places)) for index in indices]
-        return Bootstrap(groups if len(places) >= FEWEST_PROMPTS else range(len(groups)), self.settings.bootstrap)
+        by_prompt = self.settings.resample == "prompts" and len(places) >= FEWEST_PROMPTS
+        return Bootstrap(groups if by_prompt else range(len(groups)), self.settings.bootstrap)
 
     @cached_property
     def by_category(self) -> dict[str, list[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from selfe.evaluation.metrics import METRICS
 from selfe.evaluation.tables import SUFFIXES
@@ -30,6 +30,8 @@ class MetricSettings:
     reference_split: Split = "val"  # of a config's data
     metrics: tuple[str, ...] = ()  # see docs/evaluation.md; default: those that extractors and reference allow
     bootstrap: int = 100  # replicates of a 95 % interval; 0: no intervals
+    # what a replicate draws: prompts with all their images, or images, if the prompts are all there are
+    resample: Literal["prompts", "images"] = "prompts"
     max_features: int = 10_000  # images of a set of which all pairs are compared (all metrics but fd): bounds memory
     nearest_k: int = 5  # neighbours of precision, recall, density and coverage
     retrieval_k: tuple[int, ...] = (1, 5)  # ranks of retrieval@k

@@ -107,6 +107,20 @@ def test_scores_are_averaged_over_all_images_and_over_each_category(arrays, tmp_
     assert metrics.compute(["scores"], only)["bright"] == values["bright/b"]
 
 
+def test_an_interval_is_over_prompts_or_over_images(arrays, tmp_path):
+    """30 prompts of 10 equal images each have an interval of 30 values, over images of 300."""
+    bright = np.repeat(np.random.default_rng(3).random(30), 10).astype(np.float32)
+    features = feature_set(tmp_path, {"features": np.zeros((300, 1), np.float32), "bright": bright}, 300)
+    widths = {}
+    for resample in ("prompts", "images"):
+        config = EvaluationConfig({"thumbnails": Thumbnails()}, bootstrap=200, resample=resample)
+        given = Measured(features, np.repeat(np.arange(30), 10).tolist(), None, None, config)
+        estimate = metrics.scores(given)["bright"]
+        widths[resample] = estimate.high - estimate.low
+        count = 30 if resample == "prompts" else 300
+        assert widths[resample] == pytest.approx(2 * 1.96 * bright.std() / count**0.5, rel=0.2)
+
+
 def test_metrics_that_lack_texts_or_a_reference_are_left_out(arrays, tmp_path):
     values = metrics.compute(list(metrics.METRICS), measured(feature_set(tmp_path, arrays, 4)))
     assert values.keys() == {"diversity"}

@@ -8,6 +8,7 @@ import torch
 from emoji import judge
 from emoji.judge import Images
 from models import ROOT, Cell
+from scoring import Prompts
 
 from selfe.rng import philox
 
@@ -51,3 +52,11 @@ def asked(count: int) -> dict[str, Images]:
         rows = torch.from_numpy(philox("emoji", split).permutation(len(images))[: counts[split]])
         chosen[split] = images.select(rows)
     return chosen
+
+
+@lru_cache(maxsize=1)
+def prompts(count: int) -> Prompts:
+    """Their captions, with the splits as categories."""
+    sets = asked(count)
+    categories = tuple(split for split, images in sets.items() for _ in range(len(images)))
+    return Prompts(judge.joined(sets.values()).captions, categories)

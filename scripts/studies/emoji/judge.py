@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selfe.data.shards import ShardData
+from selfe.errors import UserError
 from selfe.log import Progress
 from selfe.types import signed
 
@@ -81,6 +82,14 @@ def parse(caption: str) -> tuple[str, str]:
     """A caption "fox, twemoji" -> its label and its style."""
     label, _, style = caption.rpartition(", ")
     return label, style
+
+
+def shards(folder: Path, split: str) -> list[Path]:
+    """The unpacked shards of a split. Raises UserError if there are none."""
+    files = sorted(folder.glob(SPLITS[split]))
+    if not files:
+        raise UserError(f"{folder}: has no {SPLITS[split]}; unpack the emoji as configs/emoji/base.yaml describes")
+    return files
 
 
 def real_images(folder: Path, split: str) -> Images:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import scoring
 from emoji import judge
-from emoji.cells import DATA, asked, cells
+from emoji.cells import DATA, asked, cells, prompts
 from emoji.judge import SIDE
-from emoji.report import report  # noqa: F401 - a part of the study
-from models import Run, draw, load
+from emoji.report import RESULTS, report, write_page  # noqa: F401 - parts of the study
+from models import Run
+
+from selfe import config
 
 NAME, CONFIGS = "emoji", "configs/emoji"
 COUNT, QUICK_COUNT = 1024, 256  # images per sampling setting
@@ -27,29 +30,19 @@ def plan(seeds: int, quick: bool) -> list[Run]:
     return runs if quick else [*runs, *(Run(name, 1, cells(name, True), CONFIGS) for name in OTHERS)]
 
 
-def prepare(out: Path, runs: list[Run]) -> None:
-    """Unpack the images if this was not done before."""
+def evaluation(out: Path) -> dict[str, Any]:
+    """The section `evaluation` of all models, which share a folder of features."""
+    section = config.load(Path(__file__).with_name("evaluate.yaml"))["evaluation"]
+    return section | {"feature_dir": str(out / "features")}
+
+
+def prepare(out: Path, runs: list[Run], count: int) -> None:
+    """Unpack the images if this was not done before, and evaluate real images of the same captions."""
     judge.unpack(DATA)
+    real = judge.joined(asked(count).values())
+    scoring.evaluate_real(scoring.real_folder(out, "real", count), real.pixels, prompts(count), evaluation(out))
 
 
 def evaluate(run: Run, out: Path, count: int) -> None:
-    """Generate and score images for every sampling setting without a result file."""
-    folder = out / run.name / f"cells_{count}"
-    folder.mkdir(exist_ok=True)
-    todo = [cell for cell in run.cells if not (folder / f"{cell.name}.npz").exists()]
-    if not todo:
-        return
-
-    system, net = load(out / run.name)
-    scorer, wanted = judge.load(), judge.joined(asked(count).values())
-    trained = judge.real_images(DATA, "train").pixels
-
-    for cell in todo:
-        images = draw(system, net, cell, wanted.captions, 1000 + run.seed, SIDE)
-        scores = judge.score(scorer, images, wanted.concepts, wanted.styles)
-        scores |= {"nearest": judge.nearest(images, trained)}
-        scores = {name: value.numpy() for name, value in scores.items()}
-        scores |= {"images": ((images.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()}
-        partial = folder / f"{cell.name}.partial.npz"
-        np.savez_compressed(partial, **scores)
-        partial.rename(folder / f"{cell.name}.npz")
+    """Generate and evaluate images for every sampling setting."""
+    scoring.evaluate(run, out, prompts(count), SIDE, evaluation(out))

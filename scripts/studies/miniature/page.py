@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from miniature.cells import MILD, RATIOS, STEPS, SWEEP
+from miniature.cells import MILD, RATIOS, STEPS, SWEEP, own_ratio
+from models import Cell
 from tables import number, pyplot, table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LABELS = {
     "flow_matching": "flow matching",
@@ -46,10 +51,32 @@ CONTRAST = {
 }
 
 
+class Study:
+    """The rows of results.json by model and sampling setting."""
+
+    def __init__(self, results: dict[str, Any]):
+        self.rows = {(row["model"], row["cell"]): row for row in results["rows"]}
+
+    def row(self, config: str, steps: int, guidance: float, eta: float = 0, ratio: float | None = None) -> dict | None:
+        """All measures of a sampling setting; without a ratio, the config's own rule for the secondary time."""
+        cell = Cell(steps, guidance, eta, own_ratio(config, steps) if ratio is None else ratio)
+        return self.rows.get((config, cell.name))
+
+    def best(self, config: str, steps: int) -> dict | None:
+        """The row of the guidance that scores best."""
+        rows = [row for w in SWEEP if (row := self.row(config, steps, w))]
+        rows = [row for row in rows if row["seeds"] == max(r["seeds"] for r in rows)]
+        return max(rows, key=lambda row: row["ok"], default=None)
+
+    def seeds(self, config: str) -> int:
+        """The number of seeds of a model."""
+        return max((row["seeds"] for row in self.rows.values() if row["model"] == config), default=0)
+
+
 # ---- tables ----
 
 
-def main_table(study) -> str:
+def main_table(study: Study) -> str:
     """ok at guidance 1 and 2, all models, with intervals."""
     lines = []
     for steps in STEPS:
@@ -62,7 +89,7 @@ def main_table(study) -> str:
     return table(["N", *(f"{label}, guidance {w}" for w in (1, 2) for label in LABELS.values())], lines)
 
 
-def readme_table(study) -> str:
+def readme_table(study: Study) -> str:
     """The small table: ok at the best guidance of each."""
     lines = []
     for steps in STEPS:
@@ -73,7 +100,7 @@ def readme_table(study) -> str:
     return table(head, lines)
 
 
-def measure_table(study, guidance: float) -> str:
+def measure_table(study: Study, guidance: float) -> str:
     """Everything else that was measured, at one guidance."""
     lines = []
     for steps in STEPS:
@@ -86,7 +113,7 @@ def measure_table(study, guidance: float) -> str:
     return table([*head, "gamut"], lines)
 
 
-def ablation_table(study, labels: dict[str, str]) -> str:
+def ablation_table(study: Study, labels: dict[str, str]) -> str:
     lines = []
     for config, label in labels.items():
         if not study.seeds(config):
@@ -108,14 +135,14 @@ def ablation_table(study, labels: dict[str, str]) -> str:
     return table([*head, "log norm N=4, w=1"], lines)
 
 
-def equal_compute_table(study, everything: dict) -> str:
+def equal_compute_table(study: Study, seconds: dict[str, float]) -> str:
     """Flow matching with as many CPU-seconds as Self-E beside Self-E, seed 1 of each."""
     lines = []
     for config in ("flow_matching", "flow_matching_long", *FORMS):
         if not study.seeds(config):
             continue
         label = LABELS.get(config, "flow matching, longer")
-        cells = [label, number(everything["cpu_seconds"].get(config), 0)]
+        cells = [label, number(seconds.get(config), 0)]
         for guidance in (1.0, 2.0):
             for steps in STEPS:
                 row = study.row(config, steps, guidance)
@@ -124,7 +151,7 @@ def equal_compute_table(study, everything: dict) -> str:
     return table(["model", "CPU-s", *(f"N={n}, w={w}" for w in (1, 2) for n in STEPS)], lines)
 
 
-def s_table(study) -> str:
+def s_table(study: Study) -> str:
     """ok / FD at guidance 1 by the s ratio, at few steps (seed 1)."""
     lines = []
     for config in FORMS:
@@ -135,7 +162,7 @@ def s_table(study) -> str:
     return table(["model", "N", *(f"r = {r:g}" for r in RATIOS)], lines)
 
 
-def mild_table(study) -> str:
+def mild_table(study: Study) -> str:
     """ok and FD at the milder s ratios, all seeds."""
     lines = []
     for steps, ratios in MILD.items():
@@ -146,7 +173,7 @@ def mild_table(study) -> str:
     return table(["N", "r", "model", *(f"{name}, w={w}" for w in (1, 2, 3) for name in ("ok", "FD"))], lines)
 
 
-def eta_table(study) -> str:
+def eta_table(study: Study) -> str:
     lines = []
     for config, label in LABELS.items():
         for eta in (0, 1):
@@ -155,7 +182,7 @@ def eta_table(study) -> str:
     return table(["model", "eta", *(f"N={n}, w={w}" for w in (1, 2) for n in STEPS[1:])], lines)
 
 
-def trade_table(study) -> str:
+def trade_table(study: Study) -> str:
     """ok / FD by guidance, seed 1 of each."""
     lines = []
     for config, label in LABELS.items():
@@ -168,9 +195,8 @@ def trade_table(study) -> str:
     return table(["model", "N", *(f"w = {w:g}" for w in SWEEP)], lines)
 
 
-def cost_table(everything: dict, labels: dict[str, str]) -> str:
+def cost_table(seconds: dict[str, float], labels: dict[str, str]) -> str:
     """CPU-seconds by model; empty if none was trained."""
-    seconds = everything["cpu_seconds"]
     lines = [[label, f"{seconds[config]:.0f}"] for config, label in labels.items() if seconds.get(config)]
     return table(["model", "CPU-seconds of one training run, one thread"], lines) if lines else ""
 
@@ -183,9 +209,9 @@ def claim_table(claims: list[dict]) -> str:
 # ---- plots ----
 
 
-def plots(study, everything: dict, target: Path) -> None:
+def plots(results: dict[str, Any], target: Path) -> None:
     """One sheet: ok and FD over steps, ok against FD, the rule for s, and the two terms over (t, s)."""
-    plt = pyplot()
+    plt, study = pyplot(), Study(results)
     figure, axes = plt.subplots(2, 3, figsize=(11, 6.4), layout="constrained")
     for config, label in LABELS.items():
         if study.seeds(config):
@@ -206,12 +232,13 @@ def plots(study, everything: dict, target: Path) -> None:
     axes[0, 1].set_yscale("log")
     axes[0, 2].set(xlabel="ok")
     axes[0, 0].legend(fontsize=8)
-    heat(study, axes[1, 1], axes[1, 2], figure)
+    if results.get("terms"):
+        heat(results["terms"], axes[1, 1:], figure)
     figure.savefig(target / "miniature_plots.png", dpi=80)
     plt.close(figure)
 
 
-def curves(study, config: str, label: str, axes: np.ndarray) -> None:
+def curves(study: Study, config: str, label: str, axes: np.ndarray) -> None:
     rows = [row for n in STEPS if (row := study.row(config, n, 1.0))]
     steps, colour = [row["steps"] for row in rows], COLOURS[config]
     axes[0, 0].plot(steps, [row["ok"] for row in rows], "o-", color=colour, label=label)
@@ -223,14 +250,12 @@ def curves(study, config: str, label: str, axes: np.ndarray) -> None:
         axes[0, 2].annotate(f"{row['guidance']:g}", (row["ok_seeds"][0], row["fd_seeds"][0]), fontsize=7)
 
 
-def heat(study, left, right, figure) -> None:
+def heat(terms: dict[str, list], axes: np.ndarray, figure: Figure) -> None:
     """The sizes of the data term and the self-evaluation term over (t, s), of the paper's form."""
-    path = study.out / "selfe_1" / "terms.npz"
-    if not path.exists():
-        return
-    terms = np.load(path)
-    for axis, name, title in ((left, "data", "data term"), (right, "self_evaluation", "self-evaluation term")):
-        image = axis.imshow(np.log10(terms[name]).T, origin="lower", extent=(0, 1, 0, 1))
+    titles = {"data": "data term", "self_evaluation": "self-evaluation term"}
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        values = np.array(terms[name], dtype=float)
+        image = axis.imshow(np.log10(values).T, origin="lower", extent=(0, 1, 0, 1))
         axis.set(title=f"log10 of the {title}, velocity units", xlabel="t", ylabel="s")
         figure.colorbar(image, ax=axis)
 
@@ -243,18 +268,18 @@ NOT_RUN = "(Not run for this page.)"
 PAGE = (Path(__file__).parent / "page.md").read_text()
 
 
-def page(study, everything: dict) -> str:
+def page(results: dict[str, Any]) -> str:
     """docs/miniature.md."""
-    claims, real = everything["claims"], everything["real"]
+    study, claims, real, seconds = Study(results), results["claims"], results["real"], results["cpu_seconds"]
 
     # how the results were made
     facts = {
-        **everything["setting"],
-        "machine": everything["machine"],
-        "command": everything["command"],
-        "count": everything["images_per_cell"],
-        "seeds": "; ".join(f"{label}: {len(study.seeds(config))}" for config, label in LABELS.items()),
-        "missing": "" if all(len(study.seeds(config)) > 2 for config in LABELS) else FIRST_LOOK,
+        **results["setting"],
+        "machine": results["machine"],
+        "command": results["command"],
+        "count": results["images_per_cell"],
+        "seeds": "; ".join(f"{label}: {study.seeds(config)}" for config, label in LABELS.items()),
+        "missing": "" if all(study.seeds(config) > 2 for config in LABELS) else FIRST_LOOK,
         "ablation_note": "" if study.seeds("short_selfe") else NOT_RUN,
     }
 
@@ -267,14 +292,14 @@ def page(study, everything: dict) -> str:
         "passed": sum(claim["pass"] for claim in claims),
         "total": len(claims),
         "claims": claim_table(claims),
-        "cost": cost_table(everything, LABELS),
-        "contrast_cost": cost_table(everything, CONTRAST) or NOT_RUN,
+        "cost": cost_table(seconds, LABELS),
+        "contrast_cost": cost_table(seconds, CONTRAST) or NOT_RUN,
         "main": main_table(study),
         "measures_1": measure_table(study, 1.0),
         "measures_2": measure_table(study, 2.0),
         "ablations": ablation_table(study, ABLATIONS),
         "contrast": ablation_table(study, CONTRAST),
-        "compute": equal_compute_table(study, everything),
+        "compute": equal_compute_table(study, seconds),
         "s": s_table(study),
         "mild": mild_table(study),
         "eta": eta_table(study),

@@ -1,4 +1,4 @@
-"""From the miniature's scores to claims, plots, image grids and the page docs/miniature.md."""
+"""From the miniature's evaluations to claims, plots, image grids and the page docs/miniature.md."""
 
 from __future__ import annotations
 
@@ -6,116 +6,94 @@ import json
 import os
 import platform
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import scoring
 import torch
-from measures import frechet, interval
-from miniature.cells import MILD, STEPS, SWEEP, own_ratio
-from miniature.page import LABELS, page, plots, readme_table
-from miniature.score import COMBINATIONS, held_out, real, score, trained_scorer
-from models import Cell
+from miniature.cells import MILD, STEPS, own_ratio
+from miniature.page import LABELS, Study, page, plots, readme_table
+from models import Cell, Run
 from PIL import Image, ImageDraw
 
 from selfe.config import load
-from selfe.data.shapes import ShapesData
 from selfe.device import device_name
-from selfe.io.image_encode import grid, to_image
+from selfe.io.image_encode import grid
 
 MARKS = "<!-- table written by scripts/studies/run.py miniature -->", "<!-- end of it -->"
+RESULTS = Path(__file__).with_name("results.json")
+TERMS_OF = "selfe_1"  # the model whose data term and self-evaluation term are shown
+KINDS = {"": "plain", "contrast": "contrast"}  # of real images, by their names in results.json
+MEANS = ("ok", "shape", "foreground", "background", "fd", "fd_of_means", "extent", "gamut", "log_norm")
+SPREADS = {"place": ("centre_x", "centre_y"), "spread": ("red", "green", "blue")}
 
 
-class Study:
-    """All scores that lie in a folder of runs."""
-
-    def __init__(self, out: Path, runs: list, count: int):
-        self.out, self.count, self.which = out, count, np.arange(count) % len(COMBINATIONS)
-        self.runs = [run for run in runs if (out / run.name / f"cells_{count}").is_dir()]
-        self.unseen = np.isin(self.which, held_out(ShapesData()))
-
-    def seeds(self, config: str) -> list[int]:
-        return [run.seed for run in self.runs if run.config == config]
-
-    def scores(self, config: str, cell: str) -> list[dict[str, np.ndarray]]:
-        """One table of scores per seed that has this cell."""
-        paths = [self.out / f"{config}_{seed}" / f"cells_{self.count}" / f"{cell}.npz" for seed in self.seeds(config)]
-        return [dict(np.load(path)) for path in paths if path.exists()]
-
-    def cell(self, config: str, steps: int, guidance: float, eta: float = 0, ratio: float | None = None) -> str:
-        """The name of a cell; without a ratio, the config's own rule for the secondary time."""
-        return Cell(steps, guidance, eta, own_ratio(config, steps) if ratio is None else ratio).name
-
-    @cached_property
-    def real(self) -> dict[str, dict[str, np.ndarray]]:
-        """Scores of real images of the same captions, plain and of varied contrast."""
-        scores = {}
-        for name, contrast in {"": (1.0, 1.0), "contrast": (0.15, 1.0)}.items():
-            path = self.out / ("scorer_contrast" if name else "scorer") / "scorer.safetensors"
-            if path.exists():
-                data = ShapesData(contrast=contrast)
-                which = np.arange(4 * self.count) % len(COMBINATIONS)
-                scores[name] = score(trained_scorer(data, path), real(data, which, "reference", name)[0], which)
-        return scores
-
-    def reference(self, config: str) -> dict[str, np.ndarray]:
-        return self.real["contrast" if config.startswith("contrast") else ""]
-
-    def distance(self, config: str, cell: str) -> list[float]:
-        """Frechet distance, seed by seed."""
-        return [frechet(s["features"], self.reference(config)["features"]) for s in self.scores(config, cell)]
-
-    def row(self, config: str, steps: int, guidance: float, eta: float = 0, ratio: float | None = None) -> dict | None:
-        """Everything measured in a cell, means over seeds, `+-` being half of a 95 % interval."""
-        cell = self.cell(config, steps, guidance, eta, ratio)
-        scores = self.scores(config, cell)
-        if not scores:
-            return None
-        right = np.stack([s["right"].all(axis=1) for s in scores])
-        low, high = interval(right)
-        distances = self.distance(config, cell)
-        features = self.reference(config)["features"]
-        extent_of_real = np.cov(features, rowvar=False).trace()
-        return {
-            "model": config, "steps": steps, "guidance": guidance, "eta": eta, "cell": cell, "seeds": len(scores),
-            "ok": right.mean(), "ok_low": low, "ok_high": high, "ok_seeds": right.mean(axis=1).tolist(),
-            "shape": np.mean([s["right"][:, 0].mean() for s in scores]),
-            "foreground": np.mean([s["right"][:, 1].mean() for s in scores]),
-            "background": np.mean([s["right"][:, 2].mean() for s in scores]),
-            "held_out": right[:, self.unseen].mean(), "trained": right[:, ~self.unseen].mean(),
-            "fd": np.mean(distances), "fd_seeds": distances,
-            "fd_of_means": np.mean([np.square(s["features"].mean(0) - features.mean(0)).sum() for s in scores]),
-            "extent": np.mean([np.cov(s["features"], rowvar=False).trace() for s in scores]) / extent_of_real,
-            "place": np.mean([s["place"].std(axis=0).mean() for s in scores]),
-            "spread": np.mean([s["background"].std(axis=0).mean() for s in scores]),
-            "gamut": np.mean([s["gamut"].mean() for s in scores]),
-            "log_norm": np.mean([np.log(s["norm"]).mean() for s in scores]),
-        }  # fmt: skip
-
-    def best(self, config: str, steps: int) -> dict | None:
-        """The row of the guidance that scores best."""
-        rows = [row for w in SWEEP if (row := self.row(config, steps, w))]
-        rows = [row for row in rows if row["seeds"] == max(r["seeds"] for r in rows)]
-        return max(rows, key=lambda row: row["ok"], default=None)
-
-    @property
-    def setting(self) -> dict[str, int]:
-        """Width, patch, steps and batch of the main runs, from the config.yaml of the first."""
-        settings = load(self.out / self.runs[0].name / "config.yaml")
-        return {
-            "width": settings["system"]["backbone"]["params"]["width"],
-            "patch": settings["system"]["autoencoder"]["params"]["patch"],
-            "steps": settings["trainer"]["max_steps"],
-            "batch": settings["trainer"]["total_batch_size"],
-        }
-
-    def cpu_seconds(self, config: str) -> float | None:
-        paths = [self.out / f"{config}_{seed}" / "cpu_seconds.json" for seed in self.seeds(config)]
-        seconds = [json.loads(path.read_text())["seconds"] for path in paths if path.exists()]
-        return float(np.mean(seconds)) if seconds else None
+def terms_path(out: Path) -> Path:
+    return out / TERMS_OF / "terms.npz"
 
 
-def claims(study: Study) -> list[dict]:
+def collect(out: Path, runs: list[Run], count: int, command: str) -> dict[str, Any]:
+    """The content of results.json, from the evaluations in a folder of runs."""
+    rows = [measures(row) for row in scoring.rows(out, runs, count)]
+    evaluated = [run for run in runs if any(row["model"] == run.config for row in rows)]
+    real = real_measures(out, count)
+    return {
+        "claims": claims(Study({"rows": rows}), real),
+        "command": command,
+        "setting": setting(out / evaluated[0].name),
+        "images_per_cell": count,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {device_name(torch.device('cpu'))}",
+        "cpu_seconds": scoring.cpu_seconds(out, evaluated),
+        "real": real,
+        "terms": terms(out),
+        "rows": rows,
+    }
+
+
+def measures(row: dict[str, Any]) -> dict[str, Any]:
+    """The measures of the page in a row of `scoring.rows`; means over seeds, ok with its interval."""
+    chosen = {name: row[name] for name in ("model", "steps", "guidance", "eta", "cell", "seeds")}
+    chosen |= {name: row[name] for name in ("ok_low", "ok_high", "ok_seeds", "fd_seeds", *MEANS)}
+    chosen |= {"held_out": row["ok/held_out"], "trained": row["ok/trained"]}
+    for name, axes in SPREADS.items():
+        chosen[name] = float(np.mean([row[f"{axis}_std"] for axis in axes]))
+    return chosen
+
+
+def real_measures(out: Path, count: int) -> dict[str, dict[str, float]]:
+    """The measures of real images, plain and of varied contrast."""
+    real = {}
+    for name, kind in KINDS.items():
+        if evaluation := scoring.read(scoring.real_folder(out, f"real_{kind}", count)):
+            values = {metric: estimate.value for metric, estimate in scoring.values(evaluation, 0).items()}
+            real[name] = {metric: values[metric] for metric in ("ok", "log_norm", "fd")}
+            for spread, axes in SPREADS.items():
+                real[name][spread] = float(np.mean([values[f"{axis}_std"] for axis in axes]))
+    return real
+
+
+def setting(folder: Path) -> dict[str, int]:
+    """Width, patch, steps and batch of the main runs, from the config.yaml of the first."""
+    settings = load(folder / "config.yaml")
+    return {
+        "width": settings["system"]["backbone"]["params"]["width"],
+        "patch": settings["system"]["autoencoder"]["params"]["patch"],
+        "steps": settings["trainer"]["max_steps"],
+        "batch": settings["trainer"]["total_batch_size"],
+    }
+
+
+def terms(out: Path) -> dict[str, list] | None:
+    """Mean squares of the data term and of the self-evaluation term over (t, s); None where s > t."""
+    if not terms_path(out).exists():
+        return None
+    with np.load(terms_path(out)) as stored:
+        tables = {name: stored[name] for name in stored.files}
+    return {name: np.where(np.isnan(table), None, table).tolist() for name, table in tables.items()}
+
+
+def claims(study: Study, real: dict) -> list[dict]:
     """Every claim with its bound; a claim whose runs are missing has no value and does not pass."""
     ok = lambda config, n, w, r=None: study.row(config, n, w, ratio=r)["ok"]  # noqa: E731
     best = lambda config, n: study.best(config, n)["ok"]  # noqa: E731
@@ -131,7 +109,7 @@ def claims(study: Study) -> list[dict]:
         claims_made.append({"name": name, "value": number, "bound": f"{sign} {bound:g}", "pass": passed})
 
     fm = "flow_matching"
-    claim("real images: ok", lambda: study.real[""]["right"].all(axis=1).mean(), ">=", 0.99)
+    claim("real images: ok", lambda: real[""]["ok"], ">=", 0.99)
     forms = {
         "selfe": "Self-E (paper's form)",
         "selfe_floor": "Self-E with the floor",
@@ -187,19 +165,18 @@ def largest_fall(values: list[float]) -> float:
     return max(0.0, *(early - late for i, early in enumerate(values) for late in values[i + 1 :]))
 
 
-def image_grid(study: Study, path: Path, guidance: float = 1.0, zoom: int = 4) -> None:
+def image_grid(out: Path, runs: list[Run], count: int, path: Path, zoom: int = 4) -> None:
     """Rows: models; columns: steps; in each 2 x 4 captions, the same captions and noise throughout."""
     shown = np.arange(0, 48, 6) + np.arange(8) % 3
     rows, names = [], []
     for config, name in LABELS.items():
-        row = []
-        for steps in STEPS:
-            scores = study.scores(config, study.cell(config, steps, guidance))
-            if scores:
-                images = [enlarged(scores[0]["images"][i], zoom) for i in shown]
-                row.append(grid([images[:4], images[4:]], gap=2))
-        if row:
-            rows.append(row)
+        folders = [scoring.images_folder(out, run, count) for run in runs if run.config == config]
+        folders = [folder for folder in folders if scoring.read(folder)]
+        if folders:
+            cells = [Cell(steps, 1.0, 0.0, own_ratio(config, steps)) for steps in STEPS]
+            files = scoring.image_files(folders[0], cells)
+            images = [[enlarged(files[cell][i], zoom) for i in shown] for cell in cells if cell in files]
+            rows.append([grid([each[:4], each[4:]], gap=2) for each in images])
             names.append(name)
     labelled(grid(rows, gap=10), rows[0][0], names).quantize(256).save(path, optimize=True)
 
@@ -216,59 +193,34 @@ def labelled(sheet: Image.Image, block: Image.Image, names: list[str], left: int
     return framed
 
 
-def enlarged(pixels: np.ndarray, zoom: int) -> Image.Image:
-    image = to_image(torch.from_numpy(pixels))
-    return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
+def enlarged(path: Path, zoom: int) -> Image.Image:
+    with Image.open(path) as image:
+        return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
 
 
-def rows(study: Study) -> list[dict]:
-    """Every cell of every model."""
-    cells = dict.fromkeys((run.config, c.steps, c.guidance, c.eta, c.s_ratio) for run in study.runs for c in run.cells)
-    return [row for cell in cells if (row := study.row(*cell))]
-
-
-def report(out: Path, runs: list, count: int, command: str, docs: Path | None) -> None:
+def report(out: Path, runs: list[Run], count: int, command: str, docs: Path | None) -> None:
     """Print the claims; with a folder `docs`, write results.json beside the study, the page and the images there."""
-    study = Study(out, runs, count)
-
-    # the claims, each with its value
-    results = claims(study)
-    for claim in results:
+    results = collect(out, runs, count, command)
+    for claim in results["claims"]:
         value = "missing" if claim["value"] is None else f"{claim['value']:.3f}"
         outcome = "holds" if claim["pass"] else "does not hold"
         print(f"{outcome:13}  {claim['name']}: {value} ({claim['bound']})")
 
-    # everything that the page and the plots show, as JSON
     target = docs or out
     target.mkdir(exist_ok=True)
-    everything = {
-        "claims": results,
-        "command": command,
-        "setting": study.setting,
-        "images_per_cell": count,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {device_name(torch.device('cpu'))}",
-        "cpu_seconds": {c: study.cpu_seconds(c) for c in dict.fromkeys(run.config for run in study.runs)},
-        "real": {
-            name: {"ok": float(s["right"].all(axis=1).mean()), "place": float(s["place"].std(axis=0).mean()),
-                   "spread": float(s["background"].std(axis=0).mean()), "log_norm": float(np.log(s["norm"]).mean()),
-                   "fd": frechet(s["features"][:count], s["features"][count:])}
-            for name, s in study.real.items()
-        },
-        "rows": rows(study),
-    }  # fmt: skip
-    results = Path(__file__).with_name("results.json") if docs else out / "results.json"
-    results.write_text(json.dumps(everything, indent=1, default=rounded) + "\n")
-
-    # images, plots, and in `docs` the page and the table of the README
-    image_grid(study, target / "miniature_grid.png")
-    plots(study, everything, target)
+    file = RESULTS if docs else out / "results.json"
+    file.write_text(json.dumps(results, indent=1) + "\n")
+    image_grid(out, runs, count, target / "miniature_grid.png")
+    plots(results, target)
     if docs:
-        (docs / "miniature.md").write_text(page(study, everything))
-        readme = docs.parent / "README.md"
-        before, rest = readme.read_text().split(MARKS[0])
-        after = rest.split(MARKS[1])[1]
-        readme.write_text(before + MARKS[0] + "\n" + readme_table(study) + "\n" + MARKS[1] + after)
+        write_page(results, docs)
 
 
-def rounded(value: float) -> float:
-    return float(value)
+def write_page(results: dict[str, Any], docs: Path) -> None:
+    """The page in `docs` and the table of the README, from results.json."""
+    (docs / "miniature.md").write_text(page(results), encoding="utf-8")
+    readme = docs.parent / "README.md"
+    before, rest = readme.read_text(encoding="utf-8").split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    text = before + MARKS[0] + "\n" + readme_table(Study(results)) + "\n" + MARKS[1] + after
+    readme.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Scores of the miniature: a small classifier, trained on real images of shapes, and metrics computed with it.
+"""Scores of the miniature: a small classifier, trained on real images of shapes, and the scores of an image by it.
 
 An image is "ok" if shape, foreground and background all match the caption. The classifier has a fifth shape class for
 invalid images: blends (of images of different captions or of the same one), shuffled patches, and noise. A blurred
@@ -7,6 +7,7 @@ average over possible positions, the typical failure of a step that is too long,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from selfe.data.shapes import COLOURS, COMBINATIONS, SHAPES, Combination, ShapesData
+from selfe.data.shapes import COLOURS, COMBINATIONS, SHAPES, ShapesData
+from selfe.errors import UserError
 from selfe.log import Progress
 from selfe.rng import philox
 
@@ -54,15 +56,28 @@ def real(data: ShapesData, which: np.ndarray, *key) -> tuple[Tensor, Tensor]:
     return images, torch.from_numpy(look.centre / data.size).float()
 
 
-def trained_scorer(data: ShapesData, path: Path, steps: int = 2000) -> Scorer:
-    """Load the classifier from `path`; train and save it first if the file does not exist."""
-    torch.manual_seed(0)
+def new_scorer(size: int) -> Scorer:
+    """A classifier of images of size x size pixels, untrained."""
     scorer = Scorer()
-    scorer(torch.zeros(1, 3, data.size, data.size))
-    if path.exists():
-        scorer.load_state_dict(load_file(path))
-        return scorer.eval().requires_grad_(False)
+    scorer(torch.zeros(1, 3, size, size))
+    return scorer
 
+
+def load_scorer(path: Path, size: int) -> Scorer:
+    """The classifier of a file. Raises UserError if there is none."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; scripts/studies/run.py miniature trains it")
+    scorer = new_scorer(size)
+    scorer.load_state_dict(load_file(path))
+    return scorer.eval().requires_grad_(False)
+
+
+def train_scorer(data: ShapesData, path: Path, steps: int = 2000) -> None:
+    """Train the classifier and save it to `path`, unless the file exists."""
+    if path.exists():
+        return
+    torch.manual_seed(0)
+    scorer = new_scorer(data.size)
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     progress = Progress("scorer", steps)
@@ -90,7 +105,6 @@ def trained_scorer(data: ShapesData, path: Path, steps: int = 2000) -> Scorer:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(scorer.state_dict(), path)
-    return scorer.eval().requires_grad_(False)
 
 
 def invalid(images: Tensor) -> Tensor:
@@ -123,31 +137,25 @@ def mush(data: ShapesData, which: np.ndarray, *key, count: int = 4) -> Tensor:
 
 
 @torch.no_grad()
-def score(scorer: Scorer, images: Tensor, which: np.ndarray) -> dict[str, np.ndarray]:
-    """Scores per image.
+def score(scorer: Scorer, images: Tensor, which: Sequence[int]) -> dict[str, Tensor]:
+    """Scores per image (n,) of images (n, 3, H, W) in [-1, 1] of these combinations.
 
     Returns:
-        right (n, 3) by attribute; features (n, 64); place (n, 2), the shape's centre in pixels; background (n, 3),
-        deviation from the nominal colour; gamut (n,), the fraction of values outside of [-1, 1]; norm (n,).
+        shape, foreground, background: whether they are right; ok: whether all three are; features (n, 64); centre_x,
+        centre_y: the shape's centre, pixels; red, green, blue: deviation of the background from its nominal colour;
+        gamut: fraction of values at the limits -1 and 1, to which image files cut values off; log_norm.
     """
-    features, logits, centre = scorer(images.clamp(-1, 1))  # clipped as in an image file
-    right = torch.stack([x.argmax(dim=1) for x in logits], dim=1) == TARGETS[which]
+    features, logits, centre = scorer(images)
+    right = torch.stack([x.argmax(dim=1) for x in logits], dim=1) == TARGETS[torch.as_tensor(which)]
+    scores = {"features": features, "ok": right.all(dim=1)}
+    scores |= dict(zip(("shape", "foreground", "background"), right.unbind(dim=1), strict=True))
+    scores |= dict(zip(("centre_x", "centre_y"), (centre * images.shape[-1]).unbind(dim=1), strict=True))
 
     # the background covers more than half of every image, so its colour is the median
-    ground = images.flatten(2).median(dim=2).values
     nominal = torch.tensor([COLOURS[COMBINATIONS[i].background] for i in which])
+    deviation = images.flatten(2).median(dim=2).values - nominal
+    scores |= dict(zip(("red", "green", "blue"), deviation.unbind(dim=1), strict=True))
 
-    return {
-        "right": right.numpy(),
-        "features": features.numpy(),
-        "place": (centre * images.shape[-1]).numpy(),
-        "background": (ground - nominal).numpy(),
-        "gamut": (images.abs() > 1).float().mean(dim=(1, 2, 3)).numpy(),
-        "norm": images.flatten(1).norm(dim=1).numpy(),
-    }
-
-
-def held_out(data: ShapesData) -> np.ndarray:
-    """Indices of the combinations held out from training."""
-    unseen: tuple[Combination, ...] = data.combinations["val"]
-    return np.array([COMBINATIONS.index(c) for c in unseen])
+    scores["gamut"] = (images.abs() >= 1).float().mean(dim=(1, 2, 3))
+    scores["log_norm"] = images.flatten(1).norm(dim=1).log()
+    return scores

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import scoring
 import torch
 from miniature.cells import cells
-from miniature.report import report  # noqa: F401 - a part of the study
-from miniature.score import COMBINATIONS, score, trained_scorer
-from models import Cell, Run, draw, load
+from miniature.report import RESULTS, TERMS_OF, report, terms_path, write_page  # noqa: F401 - parts of the study
+from miniature.score import COMBINATIONS, real, train_scorer
+from models import Cell, Run
+from scoring import Prompts
 
+from selfe import config
+from selfe.checkpoint import state, verify
 from selfe.data.shapes import ShapesData
+from selfe.device import choose_precision
 from selfe.flow import interpolate, predict_x0
+from selfe.io import image_encode
 from selfe.rng import SampleRNG
 from selfe.system import System
+from selfe.types import DTYPES
 
+SIDE = 8  # pixels
+CONTRASTS = {"plain": (1.0, 1.0), "contrast": (0.15, 1.0)}  # range of the contrast of the images of a kind
 NAME, CONFIGS = "miniature", "configs/mini"
 COUNT, QUICK_COUNT = 1024, 512  # images per sampling setting
 SEEDS = 3
@@ -44,47 +54,86 @@ def plan(seeds: int, quick: bool) -> list[Run]:
     return [*runs, Run("flow_matching_long", 1, cells("flow_matching_long", False), CONFIGS), *few]
 
 
-def contrast(name: str) -> tuple[float, float]:
-    """Range of the contrast of the images that a config trains on."""
-    return (0.15, 1.0) if name.startswith("contrast") else (1.0, 1.0)
+def kind(name: str) -> str:
+    """Of the images that a config trains on: plain, or of varied contrast."""
+    return "contrast" if name.startswith("contrast") else "plain"
+
+
+def prompts(count: int) -> Prompts:
+    """The captions in turn, with whether they were trained as categories."""
+    held_out = {combination.prompt for combination in ShapesData().combinations["val"]}
+    captions = [COMBINATIONS[i % len(COMBINATIONS)].prompt for i in range(count)]
+    return Prompts(captions, ["held_out" if caption in held_out else "trained" for caption in captions])
+
+
+def evaluation(out: Path, name: str, count: int) -> dict[str, Any]:
+    """The section `evaluation` of the models of a kind, which share a folder of features."""
+    section = config.load(Path(__file__).with_name("evaluate.yaml"))["evaluation"]
+    section["extractors"][scoring.JUDGE]["params"]["weights"] = str(scorer_path(out, name))
+    reference = scoring.real_folder(out, f"reference_{name}", count)
+    section |= {"reference": str(reference / "manifest.tsv"), "base_dir": str(reference)}
+    return section | {"feature_dir": str(out / "features")}
 
 
 def scorer_path(out: Path, name: str) -> Path:
-    """File of the classifier for the images of a config."""
-    return out / ("scorer_contrast" if name.startswith("contrast") else "scorer") / "scorer.safetensors"
+    """File of the classifier for the images of a kind."""
+    return out / f"scorer_{name}" / "scorer.safetensors"
 
 
-def prepare(out: Path, runs: list[Run]) -> None:
-    """Train the classifiers, which the evaluations of all models share."""
-    for name in dict.fromkeys("contrast" if run.config.startswith("contrast") else "" for run in runs):
-        trained_scorer(ShapesData(contrast=contrast(name)), scorer_path(out, name))
+def prepare(out: Path, runs: list[Run], count: int) -> None:
+    """Train the classifiers, write the reference of FD and evaluate other real images: shared by all models."""
+    for name in dict.fromkeys(kind(run.config) for run in runs):
+        data = ShapesData(contrast=CONTRASTS[name])
+        train_scorer(data, scorer_path(out, name))
+
+        # four times as many as there are images of a model
+        folder = scoring.real_folder(out, f"reference_{name}", count)
+        write_reference(folder, real_images(data, 4 * count, "reference", name), prompts(4 * count))
+        images = real_images(data, count, "real", name)
+        scoring.evaluate_real(
+            scoring.real_folder(out, f"real_{name}", count), images, prompts(count), evaluation(out, name, count)
+        )
 
 
-def evaluate(run: Run, out: Path, count: int, size: int = 8) -> None:
-    """Generate and score images for every sampling setting without a result file."""
-    folder = out / run.name / f"cells_{count}"
-    folder.mkdir(exist_ok=True)
-    todo = [cell for cell in run.cells if not (folder / f"{cell.name}.npz").exists()]
-    maps = out / run.name / "terms.npz"
-    if not todo and maps.exists():
+def real_images(data: ShapesData, count: int, *key: str) -> torch.Tensor:
+    """Real images (count, 3, H, W) of the captions in turn."""
+    images, _ = real(data, np.arange(count) % len(COMBINATIONS), *key)
+    return images
+
+
+def write_reference(folder: Path, images: torch.Tensor, captions: Prompts) -> None:
+    """Write real images (n, 3, H, W) and their manifest, unless this was done before."""
+    manifest = folder / "manifest.tsv"
+    if manifest.exists():
         return
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, (image, caption) in enumerate(zip(images, captions.captions, strict=True)):
+        image_encode.to_image(image).save(folder / f"{number:05d}.png")
+        lines.append(f"{number:05d}.png\t{caption}\n")
+    image_encode.write(manifest, "".join(lines).encode())
 
-    system, net = load(out / run.name)
-    data = ShapesData(size, contrast=contrast(run.config))
-    scorer = trained_scorer(data, scorer_path(out, run.config))
-    which = np.arange(count) % len(COMBINATIONS)
-    prompts = [COMBINATIONS[i].prompt for i in which]
 
-    for cell in todo:
-        images = draw(system, net, cell, prompts, 1000 + run.seed, size)
-        # scores of all images, and the first image of each combination for display
-        scores = score(scorer, images, which) | {"images": images[: len(COMBINATIONS)].numpy()}
-        partial = folder / f"{cell.name}.partial.npz"
-        np.savez_compressed(partial, **scores)
-        partial.rename(folder / f"{cell.name}.npz")
+def evaluate(run: Run, out: Path, count: int) -> None:
+    """Generate and evaluate images for every sampling setting; measure the terms of one model."""
+    scoring.evaluate(run, out, prompts(count), SIDE, evaluation(out, kind(run.config), count))
+    if run.name == TERMS_OF and not terms_path(out).exists():
+        system, net = load(out / run.name)
+        np.savez_compressed(terms_path(out), **terms(system, net, ShapesData()))
 
-    if not maps.exists():
-        np.savez_compressed(maps, **terms(system, net, data))
+
+# ---- the terms of the objective ----
+
+
+def load(folder: Path) -> tuple[System, torch.nn.Module]:
+    """System of a finished run, and its denoiser with EMA weights in the precision that the machine is fast in."""
+    settings = config.load(folder / "config.yaml")
+    with torch.device("meta"):
+        system = config.build(settings, "system")
+    net = system.backbone.to_empty(device="cpu").requires_grad_(False)
+    state.load_weights(verify.find(folder / "checkpoints"), net, "ema")
+    system.load_encoders(torch.device("cpu"))
+    return system, net.to(DTYPES[choose_precision("auto", torch.device("cpu"))])
 
 
 @torch.no_grad()
