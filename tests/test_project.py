@@ -198,10 +198,10 @@ def test_readme_names_only_what_exists():
     assert f"\n{command}\n" in text, "CI runs another command than the README names"
 
 
-@pytest.mark.parametrize("script", ["bench/plot_growth.py", "studies/tables.py"])
+@pytest.mark.parametrize("script", ["plot_growth.py", "tables.py"])
 def test_scripts_that_plot_are_imported_without_matplotlib(script, monkeypatch):
     """So that --help works; the missing package is reported by the first plot."""
-    path = ROOT / "scripts" / script
+    path = ROOT / "scripts/studies" / script
     monkeypatch.syspath_prepend(str(path.parent))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"matplotlib is not installed; run scripts/setup\.sh --dev"):

@@ -1,7 +1,7 @@
 """Plot docs/growth.png: measured scaling (scripts/bench/run.py grow) and planned scaling over 1 to 1,024 ranks.
 
     .venv/bin/python scripts/bench/run.py grow > grow.json
-    .venv/bin/python scripts/bench/plot_growth.py grow.json [CONFIG] [--out docs/growth.png]
+    .venv/bin/python scripts/studies/plot_growth.py grow.json [CONFIG] [--out docs/growth.png]
 
 Prints the planned values as a table. Plans run under a fake process group (see `selfe plan`).
 """
@@ -13,11 +13,11 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+
+from tables import pyplot, table
 
 from selfe import launch
 from selfe.distributed.fsdp import GatherConfig
-from selfe.errors import UserError
 from selfe.log import Progress
 from selfe.tools.plan.job import count_words, load, run
 from selfe.tools.plan.ranks import share, traffic
@@ -31,22 +31,6 @@ TITLES = {
     "batch": "images of 144 tokens",
     "width": "width (4 images)",
 }
-
-
-def pyplot() -> ModuleType:
-    """`matplotlib.pyplot`, drawing to files. Imported here, so that `--help` works without it.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("matplotlib is not installed; run scripts/setup.sh --dev") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt
 
 
 def planned(path: str) -> list[dict]:
@@ -115,9 +99,8 @@ def main(arguments: list[str]) -> None:
     rows = planned(options.config)
     draw(json.loads(options.measured.read_text()), rows, options.out)
 
-    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
-    for row in rows:
-        print("| " + " | ".join(f"{v:,}" if isinstance(v, int) else f"{v:.2f}" for v in row.values()) + " |")
+    lines = [[f"{v:,}" if isinstance(v, int) else f"{v:.2f}" for v in row.values()] for row in rows]
+    print(table(list(rows[0]), lines))
 
 
 if __name__ == "__main__":
