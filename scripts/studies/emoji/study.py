@@ -18,8 +18,8 @@ NAME, CONFIGS = "emoji", "configs/emoji"
 COUNT, QUICK_COUNT = 1024, 256  # images per sampling setting
 SEEDS = 2  # of the main models
 QUICK = (1000, 64)  # steps, batch size
-MAIN = ("flow_matching", "selfe_floor")
-OTHERS = ("selfe", "floor_late")
+MAIN = ("flow_matching", "floor_late")
+OTHERS = ("selfe", "selfe_floor")
 
 
 def plan(seeds: int, quick: bool) -> list[Run]:
