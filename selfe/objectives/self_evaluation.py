@@ -10,8 +10,7 @@ Losses are written in velocity space, which equals the paper's x0 loss with weig
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fractions import Fraction
-from math import floor, inf
+from math import inf
 from typing import Literal
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from selfe import flow
 from selfe.device import to_device
+from selfe.objectives.rows import share_of_pairs, spread_rows
 from selfe.protocols import Denoiser
 from selfe.rng import SampleRNG
 from selfe.types import MOST_STEPS, Loss, Packed, TextCond, check_range
@@ -92,11 +92,7 @@ class SelfEvaluation:
         self.p_drop, self.loss_weight = p_drop, loss_weight
         self.times = flow.TrainingTimes(t_distribution, t_mean, t_std, t_warp)
 
-        # The share of rows with s < t is kept as a fraction, so that every batch that is a multiple of its denominator
-        # contains exactly this share.
-        self.share = Fraction(1 - p_equal).limit_denominator(64)
-        if abs(self.share - (1 - p_equal)) > 1e-3 or (self.share == 0) != (p_equal == 1):
-            raise ValueError(f"p_equal must be a fraction with a denominator of at most 64, such as 0.5, got {p_equal}")
+        self.share = share_of_pairs(p_equal)
         self.batch_multiple = self.share.denominator
 
         self.start_step, self.tau_steps = start_step, tau_steps
@@ -114,12 +110,8 @@ class SelfEvaluation:
         return self.aux_start_step is not None and step >= self.aux_start_step and self.tau(step) > 0
 
     def eval_rows(self, batch_size: int, step: int) -> list[int]:
-        """Indices of the rows with s < t, evenly spaced over the batch.
-
-        Deterministic rather than random, so that every rank makes the same network calls.
-        """
-        share = self.share if self.tau(step) > 0 else Fraction(0)
-        return [i for i in range(batch_size) if floor((i + 1) * share) > floor(i * share)]
+        """Indices of the rows with s < t, evenly spaced over the batch."""
+        return spread_rows(self.share, batch_size) if self.tau(step) > 0 else []
 
     def phase(self, step: int) -> str:
         """Names the terms of the loss at a step."""
