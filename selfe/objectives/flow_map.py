@@ -1,13 +1,14 @@
 """What the objectives have in common whose network learns a flow map.
 
-The true flow map V*(x_t, t, s) is the mean velocity of the probability flow ODE from time t to time s <= t:
-x_t - (t - s) V*(x_t, t, s) is the state at time s of the solution that passes through x_t at time t. At s = t it is the
-velocity E[noise - x0 | x_t] that flow matching learns. A share of the rows has s = t, and their target is the velocity;
-the target of the others is made of the velocity and of the network's own output, so that V* is what they agree on.
+The true flow map V*(x_t, t, s) is the mean velocity of the probability flow ODE from time t to time s <= t: x_t - (t
+- s) V*(x_t, t, s) is the state at time s of the solution that passes through x_t at time t. At s = t it is the
+velocity E[noise - x0 | x_t] that flow matching learns. A share of the rows has s = t, and their target is the
+velocity; the target of the others is made of the velocity and of the network's own output, so that V* is what they
+agree on.
 
-Classifier-free guidance can be built in. The velocity v of the data, in all targets, is then replaced by
-(1 - mix) (w v + (1 - w) V(x_t, t, t, null)) + mix V(x_t, t, t, c), of which the network learns w v_c + (1 - w) v_null for
-every mix: MeanFlow (arXiv 2505.13447, Eq. 19-21), with omega = (1 - mix) w and kappa = mix. Such a network is sampled at
+Classifier-free guidance can be built in. The velocity v of the data, in all targets, is then replaced by (1 - mix) (w
+v + (1 - w) V(x_t, t, t, null)) + mix V(x_t, t, t, c), of which the network learns w v_c + (1 - w) v_null for every
+mix: as in MeanFlow (arXiv 2505.13447), with omega = (1 - mix) w and kappa = mix. Such a network is sampled at
 guidance 1. Rows whose prompt was dropped keep v.
 """
 
@@ -46,11 +47,13 @@ class PairTimes:
         if self.p_equal + self.p_zero > 1:
             raise ValueError(f"p_equal {self.p_equal} and p_zero {self.p_zero} are shares of a batch; lower one")
 
-    def draw(self, rng: SampleRNG, x0: Packed, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """t and s (B,); the indices `rows` have s < t, the others s = t."""
-        t = flow.draw_t(rng, x0, self.times)
+    def draw(
+        self, rng: SampleRNG, x0: Packed, rows: Tensor, names: tuple[str, str] = ("t", "second t")
+    ) -> tuple[Tensor, Tensor]:
+        """t and s (B,); the indices `rows` have s < t, the others s = t. `names`: of the random numbers."""
+        t = flow.draw_t(rng, x0, self.times, names[0])
         if self.s_rule == "sorted":
-            second = flow.draw_t(rng, x0, self.times, name="second t")
+            second = flow.draw_t(rng, x0, self.times, names[1])
             later, earlier = torch.maximum(t, second), torch.minimum(t, second)
         else:
             later, earlier = t, t * rng.uniform("s", like=t)
@@ -104,6 +107,7 @@ class Pairs:
     t: Tensor  # (J,)
     s: Tensor  # (J,)
     cond: TextCond
+    kept: Tensor  # (J,) which rows have their prompt
     predicted: Tensor  # V(x_t, t, s) (T, d), with gradient
     v: Tensor  # velocity of the data (T, d)
     velocity: Tensor  # the same with guidance (T, d)
@@ -164,8 +168,9 @@ class FlowMap(FlowMatching):
         # Rows with s = t regress the velocity, with guidance if it is built in.
         v = noise - x0.tokens
         guide = {"live": net, "ema": ema}[self.guidance.weights]
-        velocity, v_cond = self.guidance.velocity(guide, x_t, t, conds, v, self.kept(rng, t))
-        predicted = net(x_t, t, s, conds["cond"])
+        kept = self.kept(rng, t)
+        velocity, v_cond = self.guidance.velocity(guide, x_t, t, conds, v, kept)
+        predicted = self.prediction(net, x_t, t, s, conds, kept)
         error = flow.mean_per_sample((predicted - velocity).square(), x0)
         loss = self.weighted(error, x0, t)
         metrics = {"data_loss": flow.mean_per_sample((predicted - v).detach().square(), x0)}
@@ -181,14 +186,21 @@ class FlowMap(FlowMatching):
             t[index],
             s[index],
             conds["cond"].select(rows),
+            kept[index],
             of_pairs(predicted),
             of_pairs(v),
             of_pairs(velocity),
             None if v_cond is None else of_pairs(v_cond),
         )
         pair_error = flow.mean_per_sample(self.error(net, pairs, step).square(), pairs.x_t)
-        loss = loss.index_copy(0, index, self.weighted_pairs(pair_error, pairs, step))
+        loss = self.combined(loss, self.weighted_pairs(pair_error, pairs, step), index)
         return Loss(loss, metrics | {"map_loss": pair_error.detach()}, t, s, tuple(rows))
+
+    def prediction(
+        self, net: Denoiser, x_t: Packed, t: Tensor, s: Tensor, conds: dict[str, TextCond], kept: Tensor
+    ) -> Tensor:
+        """What is regressed (T, d); `kept` (B,) are the rows that have their prompt."""
+        return net(x_t, t, s, conds["cond"])
 
     def error(self, net: Denoiser, pairs: Pairs, step: int) -> Tensor:
         """Prediction minus target (T, d) of the rows with s < t; the gradient goes through `pairs.predicted` alone."""
@@ -201,6 +213,10 @@ class FlowMap(FlowMatching):
     def weighted_pairs(self, error: Tensor, pairs: Pairs, step: int) -> Tensor:
         """The loss (J,) of rows with s < t from their mean squared errors (J,)."""
         return self.weighted(error, pairs.x_t, pairs.t)
+
+    def combined(self, loss: Tensor, pair_loss: Tensor, index: Tensor) -> Tensor:
+        """The loss (B,) of all rows, of which the rows `index` have s < t and `pair_loss` (J,)."""
+        return loss.index_copy(0, index, pair_loss)
 
 
 def adaptive(error: Tensor, power: float, offset: Tensor | float) -> Tensor:
@@ -223,9 +239,7 @@ def time_derivative(
     it is multiplied by t - s, the error of the target is of second order in `width` there too.
     """
     after, before = (t + width).clamp_max(1), torch.maximum(t - width, s)
-    both = torch.cat(
-        [x_t.tokens + flow.per_token(time - t, x_t) * tangent for time in (after, before)],
-    )
+    both = torch.cat([x_t.tokens + flow.per_token(time - t, x_t) * tangent for time in (after, before)])
     rows = [*range(len(x_t)), *range(len(x_t))]
     with torch.no_grad():
         times = torch.cat([after, before]), torch.cat([s, s])
@@ -235,3 +249,11 @@ def time_derivative(
     # no difference where no time is left, at s = t = 1
     span = after - before
     return torch.where(flow.per_token(span > 0, x_t), (upper - lower) / flow.per_token(span.clamp_min(1e-30), x_t), 0)
+
+
+def after_step(net: Denoiser, pairs: Pairs, ratio: float) -> Tensor:
+    """V(x_m, m, s) (T, d) without gradient: m = t - ratio (t - s), and x_m = x_t - (t - m) velocity."""
+    x_t, step = pairs.x_t, ratio * (pairs.t - pairs.s)
+    x_m = x_t.with_tokens(x_t.tokens - flow.per_token(step, x_t) * pairs.velocity)
+    with torch.no_grad():
+        return net(x_m, pairs.t - step, pairs.s, pairs.cond)
