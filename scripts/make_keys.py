@@ -41,10 +41,16 @@ from selfe.evaluation.hf_extractor import HFExtractor
 from selfe.evaluation.inception import Inception
 from selfe.evaluation.settings import EvaluationConfig
 from selfe.infer import Inferencer
+from selfe.objectives.alpha_flow import AlphaFlow
+from selfe.objectives.any_flow import AnyFlow
 from selfe.objectives.flow_matching import FlowMatching
+from selfe.objectives.mean_flow import MeanFlow
 from selfe.objectives.repa import Repa
 from selfe.objectives.self_evaluation import SelfEvaluation
 from selfe.objectives.self_flow import SelfFlow
+from selfe.objectives.so_flow import SoFlow
+from selfe.objectives.terminal_velocity import TerminalVelocity
+from selfe.objectives.transition_model import TransitionModel
 from selfe.objectives.tread import Tread
 from selfe.optimizers.adamw import AdamW
 from selfe.optimizers.muon import Muon
@@ -56,6 +62,8 @@ from selfe.training.settings import TrainerConfig
 from selfe.training.val_metrics import LossAtTimes
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/keys.md"
+
+FLOW_MAPS = (MeanFlow, AlphaFlow, SoFlow, TransitionModel, AnyFlow, TerminalVelocity)
 
 # (heading, key path, classes); the sections inside of a class follow it
 PARTS = (
@@ -69,6 +77,7 @@ PARTS = (
     ("Text encoders", "system.text_encoder.params", (T5Clip, HFText, ComposedText, Words, CachedText, RememberedText)),
     ("Autoencoders", "system.autoencoder.params", (FluxVAE, DiffusersVAE, Identity, CachedLatents)),
     ("Objectives", "system.objective.params", (SelfEvaluation, FlowMatching, Repa, SelfFlow, Tread)),
+    ("Objectives of flow maps", "system.objective.params", FLOW_MAPS),
     ("Image encoders", "system.objective.params.encoder.params", (HFVision,)),
     ("Data sets", "data.params", (BucketedDataset, ShapesData, CachedData)),
     ("Samplers", "inferencer.defaults.sampler.params", (Renoise, Euler)),

@@ -180,7 +180,10 @@ class Data(Protocol):
 class Objective(Protocol):
     """A training loss: `captions` names the captions it needs, the call computes the loss on clean latents.
 
-    Some members are optional. `wants_features = True`: the call gets stored image features, which `selfe precompute`
+    Some members are optional. `flow_map = True`: what is trained is the mean velocity from t to s, not that at time t,
+    which only samplers with `follows_flow_map` take. `starts`: steps at which the network calls change, and `passes`:
+    names of the first pass with gradient, of others, and of those without; both for `selfe plan`.
+    `wants_features = True`: the call gets stored image features, which `selfe precompute`
     writes with the `ImageEncoder` `feature_encoder`. `prepare(backbone)` is called once, before the backbone is
     sharded: it may add heads, and raises ValueError if the backbone lacks something.
     """
@@ -215,7 +218,11 @@ GuidedDenoiser = Callable[[Packed, Tensor, Tensor], Tensor]
 
 
 class Sampler(Protocol):
-    """Integrates from noise (t = 1) to data (t = 0)."""
+    """Integrates from noise (t = 1) to data (t = 0).
+
+    `follows_flow_map = True` is optional: each step is x - (t_k - t_{k+1}) denoise(x, t_k, s_k), so that the sampler
+    suits objectives whose network is a flow map.
+    """
 
     def output_settings(self) -> dict[str, Any]:
         """Constructor parameters, besides the weights, that change what it computes; values as in YAML."""

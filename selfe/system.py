@@ -66,6 +66,22 @@ class System:
         if type(stored) is not type(wanted) or stored.output_settings() != wanted.output_settings():
             raise UserError("system.objective: its encoder is not the one of data.params.features; make them equal")
 
+    def check_sampling(self, sampler: Sampler, s_ratio: float) -> None:
+        """Raise UserError if the network of the objective is a flow map, which a sampler does not follow.
+
+        At `s_ratio` 1 the network gives the velocity at time t, and every sampler suits it.
+        """
+        flow_map = getattr(self.objective, "flow_map", False) and s_ratio != 1
+        if not flow_map or getattr(sampler, "follows_flow_map", False):
+            return
+
+        settings = ", ".join(f"{name}: {value}" for name, value in sampler.output_settings().items())
+        raise UserError(
+            f"sampler {type(sampler).__name__}{f' with {settings}' if settings else ''}: a model that was trained by "
+            "the flow map of system.objective is sampled by steps along it; take selfe.samplers.euler.Euler, Renoise "
+            "with eta: 0, or s_ratio: 1 (as in flow matching)"
+        )
+
     def loss(self, net: Denoiser, ema: Denoiser, batch: Batch, rng: SampleRNG, step: int) -> Loss:
         """The objective on one micro-batch of images and captions: one loss per sample.
 
@@ -99,8 +115,9 @@ class System:
         """Generate images B x (3, height, width) in [-1, 1] for B prompts in `num_steps` sampler steps.
 
         `sizes` are B x (height, width) in pixels. Negative prompts replace the null prompt of guidance.
-        Raises UserError if latents or images are non-finite.
+        Raises UserError if latents or images are non-finite, or the sampler does not suit the objective.
         """
+        self.check_sampling(sampler, s_ratio)
         conds = self.encode({"cond": list(prompts), "null": list(negative_prompts or [""] * len(prompts))})
 
         # Sample latents.

@@ -10,8 +10,14 @@ from model import BATCH, BATCHES, aspect, denoiser, flux, ideal, padded, texts, 
 from torch import Tensor, nn
 
 from selfe import flow
+from selfe.objectives.alpha_flow import AlphaFlow
+from selfe.objectives.any_flow import AnyFlow
 from selfe.objectives.flow_matching import FlowMatching
+from selfe.objectives.mean_flow import MeanFlow
 from selfe.objectives.self_evaluation import SelfEvaluation
+from selfe.objectives.so_flow import SoFlow
+from selfe.objectives.terminal_velocity import TerminalVelocity
+from selfe.objectives.transition_model import TransitionModel
 from selfe.protocols import Objective
 from selfe.rng import SampleRNG
 from selfe.samplers.euler import Euler
@@ -24,6 +30,16 @@ NUM_STEPS, GUIDANCE, PADDED_TO = 4, 5.0, 512
 BOUNDS = {
     "selfe": {"FLOPs": 1.32, "time": 1.35, "peak memory": 1.02, "calls": 3},
     "selfe with auxiliary term": {"FLOPs": 1.83, "time": 1.93, "peak memory": 1.30, "calls": 4},
+}
+# FLOPs of a step relative to flow matching, and calls of the denoiser, of the objectives of flow maps
+FLOW_MAPS = {
+    "iMF": (MeanFlow(), 1.5, 3),
+    "MeanFlow": (MeanFlow(tangent="data"), 1.34, 2),
+    "alpha-Flow": (AlphaFlow(alpha_end_step=1), 1.17, 2),
+    "SoFlow": (SoFlow(), 1.09, 2),
+    "TiM": (TransitionModel(), 1.34, 2),
+    "AnyFlow": (AnyFlow(), 1.34, 2),
+    "TVM": (TerminalVelocity(), 3.34, 3),
 }
 TWO_B = {"width": 2048, "double": 8, "single": 16, "text_dim": 4096, "pooled_dim": 768}
 
@@ -41,6 +57,7 @@ class Counted:
 
 def selfe(rounds: int) -> dict:
     """Loss and backward of Self-E, with and without the auxiliary term, relative to flow matching on the same batches.
+    Of the objectives of flow maps, operations and calls alone.
 
     Lengths from `wide`; the null prompt is one token, "fake image" two. Memory is the training total: weights, EMA, the
     optimizer's two moments, and a step's activations and gradients without activation checkpointing.
@@ -74,6 +91,14 @@ def selfe(rounds: int) -> dict:
             ratio = values[name] / values["flow matching"]
             checks.append(at_most(f"{name} / flow matching: {what}", ratio, bounds[what]))
         checks.append(at_most(f"{name}: denoiser calls", calls[name], bounds["calls"]))
+
+    for name, (objective, most_flops, most_calls) in FLOW_MAPS.items():
+        net.calls = average.calls = 0
+        operations = flops(learn(objective, net, average, step=300_000))
+        figures |= {f"{name}: GFLOP": round(operations / BATCHES / 1e9, 2)}
+        ratio, num_calls = operations / counted["flow matching"], (net.calls + average.calls) / BATCHES
+        checks.append(at_most(f"{name} / flow matching: FLOPs", ratio, most_flops))
+        checks.append(at_most(f"{name}: denoiser calls", num_calls, most_calls))
     return {"figures": figures, "checks": checks}
 
 

@@ -47,6 +47,7 @@ class MMDiT(nn.Module):
         learned_grid: tuple[int, int] | None = None,
         bottleneck: int | None = None,
         prediction: Literal["velocity", "x0"] = "velocity",
+        time_scale: float = 1000.0,
     ):
         """
         Args:
@@ -67,6 +68,8 @@ class MMDiT(nn.Module):
                 (JiT, arXiv 2511.13720); null for none.
             prediction: what the output layer predicts. With x0, v = (x_t - x0_hat) / max(t, 0.05), as in JiT: for
                 pixels, whose velocity has too many dimensions for the width.
+            time_scale: factor of the times in their sinusoidal embedding. FLUX has 1000, whose fastest wave turns by 5
+                radians in a time of 0.005: objectives that take differences in time need a smaller one.
         """
         super().__init__()
         for name, size in {"patch_dim": patch_dim, "text_dim": text_dim, "pooled_dim": pooled_dim}.items():
@@ -80,6 +83,7 @@ class MMDiT(nn.Module):
         check_range("mlp_ratio", mlp_ratio, 1 / width, 64)
         check_range("learned_grid", learned_grid, 1, 4096)
         check_range("bottleneck", bottleneck, 1, MOST_WIDTH)
+        check_range("time_scale", time_scale, 1e-3, 1e6)
         if width != num_heads * sum(rope_axes) or any(axis % 2 for axis in rope_axes):
             raise ValueError(f"rope_axes {rope_axes} must be even and sum to width / num_heads = {width} / {num_heads}")
         self.patch_dim, self.text_dim, self.pooled_dim = patch_dim, text_dim, pooled_dim
@@ -87,7 +91,7 @@ class MMDiT(nn.Module):
         self.rope_axes, self.rope_theta = rope_axes, rope_theta
 
         # Input projections, time embeddings and pooled text embedding.
-        self.bottleneck, self.prediction = bottleneck, prediction
+        self.bottleneck, self.prediction, self.time_scale = bottleneck, prediction, time_scale
         if bottleneck is None:
             self.image_in = nn.Linear(patch_dim, width)
         else:
@@ -125,6 +129,7 @@ class MMDiT(nn.Module):
             "learned_grid": self.learned_grid,
             "bottleneck": self.bottleneck,
             "prediction": self.prediction,
+            "time_scale": self.time_scale,
         }
 
     @property
@@ -173,9 +178,9 @@ class MMDiT(nn.Module):
             pooled = torch.cat([pooled, layout.image.broadcast(pooled)])
             t, s = (torch.cat([mean_of_tokens(time, x_t), time]) for time in (t, s))
             layout = layout.with_token_times()
-        emb = self.t_in(sinusoid(t).to(dtype))
+        emb = self.t_in(sinusoid(t, self.time_scale).to(dtype))
         if self.s_in is not None:
-            emb = emb + self.s_in(sinusoid(t - s).to(dtype))  # s.9-s.10
+            emb = emb + self.s_in(sinusoid(t - s, self.time_scale).to(dtype))  # s.9-s.10
         emb = F.silu(emb + pooled)
 
         # Token stream [all text | all image].
@@ -488,11 +493,11 @@ def embedder(width_in: int, width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width_in, width), nn.SiLU(), nn.Linear(width, width))
 
 
-def sinusoid(t: Tensor) -> Tensor:
-    """Sinusoidal embedding of times (B,) -> (B, 256): cosines, then sines, of 1000 t; in the dtype of t."""
+def sinusoid(t: Tensor, scale: float = 1000.0) -> Tensor:
+    """Sinusoidal embedding of times (B,) -> (B, 256): cosines, then sines, of `scale` t; in the dtype of t."""
     half = SINUSOID // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=t.dtype, device=t.device) / half)
-    angles = 1000 * t[:, None] * frequencies
+    angles = scale * t[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 

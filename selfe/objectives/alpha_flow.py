@@ -73,9 +73,7 @@ class AlphaFlow(FlowMap):
         check_range("adaptive_power", adaptive_power, 0, 2)
         check_range("adaptive_offset", adaptive_offset, 1e-12, 1e6)
         if alpha_end_step <= alpha_start_step:
-            raise ValueError(
-                f"alpha_end_step {alpha_end_step} must be greater than alpha_start_step {alpha_start_step}"
-            )
+            raise ValueError(f"alpha_end_step {alpha_end_step} must be above alpha_start_step {alpha_start_step}")
         self.alpha_start_step, self.alpha_end_step = alpha_start_step, alpha_end_step
         self.alpha_gamma, self.alpha_min = alpha_gamma, alpha_min
         self.adaptive_power, self.adaptive_offset = adaptive_power, adaptive_offset

@@ -28,6 +28,7 @@ from selfe.types import Loss, Packed, TextCond, check_range, packed
 class TerminalVelocity(FlowMap):
     """Flow matching for all rows, and the terminal velocity for those with s < t."""
 
+    repeats_samples = True  # in a pass with gradient, which TREAD would take for one of all samples
     passes = ("flow map", "terminal velocity", "targets")
 
     def __init__(
@@ -77,7 +78,7 @@ class TerminalVelocity(FlowMap):
         predicted = net(x_u, u, u, conds["cond"])
 
         # Errors are divided by the scale of guidance.
-        weight = torch.where(kept, self.guidance.scale**-2, 1.0).to(u.dtype)
+        weight = torch.ones_like(u).masked_fill(kept, self.guidance.scale**-2)
         loss = weight * flow.mean_per_sample((predicted - velocity).square(), x0)
         metrics = {"data_loss": flow.mean_per_sample((predicted - v).detach().square(), x0)}
         if not rows:

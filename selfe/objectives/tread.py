@@ -31,6 +31,9 @@ class Tread(Wrapper):
         """
         super().__init__(objective)
         check_range("skip", skip, 0, 0.99)
+        if getattr(objective, "repeats_samples", False):
+            name = type(objective).__name__
+            raise ValueError(f"objective: {name} has each sample twice in a pass, which TREAD does not route")
         self.first, self.last, self.skip = first, last, skip
 
     def prepare(self, backbone: Backbone) -> None:

@@ -17,6 +17,14 @@ class Wrapper:
         self.batch_multiple = objective.batch_multiple
 
     @property
+    def flow_map(self) -> bool:
+        return getattr(self.objective, "flow_map", False)
+
+    @property
+    def passes(self) -> tuple[str, str, str]:
+        return getattr(self.objective, "passes", ("flow matching", "auxiliary", "self-evaluation"))
+
+    @property
     def wants_features(self) -> bool:
         return getattr(self.objective, "wants_features", False)
 

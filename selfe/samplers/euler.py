@@ -15,6 +15,8 @@ from selfe.types import Packed
 class Euler:
     """x <- x - (t_k - t_{k+1}) v (Eq. 22)."""
 
+    follows_flow_map = True
+
     def output_settings(self) -> dict[str, Any]:
         return {}
 

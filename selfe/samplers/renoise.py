@@ -24,6 +24,10 @@ class Renoise:
         check_range("eta", eta, 0, 1)
         self.eta = eta
 
+    @property
+    def follows_flow_map(self) -> bool:
+        return self.eta == 0
+
     def output_settings(self) -> dict[str, Any]:
         return {"eta": self.eta}
 

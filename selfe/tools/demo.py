@@ -25,6 +25,7 @@ from selfe.generator import Generator
 from selfe.inference import prompts
 from selfe.inference.prompts import SamplingDefaults
 from selfe.io.sampling_limits import normal_prompt
+from selfe.samplers.euler import Euler
 
 STRIP = (1, 2, 4, 8)
 SHIPPED = ("renoise", "euler")  # samplers that every system offers
@@ -49,6 +50,9 @@ class DemoModel:
     def __init__(self, generator: Generator):
         self.generator = generator
         self.defaults = sampling_defaults(generator.settings, *generator.size)
+        if not names_sampler(generator.settings) and getattr(generator.system.objective, "flow_map", False):
+            self.defaults = replace(self.defaults, sampler=Euler())  # the default adds fresh noise
+        generator.system.check_sampling(self.defaults.sampler, self.defaults.s_ratio)
 
         # the first calls compile kernels and allocate memory, which would be part of the first times shown
         for cfg_scale in (1.0, 2.0):
@@ -157,6 +161,11 @@ def sampling_defaults(settings: dict, height: int, width: int) -> SamplingDefaul
     defaults = config.call(SamplingDefaults, values, "inferencer.defaults", build=True)
     single = {name: prompts.sweep(getattr(defaults, name))[0] for name in ("num_steps", "cfg_scale", "s_ratio")}
     return replace(defaults, prompt_file=None, num_samples=1, first_sample=0, height=height, width=width, **single)
+
+
+def names_sampler(settings: dict) -> bool:
+    """Whether a run's config chooses the sampler of its inferencer."""
+    return "sampler" in settings.get("inferencer", {}).get("defaults", {})
 
 
 def page(model: DemoModel) -> Any:

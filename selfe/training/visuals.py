@@ -44,8 +44,12 @@ class SampleGridConfig:
         check_range("s_ratio", self.s_ratio, 0, 1)
 
     def check(self, system: System) -> None:
-        """Raise UserError for sizes or prompts that cannot be sampled. Called on every rank before the first step."""
+        """Raise UserError for a size, prompts or a sampler that cannot be used.
+
+        Called on every rank before the first step.
+        """
         if self.prompts:
+            system.check_sampling(self.sampler, self.s_ratio)
             system.autoencoder.noise([self.size], SampleRNG.of_images([(0, "", 0)]))
             system.encode({"cond": list(self.prompts), "null": [""]})
 

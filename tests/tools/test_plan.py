@@ -50,6 +50,8 @@ DIFFUSERS = {"model": "none", "latent_channels": 4, "downsampling": 4, "skip_pre
 DIFFUSERS = {"module": "selfe.encoders.diffusers_vae.DiffusersVAE", "params": DIFFUSERS}
 DIFFUSERS = [f"system.autoencoder={json.dumps(DIFFUSERS)}", "system.backbone.params.patch_dim=16"]
 DIFFUSERS += ["system.backbone.params.bottleneck=5", "system.backbone.params.prediction=x0"]
+EIGHT = "trainer.total_batch_size=8", "trainer.micro_batch_size=8"
+GUIDED = "system.objective.params.guidance=2"
 MUON = "trainer.optimizer={module: selfe.optimizers.muon.Muon}"
 # a frozen first block: gradients neither reach it nor pass through it
 LATE = "trainer.adapt={rank: 4, layers: ['single_blocks.*'], trainable: ['single_blocks.*.bias']}"
@@ -98,16 +100,22 @@ def measured(path: str, overrides: list[str], batch: Batch, rng: SampleRNG, step
     [
         (SMOKE, SMALL, 5, {"self-evaluation", "recomputed", "autoencoder", "text_encoder.t5", "text_encoder.clip"}),
         (SMOKE, [*SMALL, "trainer.activation_checkpointing=2"], 9, {"auxiliary", "auxiliary, backward", "recomputed"}),
-        (MINI, ["trainer.total_batch_size=8", "trainer.micro_batch_size=8"], 5, {"flow matching, backward"}),
-        (MINI, ["trainer.total_batch_size=8", "trainer.micro_batch_size=8", MUON], 5, {"flow matching, backward"}),
+        (MINI, EIGHT, 5, {"flow matching, backward"}),
+        (MINI, [*EIGHT, MUON], 5, {"flow matching, backward"}),
         (SMOKE, [*SMALL, HF_TEXT % (64, 32)], 5, {"text_encoder.tokens.net", "text_encoder.pooled.net"}),
         (TINY, [*SMALL, f"system.objective={json.dumps(TREAD)}"], 5, {"auxiliary, backward", "recomputed"}),
         (TINY, [*SMALL, f"system.objective={json.dumps(SELF_FLOW)}"], 5, {"self-evaluation", "recomputed"}),
         (TINY, [*SMALL, *DIFFUSERS], 5, {"autoencoder", "recomputed"}),
         (TINY, [*SMALL, LORA], 5, {"flow matching, backward", "auxiliary, backward", "recomputed"}),
         (TINY, [*SMALL, LATE], 5, {"flow matching, backward", "auxiliary, backward", "recomputed"}),
+        ("configs/mini/mean_flow.yaml", [*EIGHT, GUIDED], 5, {"targets", "flow map, backward"}),
+        ("configs/mini/alpha_flow.yaml", EIGHT, 2000, {"targets", "flow map, backward"}),
+        ("configs/mini/terminal_velocity.yaml", EIGHT, 5, {"targets", "terminal velocity, backward"}),
     ],
-    ids=["smoke", "auxiliary", "mini", "mini, Muon", "hf text", "tread", "self-flow", "diffusers", "LoRA", "late LoRA"],
+    ids=[
+        *("smoke", "auxiliary", "mini", "mini, Muon", "hf text", "tread", "self-flow", "diffusers"),
+        *("LoRA", "late LoRA", "iMF", "alpha-Flow", "TVM"),
+    ],
 )
 def test_operations_are_those_of_a_training_step(path, overrides, step, parts, tmp_path, alone):
     overrides = [*overrides, f"trainer.output_dir={tmp_path}"]
@@ -492,3 +500,14 @@ def test_the_command(capsys):
     printed = json.loads(capsys.readouterr().out)
     assert printed["phases"][0]["micro_batches"] == 1
     assert plan_page.text(printed).startswith("configs/mini/selfe.yaml on 4 x H100 of 80 GiB\nstarts: yes")
+
+
+def test_phases_begin_where_the_network_calls_of_an_objective_change():
+    """alpha-Flow: from the step at which its targets are more than the velocity of the data."""
+    job = plan_job.load("configs/mini/alpha_flow.yaml", EIGHT)
+    first, second = plan_job.phases(job, 1, 4)
+    assert (first.end, second.start) == (job.system.objective.starts[0],) * 2
+    assert [Counter(call.part for call in phase.step.calls) for phase in (first, second)] == [
+        {"flow map": 1},
+        {"flow map": 1, "targets": 1},
+    ]

@@ -81,7 +81,8 @@ def main(options: argparse.Namespace) -> None:
         else:
             origin = {"step": verify.read_step(path), "weights": weights, "dtype": options.dtype}
             write_json(folder / "config.json", origin | {"backbone": config.plain(settings["system"]["backbone"])})
-            config.save(sampling_settings(settings, options.out), folder / "config.yaml")
+            flow_map = getattr(system.objective, "flow_map", False)
+            config.save(sampling_settings(settings, options.out, flow_map), folder / "config.yaml")
 
         write_denoiser(merged.read if merged else read, system.backbone, folder, DTYPES[options.dtype], options.format)
     print(f"{path} ({weights} weights, {options.dtype}) exported to {options.out}")
@@ -142,6 +143,12 @@ def read_run(path: Path, layout: str, trust: bool, adapter_only: bool = False) -
     with torch.device("meta"):
         system = config.build(settings, "system")
 
+    if layout == "diffusers" and getattr(system.objective, "flow_map", False):
+        raise UserError(
+            f"{settings_path}: system.objective: the pipeline of --format diffusers samples with fresh noise, which a "
+            "flow map does not take; export it as safetensors"
+        )
+
     remove_heads(system.backbone)
     kinds = {"backbone": MMDiT}
     if layout == "diffusers" and not adapter_only:
@@ -165,14 +172,18 @@ def check_is_flux(net: MMDiT, settings_path: Path) -> None:
             raise UserError(f"{settings_path}: system.backbone.params.{name}: diffusers' FLUX has no tensors for it")
     if net.prediction != "velocity":
         raise UserError(f"{settings_path}: system.backbone.params.prediction: diffusers' FLUX predicts a velocity")
+    if net.time_scale != 1000:
+        raise UserError(f"{settings_path}: system.backbone.params.time_scale: diffusers' FLUX has 1000")
 
 
-def sampling_settings(settings: dict, out: Path) -> dict:
+def sampling_settings(settings: dict, out: Path, flow_map: bool) -> dict:
     """A config that samples from an exported folder: the run's system, and the settings of its sample grids."""
     standard = SamplingDefaults()
     height, width = recorded_run.image_size(settings) or (standard.height, standard.width)
     defaults = recorded_run.sampling_defaults(settings) | {"height": height, "width": width}
     defaults.pop("prompt_file", None)  # a file of this machine
+    if flow_map:
+        defaults = {"sampler": {"module": "selfe.samplers.euler.Euler"}, "cfg_scale": 1.0} | defaults
 
     inferencer = {"ckpt_dir": out, "output_dir": Path("outputs") / out.name, "defaults": defaults}
     if prompts := recorded_run.example_prompts(settings):

@@ -188,7 +188,8 @@ def describe(phase: PhaseCost, job: Job, share: Share, update: int, rate: float,
     counted = live - encoders if job.cached else live
 
     parts = [call.part for call in step.calls]
-    learning = [call for call in step.calls if call.part == "flow matching"]
+    learned_from = next(call.part for call in step.calls if call.learns)
+    learning = [call for call in step.calls if call.part == learned_from]
 
     return {
         "start": phase.start,

@@ -172,6 +172,7 @@ def phases(job: Job, gpus: int, num_words: int) -> list[PhaseCost]:
     if start := getattr(schedule, "start_step", 0):
         begins.add(start + 1)  # at start_step itself s is still equal to t
     begins.add(getattr(schedule, "aux_start_step", None) or 0)
+    begins.update(getattr(schedule, "starts", ()))
     begins.update(stop for aid in aids(objective) if (stop := getattr(aid, "stop_step", None)) is not None)
     begins = sorted(begin for begin in begins if begin < end)
 

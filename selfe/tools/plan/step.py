@@ -28,6 +28,7 @@ from selfe.system import System
 from selfe.types import DTYPES, Batch, Packed, Precision, Route, TextCond
 
 META = torch.device("meta")
+PASSES = "flow matching", "auxiliary", "self-evaluation"  # of an objective that does not name its own
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,9 @@ def measure(
 
     # hooks and wrappers
     meter = Meter(
-        [net, ema, *encoders.values()], activation_checkpoint.COSTLY if activation_checkpointing == "selective" else ()
+        [net, ema, *encoders.values()],
+        activation_checkpoint.COSTLY if activation_checkpointing == "selective" else (),
+        getattr(system.objective, "passes", PASSES),
     )
     for _, block in activation_checkpoint.blocks(net):
         block.forward = partial(meter.again, block.forward)  # inside the checkpoint, which calls it again
@@ -121,17 +124,18 @@ def drop_grad(parameter: Tensor) -> None:
 class Meter:
     """Counts FLOPs by part, and bytes of live tensors.
 
-    Parts: `text_encoder.*` for each of its networks; `autoencoder`; of the denoiser `flow matching`, `self-evaluation`
-    (no gradient), `auxiliary`, and `..., backward` of the first and the last; `recomputed` for the forward passes that
-    activation checkpointing repeats.
+    Parts: `text_encoder.*` for each of its networks; `autoencoder`; of the denoiser its `passes`, and `..., backward`
+    of those with gradient; `recomputed` for the forward passes that activation checkpointing repeats.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], costly: Sequence[Any] = ()):
+    def __init__(self, modules: Sequence[nn.Module], costly: Sequence[Any] = (), passes: Sequence[str] = PASSES):
         """
         Args:
             modules: networks whose weights are not counted.
             costly: operations whose outputs selective checkpointing keeps, beside the tensors that autograd saves.
+            passes: names of the first pass of the denoiser with gradient, of further ones, and of those without.
         """
+        self.passes = passes
         self.counter, self.counted, self.part = FlopCounterMode(display=False), 0, "autoencoder"
         self.counter.mod_tracker = NoModules()
         self.flops: dict[str, int] = defaultdict(int)
@@ -198,10 +202,10 @@ class Meter:
             if not self.calls:
                 self.encode_peak = self.living.restart()
 
-            # no gradient: self-evaluation; the first call with gradient is flow matching, a second one auxiliary
             learns = torch.is_grad_enabled()
             learned = any(call.learns for call in self.calls)
-            part = ("auxiliary" if learned else "flow matching") if learns else "self-evaluation"
+            first, further, fixed = self.passes
+            part = (further if learned else first) if learns else fixed
             self.calls.append(Call(weights, part, learns, len(x_t.tokens), len(cond.text.tokens)))
 
             before = self.mark(part)
