@@ -19,7 +19,7 @@ from selfe.infer import Inferencer
 from selfe.inference.prompts import SamplingDefaults
 from selfe.objectives.alpha_flow import AlphaFlow
 from selfe.objectives.any_flow import AnyFlow
-from selfe.objectives.flow_map import FlowMap, PairTimes
+from selfe.objectives.flow_map import FlowMap, PairTimes, time_derivative
 from selfe.objectives.flow_matching import FlowMatching
 from selfe.objectives.mean_flow import MeanFlow
 from selfe.objectives.so_flow import SoFlow
@@ -32,12 +32,14 @@ from selfe.samplers.renoise import Renoise
 from selfe.system import System
 from selfe.train import Trainer
 from selfe.training.visuals import SampleGridConfig
+from selfe.types import TextCond
 from tests.distributed.test_fsdp import small_net
 from tests.helpers import flow_map_reference as plain
 from tests.helpers import reference
 from tests.helpers.flow_map_reference import Sample
 from tests.helpers.ranks import on_ranks
 from tests.helpers.train_processes import ROOT, files
+from tests.method.test_mmdit import inputs, small
 from tests.method.test_self_evaluation import (
     CAPTIONS,
     NETS,
@@ -228,6 +230,31 @@ def test_mistakes_are_one_line():
     ):
         with pytest.raises(ValueError, match=words):
             make()
+
+
+@pytest.mark.parametrize(
+    ("scale", "errors"),
+    [
+        (1000.0, (1.1, 1.1, 1.1)),
+        (100.0, (0.15, 0.15, 0.15)),
+        (10.0, (4.4e-3, 4.4e-3, 0.27)),
+        (1.0, (6.7e-5, 1.2e-4, 1.8)),
+    ],
+)
+def test_a_difference_needs_a_small_time_scale_and_enough_digits(scale, errors):
+    """Errors of half width 0.005 in float64, float32 and bfloat16, relative to a half width of 1e-7 in float64."""
+    x, _, _, cond = inputs()
+    t, s = torch.tensor([[0.8, 0.5, 0.3], [0.1, 0.2, 0.0]], dtype=torch.float64)
+    tangent = torch.randn(x.tokens.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = time_derivative(small(time_scale=scale), x, t, s, cond, tangent, 1e-7)
+
+    # times and latents are never in half precision
+    for dtype, error in zip((torch.float64, torch.float32, torch.bfloat16), errors, strict=True):
+        wide = torch.promote_types(dtype, torch.float32)
+        text = TextCond(cond.text.with_tokens(cond.text.tokens.to(wide)), cond.pooled.to(wide))
+        tensors = x.with_tokens(x.tokens.to(wide)), t.to(wide), s.to(wide), text, tangent.to(wide)
+        difference = time_derivative(small(time_scale=scale).to(dtype), *tensors, 0.005)
+        assert ((difference.double() - exact).norm() / exact.norm()).item() == pytest.approx(error, rel=0.5)
 
 
 # ---- two ranks ----
