@@ -96,6 +96,7 @@ class Evaluator:
         self.names = measure.chosen_metrics(cfg)
 
         # every process reads the same files
+        system.check_sampling(cfg.sampler, cfg.s_ratio)
         self.reference = measure.open_reference(cfg, cfg.size)
         check_neighbours(cfg, self.names, self.reference)
         requests = choose_prompts(cfg, self.reference, system.autoencoder.multiple)
