@@ -50,7 +50,8 @@ class DemoModel:
     def __init__(self, generator: Generator):
         self.generator = generator
         self.defaults = sampling_defaults(generator.settings, *generator.size)
-        if not names_sampler(generator.settings) and getattr(generator.system.objective, "flow_map", False):
+        flow_map = getattr(generator.system.objective, "flow_map", False)
+        if flow_map and "sampler" not in recorded_run.sampling_defaults(generator.settings):
             self.defaults = replace(self.defaults, sampler=Euler())  # the default adds fresh noise
         generator.system.check_sampling(self.defaults.sampler, self.defaults.s_ratio)
 
@@ -161,11 +162,6 @@ def sampling_defaults(settings: dict, height: int, width: int) -> SamplingDefaul
     defaults = config.call(SamplingDefaults, values, "inferencer.defaults", build=True)
     single = {name: prompts.sweep(getattr(defaults, name))[0] for name in ("num_steps", "cfg_scale", "s_ratio")}
     return replace(defaults, prompt_file=None, num_samples=1, first_sample=0, height=height, width=width, **single)
-
-
-def names_sampler(settings: dict) -> bool:
-    """Whether a run's config chooses the sampler of its inferencer."""
-    return "sampler" in settings.get("inferencer", {}).get("defaults", {})
 
 
 def page(model: DemoModel) -> Any:
