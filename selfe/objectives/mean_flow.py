@@ -3,8 +3,8 @@
 With D the derivative of V(x_t, t, s) along the path, d/dt V = dx/dt . grad V + dV/dt, the flow map fulfils the
 MeanFlow identity V + (t - s) D = velocity (2505.13447, Eq. 6). The loss of a row is | V + (t - s) sg(D) - v |^2,
 which has the gradient of MeanFlow's | V - sg(v - (t - s) D) |^2 (Eq. 9, 10). The two papers differ in dx/dt: MeanFlow
-takes the velocity v = noise - x0 of the sample, iMF the network's V(x_t, t, t) (2512.02012, Sec. 4.1;
-Lyy-iiis/imeanflow, imf.py).
+takes the velocity v = noise - x0 of the sample, iMF the network's V(x_t, t, t) (2512.02012, Sec. 4.1).
+Verified against the code of iMF (Lyy-iiis/imeanflow, imf.py: `forward`, `guidance_fn`).
 
 Different from the papers: D is a central difference (`time_derivative`); rows with s = t are the share of every batch
 that `p_equal` says, and keep the time t of flow matching; iMF's second head for v and guidance as an input of the

@@ -2,10 +2,11 @@
 derivative.
 
 With l = t + r (s - t) and x_l = x_t + (l - t) v, the solution f(x, t, s) = x + (s - t) V(x, t, s) has to be the same
-from x_t at t and from x_l at l. The difference quotient R = (f(x_t, t, s) - f(x_l, l, s)) / (t - l) is v - V + (1 / r
-- 1) (V(x_l, l, s) - V(x_t, t, s)), and the loss | V - sg(V + R) |^2 / 2, weighted by 1 / (mean R^2 + offset)^power. r
-falls from `r_first` to `r_last` exponentially. Verified against the published code (zlab-princeton/SoFlow, models.py:
-`get_consistency_loss`, `get_velocity_loss`, `get_middle_time`).
+from x_t at t and from x_l at l. The difference quotient R = (f(x_t, t, s) - f(x_l, l, s)) / (t - l) is
+v - V + (1 / r - 1) (V(x_l, l, s) - V(x_t, t, s)), and the loss | V - sg(V + R) |^2 / 2, weighted by
+1 / (mean R^2 + offset)^power. r falls from `r_first` to `r_last` exponentially. Verified against the published class
+`Soflow` (`get_consistency_loss`, `get_velocity_loss`, `get_middle_time`), of a models.py as the readme of
+zlab-princeton/SoFlow describes it.
 
 The true flow map is a fixed point in the limit r -> 0 only. Different from the paper: all rows are of one batch, 1 -
 `p_equal` of them with s < t; times are drawn as for the other objectives; guidance does not fade towards t = 1.
