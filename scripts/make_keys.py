@@ -54,7 +54,9 @@ from selfe.objectives.transition_model import TransitionModel
 from selfe.objectives.tread import Tread
 from selfe.optimizers.adamw import AdamW
 from selfe.optimizers.muon import Muon
+from selfe.samplers.adams_bashforth import AdamsBashforth
 from selfe.samplers.euler import Euler
+from selfe.samplers.heun import Heun
 from selfe.samplers.renoise import Renoise
 from selfe.training.ema import ConstantDecay, PowerFunction
 from selfe.training.schedules import WSD, Constant, Cosine, Linear
@@ -80,7 +82,7 @@ PARTS = (
     ("Objectives of flow maps", "system.objective.params", FLOW_MAPS),
     ("Image encoders", "system.objective.params.encoder.params", (HFVision,)),
     ("Data sets", "data.params", (BucketedDataset, ShapesData, CachedData)),
-    ("Samplers", "inferencer.defaults.sampler.params", (Renoise, Euler)),
+    ("Samplers", "inferencer.defaults.sampler.params", (Renoise, Euler, Heun, AdamsBashforth)),
     ("Evaluation", "evaluation", (EvaluationConfig,)),
     ("Extractors", "evaluation.extractors.NAME.params", (HFExtractor, Inception)),
 )

@@ -134,6 +134,11 @@ def self_weight(t: Tensor, s: Tensor, lam_max: float = math.inf) -> Tensor:
     return weight if math.isinf(lam_max) else weight.clamp_max(lam_max / (1 + lam_max))
 
 
+def unwarp(t: Tensor, num_tokens: int) -> Tensor:
+    """The uniform times that `warp` has mapped to the times t of a sample of so many image tokens; the shape of t."""
+    return warp(t, -shift([num_tokens], like=t))
+
+
 def sampling_times(num_steps: int, s_ratio: float, noise: Packed) -> tuple[Tensor, Tensor]:
     """Times t (N + 1, B) from 1 to 0 and secondary times s_k = t_{k+1} + r (t_k - t_{k+1}) (N, B) (S.2).
 

@@ -90,6 +90,7 @@ class Generator:
         num_steps: int = 4,
         cfg_scale: float = DEFAULTS.cfg_scale,
         s_ratio: float = DEFAULTS.s_ratio,
+        guidance_interval: tuple[float, float] | None = None,
         seed: int = DEFAULTS.seed,
         sample: int = DEFAULTS.first_sample,
         height: int | None = None,
@@ -103,6 +104,7 @@ class Generator:
         Args:
             cfg_scale: guidance; 1 is none, and takes half the time.
             s_ratio: second time of a step: 0 for few steps, 0.5 for one step, 1 as in flow matching.
+            guidance_interval: times between which guidance applies, from 1, the first step, to 0; None: at all times.
             sample: number of the image of this prompt and seed.
             height: pixels; None: that of `size`, as for the width.
             negative_prompt: replaces the null prompt in guidance.
@@ -116,6 +118,7 @@ class Generator:
             num_steps=num_steps,
             cfg_scale=cfg_scale,
             s_ratio=s_ratio,
+            guidance_interval=guidance_interval,
             seed=seed,
             first_sample=sample,
             height=height or self.size[0],
@@ -141,6 +144,7 @@ class Generator:
                 num_steps=num_steps,
                 cfg_scale=cfg_scale,
                 s_ratio=s_ratio,
+                guidance_interval=guidance_interval,
                 negative_prompts=[negative_prompt] * len(batch),
             )
         return [image_encode.to_image(image) for image in images]

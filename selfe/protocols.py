@@ -220,8 +220,10 @@ GuidedDenoiser = Callable[[Packed, Tensor, Tensor], Tensor]
 class Sampler(Protocol):
     """Integrates from noise (t = 1) to data (t = 0).
 
-    `follows_flow_map = True` is optional: each step is x - (t_k - t_{k+1}) denoise(x, t_k, s_k), so that the sampler
-    suits objectives whose network is a flow map.
+    Three members are optional. `s_ratio`: the only value of that setting for which the sampler is valid.
+    `calls(num_steps)`: the indices k of the times t_k at which it calls the denoiser, if not once at the start of each
+    step. `follows_flow_map = True`: each step is x - (t_k - t_{k+1}) denoise(x, t_k, s_k), so that the sampler suits
+    objectives whose network is a flow map.
     """
 
     def output_settings(self) -> dict[str, Any]:
@@ -229,7 +231,7 @@ class Sampler(Protocol):
         ...
 
     def __call__(self, denoise: GuidedDenoiser, noise: Packed, t: Tensor, s: Tensor, rng: SampleRNG) -> Tensor:
-        """noise (T, d), times t (N + 1, B) from 1 to 0, secondary times s (N, B) -> x0 (T, d) after N calls."""
+        """noise (T, d), times t (N + 1, B) from 1 to 0, secondary times s (N, B) -> x0 (T, d)."""
         ...
 
 

@@ -18,7 +18,8 @@ from selfe.errors import UserError
 from selfe.io.feature_cache import AGAIN
 from selfe.protocols import Autoencoder, Backbone, Data, Denoiser, Objective, Sampler, ShardLoader, TextEncoder
 from selfe.rng import SampleRNG
-from selfe.samplers.guidance import guided
+from selfe.samplers.cost import check_sampler
+from selfe.samplers.guidance import Interval, guided
 from selfe.types import Batch, FiniteCheck, Loss, Packed, StoredCaptions, TextCond, packed, raise_if_not_finite
 
 
@@ -110,20 +111,25 @@ class System:
         num_steps: int,
         cfg_scale: float,
         s_ratio: float,
+        guidance_interval: Interval | None = None,
         negative_prompts: Sequence[str] | None = None,
     ) -> list[Tensor]:
         """Generate images B x (3, height, width) in [-1, 1] for B prompts in `num_steps` sampler steps.
 
-        `sizes` are B x (height, width) in pixels. Negative prompts replace the null prompt of guidance.
-        Raises UserError if latents or images are non-finite, or the sampler does not suit the objective.
+        `sizes` are B x (height, width) in pixels. Negative prompts replace the null prompt of guidance, which is
+        applied at uniform times in `guidance_interval`.
+        Raises UserError if latents or images are non-finite, or the sampler does not suit the objective, ValueError if
+        it is not valid for `s_ratio`.
         """
+        check_sampler(sampler, s_ratio)
         self.check_sampling(sampler, s_ratio)
         conds = self.encode({"cond": list(prompts), "null": list(negative_prompts or [""] * len(prompts))})
 
         # Sample latents.
         noise = self.autoencoder.noise(sizes, rng)
         t, s = flow.sampling_times(num_steps, s_ratio, noise)
-        x0 = sampler(guided(net, conds["cond"], conds["null"], cfg_scale), noise, t, s, rng)
+        denoise = guided(net, conds["cond"], conds["null"], cfg_scale, guidance_interval)
+        x0 = sampler(denoise, noise, t, s, rng)
         sums = flow.sum_per_sample(x0, noise)
         raise_if_not_finite([FiniteCheck(sums, tuple(prompts), "the denoiser", "use an earlier checkpoint")])
 

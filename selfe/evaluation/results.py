@@ -19,6 +19,10 @@ LOWER_IS_BETTER = ("fd", "fd_of_means", "kid", "cmmd")
 NEITHER = ("extent", "deviations")  # of all others, and of an extractor's scores, higher values are better
 # the metrics that a setting changes
 CHANGED_BY = {"max_features": ("kid", "cmmd", "diversity", *BY_NEIGHBOURS), "nearest_k": BY_NEIGHBOURS}
+# of a sampling setting: all other names are parameters of the sampler
+NOT_PARAMETERS = frozenset(
+    ("sampler", "num_steps", "nfe", "cfg_scale", "guidance_interval", "s_ratio", "weights", "step", "fingerprint")
+)
 FACTS = {"count": "numbers of images", "extractor": "extractors", "reference": "reference images"}
 
 
@@ -98,13 +102,13 @@ def order(value: Value) -> tuple[int, str]:
 def label(settings: dict[str, Any]) -> str:
     """A sampling setting in a few words."""
     steps = settings["num_steps"]
-    words = [f"{steps} step" if steps == 1 else f"{steps} steps", f"guidance {settings['cfg_scale']:g}"]
+    words = [f"{steps} step" if steps == 1 else f"{steps} steps", guidance_text(settings)]
     return ", ".join([*words, f"s ratio {settings['s_ratio']:g}", settings["weights"]])
 
 
 def nfe(settings: dict[str, Any]) -> int:
-    """Network evaluations per image: one per step, two with guidance."""
-    return settings["num_steps"] * (1 if settings["cfg_scale"] == 1 else 2)
+    """Network evaluations per image: recorded, if they are not one per step, two with guidance."""
+    return settings.get("nfe", settings["num_steps"] * (1 if settings["cfg_scale"] == 1 else 2))
 
 
 def curves(evaluation: Evaluation) -> list[dict[str, Any]]:
@@ -112,7 +116,8 @@ def curves(evaluation: Evaluation) -> list[dict[str, Any]]:
     by_setting: dict[tuple[str, str, str], dict[str, Any]] = {}
     for value in evaluation.values:
         settings = evaluation.cells[value.cell]["settings"]
-        others = json.dumps({name: fact for name, fact in settings.items() if name != "num_steps"}, sort_keys=True)
+        constant = {name: fact for name, fact in settings.items() if name not in ("num_steps", "nfe")}
+        others = json.dumps(constant, sort_keys=True)
         curve = {"extractor": value.extractor, "metric": value.metric, "label": curve_label(settings), "points": []}
         point = {"steps": settings["num_steps"], "nfe": nfe(settings)} | value._asdict()
         by_setting.setdefault((value.extractor, value.metric, others), curve)["points"].append(point)
@@ -124,10 +129,16 @@ def curves(evaluation: Evaluation) -> list[dict[str, Any]]:
 def curve_label(settings: dict[str, Any]) -> str:
     """A sampling setting without its number of steps."""
     sampler = [settings["sampler"].rpartition(".")[2]]
-    others = set(settings) - {"sampler", "num_steps", "cfg_scale", "s_ratio", "weights", "step", "fingerprint"}
+    others = set(settings) - NOT_PARAMETERS
     sampler += [f"{name} {setting_text(settings[name])}" for name in sorted(others)]
-    words = [f"guidance {settings['cfg_scale']:g}", f"s ratio {settings['s_ratio']:g}", " ".join(sampler)]
+    words = [guidance_text(settings), f"s ratio {settings['s_ratio']:g}", " ".join(sampler)]
     return ", ".join(words if settings["weights"] == "ema" else [*words, f"{settings['weights']} weights"])
+
+
+def guidance_text(settings: dict[str, Any]) -> str:
+    """The guidance of a sampling setting, and its interval if it has one."""
+    interval = settings.get("guidance_interval")
+    return f"guidance {settings['cfg_scale']:g}" + (f" in {interval[0]:g} to {interval[1]:g}" if interval else "")
 
 
 def setting_text(value: object) -> str:

@@ -44,7 +44,7 @@ FACTS = (
     "fingerprint",
 )
 # all other keys are sampler parameters
-NOT_PARAMETERS = {*FACTS, "file", "num_steps", "step", "checkpoint", "category"}
+NOT_PARAMETERS = {*FACTS, "file", "num_steps", "nfe", "guidance_interval", "step", "checkpoint", "category"}
 
 
 def build(folders: Sequence[Path], output: Path, embed_bytes: int = EMBED_BYTES) -> None:
@@ -84,7 +84,7 @@ def build(folders: Sequence[Path], output: Path, embed_bytes: int = EMBED_BYTES)
 
 def describe(record: dict) -> dict:
     """The settings of an image that the page shows."""
-    facts = {name: record[name] for name in FACTS}
+    facts = {name: record[name] for name in FACTS} | {"guidance_interval": record.get("guidance_interval")}
     facts["parameters"] = {name: record[name] for name in record if name not in NOT_PARAMETERS}
     facts["sampler_setting"] = sampler_setting(record["sampler"], facts["parameters"])
     return facts

@@ -14,11 +14,17 @@ const words = (n) => `${n} ${n === 1 ? "step" : "steps"}`;
 const state = { at: Math.max(steps.findIndex((n) => n >= 4), 0), query: "", hidden: new Set(), open: null, zoom: 0, ab: null };
 const current = () => steps[state.at];
 
+// Guidance, and the times between which it applies.
+function guidance(sweep) {
+  const interval = sweep.guidance_interval;
+  return `guidance ${sweep.cfg_scale}` + (interval ? ` in ${interval[0]} to ${interval[1]}` : "");
+}
+
 // Settings in which the images of a prompt may differ, and their labels.
 const sides = [
   ["folder", (sweep) => data.folders[sweep.folder].name],
   ["weights", (sweep) => (sweep.weights === "ema" ? "EMA" : sweep.weights)],
-  ["guidance", (sweep) => `guidance ${sweep.cfg_scale}`],
+  ["guidance", guidance],
   ["s ratio", (sweep) => `s ratio ${sweep.s_ratio}`],
   ["sampler", (sweep) => [sweep.sampler, ...Object.entries(sweep.parameters).map((pair) => pair.join(" "))].join(", ")],
   ["size", (sweep) => `${sweep.width} × ${sweep.height}`],
@@ -270,7 +276,7 @@ function show(sweep, n) {
   // settings, and the command that generates the image again
   const folder = data.folders[sweep.folder];
   const facts = {
-    steps: n, guidance: sweep.cfg_scale, "s ratio": sweep.s_ratio, sampler: sweep.sampler, ...sweep.parameters,
+    steps: n, guidance: guidance(sweep).replace("guidance ", ""), "s ratio": sweep.s_ratio, sampler: sweep.sampler, ...sweep.parameters,
     seed: sweep.seed, sample: sweep.sample, size: `${sweep.width} × ${sweep.height}`, negative: sweep.negative_prompt || "none",
     weights: `${sweep.weights === "ema" ? "EMA" : sweep.weights} of step ${folder.step.toLocaleString("en")}`, fingerprint: sweep.fingerprint,
     checkpoint: folder.checkpoint, folder: folder.name,
@@ -365,6 +371,7 @@ function command(sweep, n) {
     seed: sweep.seed, first_sample: sweep.sample, num_samples: 1, num_steps: `[${n}]`, cfg_scale: sweep.cfg_scale, s_ratio: sweep.s_ratio,
     height: sweep.height, width: sweep.width, negative_prompt: text(sweep.negative_prompt), sampler: yaml(sweep.sampler_setting),
   };
+  if (sweep.guidance_interval) defaults.guidance_interval = `[${sweep.guidance_interval.join(", ")}]`;
   const settings = {
     prompts: `[${text(data.prompts[sweep.prompt])}]`, ckpt_dir: text(folder.checkpoint), weights: sweep.weights, layout: "flat",
     output_dir: text(`${folder.path}/again`), ...Object.fromEntries(Object.entries(defaults).map(([key, value]) => [`defaults.${key}`, value])),

@@ -30,6 +30,8 @@ from selfe.io import image_encode
 from selfe.io.folder_lock import FolderLock
 from selfe.protocols import Denoiser, Sampler
 from selfe.rng import SampleRNG
+from selfe.samplers.cost import num_evaluations
+from selfe.samplers.guidance import Interval
 
 if TYPE_CHECKING:
     from selfe.system import System
@@ -38,7 +40,8 @@ Weights = str  # "live" or the name of an average of the weights, such as "ema"
 Layout = Literal["flat", "geneval", "npz"]
 MOST = 2_000_000  # maximum number of images of a job
 GROUPS = "*_steps[0-9]*_cfg*"  # the directories of layout geneval; see `ImageSpec.group`
-RESERVED = frozenset(("step", "checkpoint", "fingerprint"))  # facts of the weights in the metadata of an image
+# in the metadata of an image, besides its settings: facts of the weights, and the number of network evaluations
+RESERVED = frozenset(("step", "checkpoint", "fingerprint", "nfe"))
 DECODE = 2.0  # cost of encoders and files per image, in denoiser passes; used for load balancing
 
 
@@ -58,23 +61,39 @@ class ImageSpec:
     s_ratio: float
     sampler: Sampler
     weights: Weights
+    guidance_interval: Interval | None = None
     category: str = ""  # of the prompt; does not change the pixels, and is not in the file
 
     def record(self) -> dict:
-        """All settings that determine the pixels, as stored in metadata; the caller adds the facts of the weights."""
-        facts = {name: value for name, value in vars(self).items() if name not in ("file", "sampler", "category")}
+        """All settings that determine the pixels, as stored in metadata; the caller adds the facts of the weights.
+
+        `nfe` is there only if it is not that of one call per step, two with guidance.
+        """
+        others = ("file", "sampler", "category", "guidance_interval")
+        facts = {name: value for name, value in vars(self).items() if name not in others}
+        if self.guidance_interval is not None:
+            facts["guidance_interval"] = list(self.guidance_interval)
+        if self.nfe != self.num_steps * (1 if self.cfg_scale == 1 else 2):
+            facts["nfe"] = self.nfe
         return facts | sampler_record(self.sampler)
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations."""
+        return num_evaluations(self.sampler, self.num_steps, self.cfg_scale, self.guidance_interval)
 
     @property
     def group(self) -> str:
         """Images with the same group may share a batch; also the name of their directory or array."""
         sampler = "_".join(path_text(value) for value in sampler_record(self.sampler).values())
         guidance, s_ratio = path_text(self.cfg_scale), path_text(self.s_ratio)
+        if self.guidance_interval is not None:
+            guidance = "_".join([guidance, "from", *map(path_text, self.guidance_interval)])
         return f"{self.weights}_steps{self.num_steps:02d}_cfg{guidance}_s{s_ratio}_{sampler}"
 
     def cost(self) -> float:
-        """Approximate work, in pixels x denoiser passes; guidance scale 1 needs one pass per step, others two."""
-        return self.height * self.width * (self.num_steps * (1 if self.cfg_scale == 1 else 2) + DECODE)
+        """Approximate work, in pixels x denoiser passes."""
+        return self.height * self.width * (self.nfe + DECODE)
 
 
 def sampler_record(sampler: Sampler) -> dict:
@@ -133,6 +152,7 @@ def plan(requests: Sequence[Request], weights: Sequence[Weights], layout: Layout
                 "s_ratio": s_ratio,
                 "sampler": settings.sampler,
                 "weights": kind,
+                "guidance_interval": settings.guidance_interval,
                 "category": request.category,
             }
 
@@ -164,7 +184,7 @@ def check_number(requests: Sequence[Request], num_weights: int) -> None:
 
 def flat_name(spec: ImageSpec, suffix: str) -> str:
     """File name from prompt, sample number, digest and step count, so that a sweep sorts together."""
-    identity = {name: value for name, value in spec.record().items() if name != "num_steps"}
+    identity = {name: value for name, value in spec.record().items() if name not in ("num_steps", "nfe")}
     digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=6).hexdigest()
     plain = unicodedata.normalize("NFKD", spec.prompt).encode("ascii", "ignore").decode().lower()
     slug = re.sub("[^a-z0-9]+", "-", plain)[:40].strip("-") or "prompt"
@@ -237,6 +257,7 @@ def generate(system: System, net: Denoiser, batch: Sequence[ImageSpec]) -> list[
         num_steps=first.num_steps,
         cfg_scale=first.cfg_scale,
         s_ratio=first.s_ratio,
+        guidance_interval=first.guidance_interval,
         negative_prompts=[spec.negative_prompt for spec in batch],
     )
     return [image_encode.to_image(image) for image in images]

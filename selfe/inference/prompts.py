@@ -16,9 +16,19 @@ from typing import Any
 from selfe import compare, config
 from selfe.errors import UserError
 from selfe.io import text_files
-from selfe.io.sampling_limits import check_multiple, check_range, check_size, check_text, normal_prompt
+from selfe.io.sampling_limits import (
+    check_interval,
+    check_multiple,
+    check_range,
+    check_size,
+    check_text,
+    normal_prompt,
+)
 from selfe.protocols import Sampler
+from selfe.samplers.cost import check_sampler
 from selfe.samplers.renoise import Renoise
+
+SHIPPED = ("renoise", "euler", "heun", "adams_bashforth")  # samplers of this package
 
 # TSV columns that are plain text, not JSON
 TEXT_KEYS = ("prompt", "negative_prompt", "category", "aspect", "sampler", "path")
@@ -40,6 +50,8 @@ class SamplingDefaults:
     cfg_scale: float | tuple[float, ...] = 5.0  # guidance; 1 is none, and takes half the time
     # second time of a step: 0 for few steps, 0.5 for one step, 1 as in flow matching
     s_ratio: float | tuple[float, ...] = 0.0
+    # times between which guidance applies, as shares of the steps: 1 is the first step; null: at all times
+    guidance_interval: tuple[float, float] | None = None
     # how images are sampled
     sampler: Sampler = Renoise()  # noqa: RUF009 - it has no state
     samplers: dict[str, Sampler] = field(default_factory=dict)  # further samplers, by the name that a prompt line uses
@@ -54,6 +66,8 @@ class SamplingDefaults:
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}: {list(values)} repeats a value; list each once")
 
+        check_interval("guidance_interval", self.guidance_interval)
+        check_sampler(self.sampler, sweep(self.s_ratio))
         check_size(self.height, self.width)
         check_text("negative_prompt", self.negative_prompt)
 
@@ -85,6 +99,7 @@ class Line:
     aspect: str | None = None  # "16:9", width to height, with the area of the defaults
     cfg_scale: tuple[float, ...] | None = None
     s_ratio: tuple[float, ...] | None = None
+    guidance_interval: tuple[float, float] | None = None
     sampler: str | None = None  # see `sampler_of`
     eta: float | None = None
     path: str | None = None  # column of a training manifest; ignored
@@ -231,7 +246,7 @@ def named_sampler(name: str, defaults: SamplingDefaults) -> Sampler:
         return config.call(config.named(shipped_class(name), "sampler"), {}, "sampler", build=True)
     except config.Problem as error:
         own = dict.fromkeys([sampler_name(defaults.sampler), *defaults.samplers])
-        valid = ", ".join(dict.fromkeys([*own, "euler", "renoise"]))
+        valid = ", ".join(dict.fromkeys([*own, *SHIPPED]))
         raise config.Problem(
             "sampler",
             f"no sampler {name!r}; valid: {valid}; list samplers of your own in inferencer.defaults.samplers",

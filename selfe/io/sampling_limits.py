@@ -28,6 +28,15 @@ def check_range(name: str, value: float, label: str | None = None) -> None:
         raise ValueError(f"{label or name}: {value} is not between {low} and {high}")
 
 
+def check_interval(label: str, interval: "tuple[float, float] | None") -> None:
+    """Raise ValueError unless the ends of an interval of guidance are in order and between 0 and 1; None is valid."""
+    if interval is None:
+        return
+    low, high = interval
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"{label}: [{low}, {high}] is no interval between 0 and 1; give its lower end first")
+
+
 def whole_number(label: str, value: object) -> int:
     """An integer of any library (numpy, torch) as int. Raises ValueError for other values, True and 2.0 included."""
     try:

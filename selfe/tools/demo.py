@@ -28,7 +28,6 @@ from selfe.io.sampling_limits import normal_prompt
 from selfe.samplers.euler import Euler
 
 STRIP = (1, 2, 4, 8)
-SHIPPED = ("renoise", "euler")  # samplers that every system offers
 SMALL = 128  # images up to this side are enlarged with visible pixels
 STYLE = """
 #image img { width: 100%; height: 100%; object-fit: contain; }
@@ -87,7 +86,9 @@ class DemoModel:
 
     def samplers(self) -> list[str]:
         """The names of the samplers to choose from: those of the run's config and those of selfe."""
-        return list(dict.fromkeys([prompts.sampler_name(self.defaults.sampler), *self.defaults.samplers, *SHIPPED]))
+        return list(
+            dict.fromkeys([prompts.sampler_name(self.defaults.sampler), *self.defaults.samplers, *prompts.SHIPPED])
+        )
 
     def draw(self, prompt: str, settings: SamplingDefaults, num_steps: int) -> tuple[Image.Image, float]:
         """The generated image, and the seconds it took without encoding the prompt."""
@@ -100,6 +101,7 @@ class DemoModel:
             num_steps=num_steps,
             cfg_scale=settings.cfg_scale,
             s_ratio=settings.s_ratio,
+            guidance_interval=settings.guidance_interval,
             seed=settings.seed,
             sampler=settings.sampler,
             negative_prompt=settings.negative_prompt,

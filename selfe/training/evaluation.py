@@ -56,6 +56,8 @@ class TrainingEvaluation(MetricSettings):
     num_steps: tuple[int, ...] = (1, 2, 4, 8, 32)  # numbers of sampling steps, each evaluated
     cfg_scale: float = 5.0  # guidance; 1 is none
     s_ratio: float = 0.0  # second time of a sampling step: 0 for few steps, 1 as in flow matching
+    # times between which guidance applies, as shares of the steps: 1 is the first step; null: at all times
+    guidance_interval: tuple[float, float] | None = None
     # how the images are sampled
     sampler: Sampler = Renoise()  # noqa: RUF009 - stateless
     batch_size: int = 16  # images that a process generates and measures at once
@@ -77,7 +79,7 @@ class TrainingEvaluation(MetricSettings):
 
     def sampling(self) -> SamplingDefaults:
         """The sampling settings of all images. Raises ValueError for values out of range."""
-        names = ("num_samples", "seed", "num_steps", "cfg_scale", "s_ratio", "sampler")
+        names = ("num_samples", "seed", "num_steps", "cfg_scale", "s_ratio", "guidance_interval", "sampler")
         height, width = self.size
         return SamplingDefaults(**{name: getattr(self, name) for name in names}, height=height, width=width)
 

@@ -12,8 +12,10 @@ from torch import nn
 from selfe.distributed import collectives
 from selfe.distributed.collectives import World
 from selfe.io import image_encode
+from selfe.io.sampling_limits import check_interval
 from selfe.protocols import Sampler
 from selfe.rng import SampleRNG
+from selfe.samplers.cost import check_sampler
 from selfe.samplers.renoise import Renoise
 from selfe.system import System
 from selfe.types import MOST_STEPS, check_range
@@ -31,6 +33,8 @@ class SampleGridConfig:
     size: tuple[int, int] = (256, 256)  # height, width
     cfg_scale: float = 5.0  # guidance; 1 is none
     s_ratio: float = 0.0  # second time of a sampling step: 0 for few steps, 1 as in flow matching
+    # times between which guidance applies, as shares of the steps: 1 is the first step; null: at all times
+    guidance_interval: tuple[float, float] | None = None
     # how the images are sampled
     sampler: Sampler = Renoise()  # noqa: RUF009 - stateless
 
@@ -42,6 +46,8 @@ class SampleGridConfig:
         check_range("size", self.size, 1, 8192)
         check_range("cfg_scale", self.cfg_scale, 0, 1000)
         check_range("s_ratio", self.s_ratio, 0, 1)
+        check_interval("guidance_interval", self.guidance_interval)
+        check_sampler(self.sampler, self.s_ratio)
 
     def check(self, system: System) -> None:
         """Raise UserError for a size, prompts or a sampler that cannot be used.
@@ -78,6 +84,7 @@ class SampleGridConfig:
                 num_steps=num_steps,
                 cfg_scale=self.cfg_scale,
                 s_ratio=self.s_ratio,
+                guidance_interval=self.guidance_interval,
             )
             for i, image in zip(mine, images, strict=True):
                 own[name, i, num_steps] = image_encode.to_image(image)

@@ -13,6 +13,7 @@ from selfe.inference.job import make_batches, plan, share
 from selfe.inference.prompts import Request, SamplingDefaults
 from selfe.io import image_encode
 from selfe.samplers.euler import Euler
+from selfe.samplers.heun import Heun
 from selfe.samplers.renoise import Renoise
 from tests.helpers import samplers
 
@@ -141,6 +142,18 @@ def test_no_process_waits_long(processes):
     for part in shares:  # the steps of the same prompts follow each other on the same process
         prompts = [tuple(p.prompt for p in batch) for batch in part]
         assert sum(a != b for a, b in pairwise(prompts)) == len(set(prompts)) - 1
+
+
+def test_an_interval_of_guidance_and_its_cost_are_recorded_only_if_they_are_set():
+    settings = {"num_steps": (4,), "cfg_scale": 5.0, "s_ratio": 1.0}
+    (plain,) = job.plan(requests("a", **settings), ("ema",), "flat", ".png")
+    (inside,) = job.plan(requests("a", **settings, guidance_interval=(0.5, 1.0)), ("ema",), "flat", ".png")
+    (heun,) = job.plan(requests("a", **settings, sampler=Heun()), ("ema",), "flat", ".png")
+    assert [spec.nfe for spec in (plain, inside, heun)] == [8, 7, 14]
+    assert [spec.record().get("nfe") for spec in (plain, inside, heun)] == [None, 7, 14]
+    assert inside.record() == plain.record() | {"guidance_interval": [0.5, 1.0], "nfe": 7}
+    assert (plain.group, inside.group) == ("ema_steps04_cfg5_s1_renoise_1", "ema_steps04_cfg5_from_0.5_1_s1_renoise_1")
+    assert len({spec.file for spec in (plain, inside, heun)}) == 3
 
 
 def test_guidance_one_costs_half():

@@ -68,7 +68,7 @@ def test_samplers_of_the_config_by_name(tmp_path):
 
     # a prompt file does not import classes that the config does not name
     with pytest.raises(
-        UserError, match=r"no sampler 'tests.helpers.samplers.Forward'; valid: .*Named, fine, mid, euler"
+        UserError, match=r"no sampler 'tests.helpers.samplers.Forward'; valid: .*Named, fine, mid, renoise, euler, heun"
     ):
         sampler(sampler="tests.helpers.samplers.Forward")
     with pytest.raises(UserError, match=r"samplers.Named does not take eta 1.0"):
@@ -171,6 +171,12 @@ MALFORMED = {
     "aspect and size": ("p.jsonl", line(aspect="1:1", height=256), "either aspect, or"),
     "an unknown sampler": ("p.jsonl", line(sampler="eulr"), "no sampler 'eulr'; valid: renoise, euler"),
     "a sampler from elsewhere": ("p.jsonl", line(sampler="os.system"), "no sampler 'os.system'"),
+    "a sampler of an ODE": (
+        "p.jsonl",
+        line(sampler="heun", s_ratio=0.5),
+        "the sampler Heun is valid for 1 only; set 1",
+    ),
+    "an interval": ("p.jsonl", line(guidance_interval=[0.5, 0.1]), r"guidance_interval: [0.5, 0.1] is no interval"),
     "eta for a sampler without": ("p.jsonl", line(sampler="euler", eta=1), "euler does not take eta"),
     "eta out of range": ("p.jsonl", line(eta=2), "eta must be between"),
     "a negative prompt without end": ("p.jsonl", line(negative_prompt="a" * 5000), "negative_prompt: 5000 characters"),

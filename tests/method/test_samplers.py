@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from selfe import flow
+from selfe.protocols import Sampler
 from selfe.rng import SampleRNG
+from selfe.samplers.adams_bashforth import AdamsBashforth
+from selfe.samplers.cost import check_sampler, num_evaluations
 from selfe.samplers.euler import Euler
 from selfe.samplers.guidance import guided
+from selfe.samplers.heun import Heun
 from selfe.samplers.renoise import Renoise
 from selfe.types import Packed, packed
 from tests.helpers import reference
@@ -87,6 +91,42 @@ def test_n_steps_are_n_calls(sampler, cfg_scale, samples):
     assert calls == [samples] * 4
 
 
+@pytest.mark.parametrize("sampler", [Renoise(0.5), Heun(), AdamsBashforth()])
+@pytest.mark.parametrize("cfg_scale", [1, 3])
+@pytest.mark.parametrize("interval", [None, (0.25, 0.5), (0.5, 1), (0.9, 0.95)])
+def test_evaluations_of_the_network_are_counted(sampler, cfg_scale, interval):
+    net, noise, calls = GaussianNet(0), latents(), []
+
+    def counted(x_t, t, s, cond):
+        calls.append(len(x_t))
+        return net(x_t, t, s, cond)
+
+    cond = encode(["a cat"] * len(noise))
+    sampler(guided(counted, cond, cond, cfg_scale, interval), noise, *flow.sampling_times(4, 1, noise), IMAGES)
+    assert sum(calls) == len(noise) * num_evaluations(sampler, 4, cfg_scale, interval)
+    if (type(sampler), cfg_scale) == (Renoise, 3):
+        assert sum(calls) // len(noise) == {None: 8, (0.25, 0.5): 6, (0.5, 1): 7, (0.9, 0.95): 4}[interval]
+
+
+def test_guidance_in_an_interval_is_that_of_its_steps_and_none_elsewhere():
+    """At the time of a step, whatever the number of tokens; steps of 4 are at 1, 0.75, 0.5 and 0.25."""
+    net, noise = GaussianNet(0), latents()
+    cond, null = encode(["a cat"] * len(noise)), encode([""] * len(noise))
+    t, s = flow.sampling_times(4, 0, noise)
+    always, never = guided(net, cond, null, 5), guided(net, cond, null, 1)
+    inside = guided(net, cond, null, 5, (0.5, 0.75))
+    for k, expected in enumerate((never, always, always, never)):
+        torch.testing.assert_close(inside(noise, t[k], s[k]), expected(noise, t[k], s[k]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("sampler", [Heun(), AdamsBashforth()])
+def test_samplers_of_an_ode_refuse_another_second_time(sampler):
+    check_sampler(sampler, (1, 1.0))
+    with pytest.raises(ValueError, match=r"s_ratio: 0\.5, but the sampler .* is valid for 1 only; set 1"):
+        check_sampler(sampler, (1, 0.5))
+    check_sampler(Renoise(), (0, 0.5, 1))
+
+
 def test_guidance_keeps_the_norm_of_the_conditional_velocity():
     net, x = GaussianNet(0), latents()
     cond, null = encode(["a cat"] * len(x)), encode([""] * len(x))
@@ -111,23 +151,26 @@ def exact(x_t: Packed, t: Tensor, s: Tensor) -> Tensor:
     return torch.from_numpy(reference.gaussian_velocity(x_t.tokens.numpy(), float(t[0]), MEAN, COVARIANCE))
 
 
-def error_of_euler(num_steps: int) -> float:
+def error_of(sampler: Sampler, num_steps: int) -> float:
     """Distance of the sampler's affine map from the one that carries noise to data, without any sampling noise.
 
-    Euler on a Gaussian is an affine map of the noise, so three points determine it: its mean and its covariance.
+    The steps on a Gaussian are an affine map of the noise, so three points determine it: its mean and its covariance.
     """
     points = packed(torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64), [(1, 1)] * 3)
-    origin, *columns = Euler()(exact, points, *flow.sampling_times(num_steps, 0, points), IMAGES).numpy()
+    origin, *columns = sampler(exact, points, *flow.sampling_times(num_steps, 1, points), IMAGES).numpy()
     root = np.stack([column - origin for column in columns], axis=1)
     return np.abs(origin - MEAN).max() + np.abs(root @ root.T - COVARIANCE).max()
 
 
-def test_euler_converges_to_the_data_at_first_order():
-    errors = [error_of_euler(n) for n in (16, 32, 64, 128, 256)]
+@pytest.mark.parametrize(
+    ("sampler", "order", "last"), [(Euler(), 1, 1e-2), (Heun(), 2, 1e-4), (AdamsBashforth(), 2, 1e-4)]
+)
+def test_a_sampler_of_an_ode_converges_to_the_data_at_its_order(sampler, order, last):
+    errors = [error_of(sampler, n) for n in (16, 32, 64, 128, 256)]
     orders = [math.log2(a / b) for a, b in pairwise(errors)]
-    assert errors[-1] < 0.01
+    assert errors[-1] < last
     assert all(a > b for a, b in pairwise(errors))
-    assert orders[-1] == pytest.approx(1, abs=0.1)
+    assert orders[-1] == pytest.approx(order, abs=0.1)
 
 
 def moments_of_ancestral(num_steps: int) -> tuple[np.ndarray, np.ndarray]:

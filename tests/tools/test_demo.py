@@ -63,7 +63,14 @@ def test_samplers_and_checkpoints_of_the_run(model):
     def image(sampler: str, checkpoint: str | None = None, eta: float = 1.0):
         return next(model.show("a cat", "", 2, 3, 7, sampler, eta, 0, checkpoint))[0].tobytes()
 
-    assert model.samplers() == ["tests.helpers.samplers.Midpoint", "half", "renoise", "euler"]
+    assert model.samplers() == [
+        "tests.helpers.samplers.Midpoint",
+        "half",
+        "renoise",
+        "euler",
+        "heun",
+        "adams_bashforth",
+    ]
     assert model.checkpoints() == ["step_00000024", "step_00000012"]
     assert (model.defaults.cfg_scale, model.defaults.s_ratio) == (3.0, 0.25)  # the first of each list
 

@@ -60,7 +60,7 @@ def trained(tmp_path_factory) -> tuple[Path, Path]:
     (folder / "prompts.jsonl").write_text(
         '{"prompt": "a cup of coffee", "num_steps": [1, 3], "num_samples": 2}\n'
         '{"prompt": "an astronaut", "negative_prompt": "a cat", "cfg_scale": 3, "seed": 7, "num_steps": 2, '
-        '"eta": 0.5, "s_ratio": 0.25}\n'
+        '"eta": 0.5, "s_ratio": 0.25, "guidance_interval": [0.4, 0.6]}\n'
     )
     paths = f"inferencer.ckpt_dir={folder}/checkpoints", f"inferencer.output_dir={folder}/images"
     prompts = f"inferencer.defaults.prompt_file={folder}/prompts.jsonl"
@@ -99,7 +99,10 @@ def generate(pipeline, prompt="a cup of coffee", **changes) -> np.ndarray:
 
 
 def test_images_of_the_exported_pipeline_are_those_of_infer(pipeline, trained):
-    """From settings alone, with guidance, negative prompts, second samples and fresh noise; without code of selfe."""
+    """From settings alone, with guidance in an interval, negative prompts, second samples and fresh noise.
+
+    Without code of selfe.
+    """
     _, images = trained
     assert not [name for name in pipeline.components if "selfe" in type(getattr(pipeline, name)).__module__.split(".")]
     for line in [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()]:
@@ -111,6 +114,7 @@ def test_images_of_the_exported_pipeline_are_those_of_infer(pipeline, trained):
             guidance_scale=line["cfg_scale"],
             s_ratio=line["s_ratio"],
             eta=line["eta"],
+            guidance_interval=line.get("guidance_interval"),
             seed=line["seed"],
             negative_prompt=line["negative_prompt"],
         )
@@ -264,6 +268,7 @@ def test_habits_of_diffusers(pipeline):
         ({"guidance_scale": "5"}, "guidance_scale: expected a number, got str"),
         ({"s_ratio": 2}, "s_ratio: 2.0 is not between 0 and 1"),
         ({"eta": float("nan")}, "eta: nan is not between 0 and 1"),
+        ({"guidance_interval": (0.5, 0.1)}, r"guidance_interval: \[0.5, 0.1\] is no interval"),
         ({"height": 0}, "height 0 and width 64 must be positive"),
         ({"height": 100}, "height: 100 is not a multiple of 16"),
         ({"height": 96.0}, "height: expected an integer, got float"),

@@ -22,6 +22,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 # selfe/io/sampling_limits.py, which `selfe export` copies beside this file
 from .selfe_limits import (
+    check_interval,
     check_multiple,
     check_range,
     check_size,
@@ -33,6 +34,7 @@ from .selfe_limits import (
 
 PATCH = 2
 PAD_MULTIPLE, CLIP_TOKENS = 32, 77  # as in selfe.encoders.t5_clip: T5 pads to a multiple, CLIP to its 77 positions
+EDGE = 1e-4  # by which an interval of guidance is larger, because times are rounded
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # read now: diffusers may copy the code of another pipeline over these files later
 CODE = {name: (Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("pipeline.py", "selfe_limits.py")}
@@ -89,6 +91,7 @@ class SelfEPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         guidance_scale: float = 5.0,
         s_ratio: float = 0.0,
         eta: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
         seed: int = 0,
         negative_prompt=None,
         num_images_per_prompt: int = 1,
@@ -111,6 +114,7 @@ class SelfEPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
             guidance_scale: scale of energy-preserving classifier-free guidance; 1 disables it.
             s_ratio: secondary time s of a step, from its end (0, few steps) to its start (1, flow matching).
             eta: share of fresh noise, from 0 (deterministic) to 1 (ancestral).
+            guidance_interval: times between which guidance applies, from 1, the first step, to 0; None: at all times.
             seed: noise is keyed by (seed, prompt, sample number), as in `selfe infer`.
             negative_prompt: a caption, or one per prompt, that replaces the null prompt of guidance.
             generator: a torch.Generator, or one per image, to draw all noise from instead of `seed`.
@@ -134,6 +138,7 @@ class SelfEPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         seed = whole_number("seed", seed)
         check_range("seed", seed)
         guidance, s_ratio, eta = self.checked_numbers(guidance_scale, s_ratio, eta)
+        check_interval("guidance_interval", guidance_interval)
         height, width = self.checked_size(height, width)
         max_tokens = self.checked_length(max_sequence_length)
         if output_type not in OUTPUT_TYPES:
@@ -175,7 +180,8 @@ class SelfEPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
                     return (callback_on_step_end(self, step, t, {"latents": x}) or {}).get("latents", x)
 
                 cond, null = conds[index // repeats], negatives[index // repeats]
-                x = self.denoise(x, cond, null, draw, num_steps, (height, width), guidance, s_ratio, eta, step_done)
+                guides = guidances(guidance, guidance_interval, num_steps)
+                x = self.denoise(x, cond, null, draw, guides, (height, width), s_ratio, eta, step_done)
                 check_finite(x, "the denoiser", prompts[index // repeats])
                 results.append(x)
 
@@ -316,10 +322,14 @@ class SelfEPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
 
     # ---- sampling ----
 
-    def denoise(self, x, cond, null, draw, num_steps, size, guidance, s_ratio, eta, step_done) -> torch.Tensor:
-        """Noise (1, n, channels) -> data. Each step predicts x0 and noise, and renoises with a share of fresh noise."""
+    def denoise(self, x, cond, null, draw, guidances, size, s_ratio, eta, step_done) -> torch.Tensor:
+        """Noise (1, n, channels) -> data. Each step predicts x0 and noise, and renoises with a share of fresh noise.
+
+        `guidances`: the scale of guidance of each step.
+        """
+        num_steps = len(guidances)
         t = self.times(num_steps, x.shape[1])
-        for k in range(num_steps):
+        for k, guidance in enumerate(guidances):
             s = t[k + 1] + s_ratio * (t[k] - t[k + 1])
             v = self.velocity(x, t[k], s, cond, size)
 
@@ -438,6 +448,12 @@ def checked_generators(generator, count: int) -> list[torch.Generator | None]:
         if each is not None and not isinstance(each, torch.Generator):
             raise ValueError(f"generator: expected torch.Generator, got {type(each).__name__}; for a number use seed")
     return generators
+
+
+def guidances(scale: float, interval: tuple[float, float] | None, num_steps: int) -> list[float]:
+    """The scale of guidance of each step, 1 outside of the interval; as selfe.samplers.guidance.is_inside."""
+    low, high = (0, 1) if interval is None else interval
+    return [scale if low - EDGE <= 1 - k / num_steps <= high + EDGE else 1 for k in range(num_steps)]
 
 
 def noise_keys(seed: int, prompts: list[str], negatives: list[str], repeats: int) -> list[tuple[int, str, int]]:
