@@ -186,6 +186,30 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--table", type=path, action="append", metavar="FILE", help=table_help)
 
 
+def tune_sampler(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s CONFIG_OR_RUN [NGPUS] [key=value ...] --metric EXTRACTOR/METRIC --budget IMAGES [options]"
+    parser.add_argument(
+        "config",
+        type=path,
+        metavar="CONFIG_OR_RUN",
+        help="a sampling config with a section evaluation, or the output folder of a training run",
+    )
+    parser.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--metric", required=True, metavar="EXTRACTOR/METRIC", help="such as dino/fd")
+    parser.add_argument("--budget", type=int, required=True, metavar="IMAGES", help="images to generate at most")
+    parser.add_argument(
+        "--images", type=int, default=500, metavar="N", help="images of a candidate (default %(default)s)"
+    )
+    parser.add_argument("--steps", default="1,2,4,8,32", metavar="N,...", help="numbers of steps (default %(default)s)")
+    parser.add_argument("--out", type=path, default=Path("preset.yaml"), metavar="FILE", help="default %(default)s")
+    parser.add_argument("--settings", type=path, metavar="FILE", help="a YAML file with a section evaluation")
+    for flag, name in (("--guidance", "cfg_scale"), ("--s-ratio", "s_ratio"), ("--eta", "eta")):
+        parser.add_argument(flag, dest=name, metavar="X,...", help="values to try")
+    interval_help = "intervals of guidance to try, such as none,0:0.8,0.2:1"
+    parser.add_argument("--interval", dest="guidance_interval", metavar="LOW:HIGH,...", help=interval_help)
+    trust(parser)
+
+
 def trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust", action="store_true", help="allow the run's config.yaml to run code that is not part of selfe"
@@ -375,6 +399,13 @@ VERBS = {
         evaluate,
         "A config is sampled first, as far as images are missing. Run the same command again to resume.\n"
         "Keys of the section evaluation, also of extractors of your own: docs/evaluation.md",
+    ),
+    "tune-sampler": Verb(
+        "selfe.tools.tune_sampler",
+        "Search the best guidance, s ratio, eta and guidance interval for each number of sampling steps.",
+        tune_sampler,
+        "The result is a preset file (inferencer.defaults.preset). Run the same command again to resume.\n"
+        "What is varied, and how: docs/sampling.md",
     ),
     "plan": Verb(
         "selfe.tools.plan.command",

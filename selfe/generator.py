@@ -96,6 +96,7 @@ class Generator:
         height: int | None = None,
         width: int | None = None,
         sampler: Sampler = DEFAULTS.sampler,
+        preset: str | Path | None = None,
         negative_prompt: str = "",
         batch_size: int = 16,
     ) -> list[Image.Image]:
@@ -107,6 +108,7 @@ class Generator:
             guidance_interval: times between which guidance applies, from 1, the first step, to 0; None: at all times.
             sample: number of the image of this prompt and seed.
             height: pixels; None: that of `size`, as for the width.
+            preset: file of `selfe tune-sampler`, which replaces guidance, s ratio and sampler.
             negative_prompt: replaces the null prompt in guidance.
             batch_size: maximum number of images in a batch.
 
@@ -125,12 +127,14 @@ class Generator:
             width=width or self.size[1],
             sampler=sampler,
             negative_prompt=negative_prompt,
+            preset=None if preset is None else Path(preset),
         )
         for name in ("num_steps", "cfg_scale", "s_ratio"):
             if isinstance(getattr(settings, name), (tuple, list)):
                 raise ValueError(f"{name}: give one value, got {getattr(settings, name)}")
         requests = prompt_lists.from_list(prompts, settings, self.system.autoencoder.multiple)
         prompts = [request.prompt for request in requests]
+        (variant,) = settings.variants()
 
         images = []
         for first in range(0, len(prompts), batch_size):
@@ -140,11 +144,7 @@ class Generator:
                 batch,
                 [(settings.height, settings.width)] * len(batch),
                 SampleRNG.of_images([(seed, prompt, sample) for prompt in batch]),
-                sampler=sampler,
-                num_steps=num_steps,
-                cfg_scale=cfg_scale,
-                s_ratio=s_ratio,
-                guidance_interval=guidance_interval,
+                **variant._asdict(),
                 negative_prompts=[negative_prompt] * len(batch),
             )
         return [image_encode.to_image(image) for image in images]

@@ -65,6 +65,7 @@ EDGES = {
 EDGES["train"] = set(EDGES) - {"cli", "inference", "gallery"}
 EDGES["infer"] = set(EDGES) - {"cli", "train", "training"}
 EDGES["evaluate"] = set(EDGES) - {"cli", "train", "training"}
+EDGES["tune_sampler"] = set(EDGES) - {"cli", "train"}
 EDGES["tools"] = set(EDGES) - {"cli"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 ABSTRACT = BucketedDataset, FlowMap  # what parts have in common

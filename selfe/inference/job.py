@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
@@ -25,7 +24,7 @@ from PIL import Image
 from selfe import config
 from selfe.balance import pack_greedy
 from selfe.errors import UserError
-from selfe.inference.prompts import Request, SamplingDefaults, sampler_name, shorten, sweep
+from selfe.inference.prompts import Request, sampler_name, shorten
 from selfe.io import image_encode
 from selfe.io.folder_lock import FolderLock
 from selfe.protocols import Denoiser, Sampler
@@ -139,7 +138,7 @@ def plan(requests: Sequence[Request], weights: Sequence[Weights], layout: Layout
         same = (request.prompt, repr(vars(settings) | sampler_record(settings.sampler)))
         first = settings.first_sample
 
-        for i, kind, cfg_scale, s_ratio, num_steps in product(range(settings.num_samples), weights, *sweeps(settings)):
+        for i, kind, variant in product(range(settings.num_samples), weights, settings.variants()):
             facts = {
                 "prompt": request.prompt,
                 "negative_prompt": settings.negative_prompt,
@@ -147,12 +146,8 @@ def plan(requests: Sequence[Request], weights: Sequence[Weights], layout: Layout
                 "sample": first + taken[same] + i,
                 "height": settings.height,
                 "width": settings.width,
-                "num_steps": num_steps,
-                "cfg_scale": cfg_scale,
-                "s_ratio": s_ratio,
-                "sampler": settings.sampler,
                 "weights": kind,
-                "guidance_interval": settings.guidance_interval,
+                **variant._asdict(),
                 "category": request.category,
             }
 
@@ -167,15 +162,11 @@ def plan(requests: Sequence[Request], weights: Sequence[Weights], layout: Layout
     return list(specs.values())
 
 
-def sweeps(settings: SamplingDefaults) -> tuple[tuple, tuple, tuple]:
-    return sweep(settings.cfg_scale), sweep(settings.s_ratio), sweep(settings.num_steps)
-
-
 def check_number(requests: Sequence[Request], num_weights: int) -> None:
     """Raise `UserError` at the request that exceeds the maximum number of images."""
     asked = 0
     for request in requests:
-        asked += request.settings.num_samples * num_weights * math.prod(map(len, sweeps(request.settings)))
+        asked += request.settings.num_samples * num_weights * request.settings.num_variants
         if asked > MOST:
             raise UserError(
                 f"{request.where}: more than {MOST:,} images up to here; split the prompts into several jobs"

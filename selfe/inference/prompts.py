@@ -10,11 +10,13 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from selfe import compare, config
 from selfe.errors import UserError
+from selfe.inference import presets
 from selfe.io import text_files
 from selfe.io.sampling_limits import (
     check_interval,
@@ -26,12 +28,14 @@ from selfe.io.sampling_limits import (
 )
 from selfe.protocols import Sampler
 from selfe.samplers.cost import check_sampler
+from selfe.samplers.guidance import Interval
 from selfe.samplers.renoise import Renoise
 
 SHIPPED = ("renoise", "euler", "heun", "adams_bashforth")  # samplers of this package
 
 # TSV columns that are plain text, not JSON
 TEXT_KEYS = ("prompt", "negative_prompt", "category", "aspect", "sampler", "path")
+PRESET_KEYS = frozenset(("cfg_scale", "s_ratio", "guidance_interval", "sampler"))  # what a preset sets
 GENEVAL_KEYS = ("tag", "include", "exclude")
 
 
@@ -55,6 +59,9 @@ class SamplingDefaults:
     # how images are sampled
     sampler: Sampler = Renoise()  # noqa: RUF009 - it has no state
     samplers: dict[str, Sampler] = field(default_factory=dict)  # further samplers, by the name that a prompt line uses
+    # file of selfe tune-sampler, whose settings for each number of steps replace cfg_scale, s_ratio, guidance_interval
+    # and sampler
+    preset: Path | None = None
 
     def __post_init__(self):
         for name in ("num_steps", "num_samples", "first_sample", "seed", "cfg_scale", "s_ratio"):
@@ -68,8 +75,34 @@ class SamplingDefaults:
 
         check_interval("guidance_interval", self.guidance_interval)
         check_sampler(self.sampler, sweep(self.s_ratio))
+        if self.preset is not None:
+            presets.read(self.preset)
         check_size(self.height, self.width)
         check_text("negative_prompt", self.negative_prompt)
+
+    @property
+    def num_variants(self) -> int:
+        """The number of `variants`."""
+        others = () if self.preset is not None else (self.cfg_scale, self.s_ratio)
+        return math.prod(len(sweep(value)) for value in (self.num_steps, *others))
+
+    def variants(self) -> list[Variant]:
+        """All combinations of a sweep, or those of the preset."""
+        if self.preset is not None:
+            chosen = [(count, presets.nearest(presets.read(self.preset), count)) for count in sweep(self.num_steps)]
+            return [Variant(at.cfg_scale, at.s_ratio, count, at.guidance_interval, at.sampler) for count, at in chosen]
+        values = product(sweep(self.cfg_scale), sweep(self.s_ratio), sweep(self.num_steps))
+        return [Variant(*numbers, self.guidance_interval, self.sampler) for numbers in values]
+
+
+class Variant(NamedTuple):
+    """The settings that an image is sampled with."""
+
+    cfg_scale: float
+    s_ratio: float
+    num_steps: int
+    guidance_interval: Interval | None
+    sampler: Sampler
 
 
 @dataclass(frozen=True)
@@ -174,6 +207,8 @@ def request(where: str, keys: dict, defaults: SamplingDefaults, multiple: int) -
     name, eta = given.pop("sampler", None), given.pop("eta", None)
     if name is not None or eta is not None:
         given["sampler"] = sampler_of(name, eta, defaults)
+    if given.keys() & PRESET_KEYS:
+        given["preset"] = None  # a line that sets one of them sets all
     if aspect := given.pop("aspect", None):
         if "height" in given or "width" in given:
             raise ValueError("aspect: give either aspect, or height and width")

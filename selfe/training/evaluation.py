@@ -45,6 +45,9 @@ class TrainingEvaluation(MetricSettings):
     """Evaluation of the EMA weights during training, always with the same prompts and the same noise."""
 
     section: ClassVar[str] = "trainer.evaluate"
+    # how messages call the number of images and the prompts
+    images_key: ClassVar[str] = "trainer.evaluate.num_images"
+    prompts_key: ClassVar[str] = "trainer.evaluate.prompt_file"
 
     every: int = 5000  # steps between evaluations
     num_images: int = 1000  # images for each number of sampling steps
@@ -101,18 +104,23 @@ class Evaluator:
         system.check_sampling(cfg.sampler, cfg.s_ratio)
         self.reference = measure.open_reference(cfg, cfg.size)
         check_neighbours(cfg, self.names, self.reference)
-        requests = choose_prompts(cfg, self.reference, system.autoencoder.multiple)
-        self.captions = list(dict.fromkeys(request.prompt for request in requests))
-        self.categories = list(dict.fromkeys(request.category for request in requests if request.category))
-
-        # a list of images for each number of steps
-        specs = job.plan(requests, ("ema",), "flat", image_encode.SUFFIXES["png"])
-        self.specs = [[spec for spec in specs if spec.num_steps == count] for count in sorted(cfg.num_steps)]
+        self.requests = choose_prompts(cfg, self.reference, system.autoencoder.multiple)
+        self.captions = list(dict.fromkeys(request.prompt for request in self.requests))
+        self.categories = list(dict.fromkeys(request.category for request in self.requests if request.category))
+        self.specs = self.plan(cfg.sampling())
 
         # by extractor
         self.records: dict[str, dict[str, Any]] = {}
         self.constant: dict[str, Extracted] = {}  # features of the reference and of the captions
         self.generated: dict[str, FeatureFolder] = {}
+        self.keys: list[str] = []  # the values by which a checkpoint or a setting can be chosen
+
+    def plan(self, settings: SamplingDefaults, weights: str = "ema") -> list[list[ImageSpec]]:
+        """The images of all prompts with these settings, a list for each number of steps."""
+        requests = [replace(request, settings=settings) for request in self.requests]
+        specs = job.plan(requests, (weights,), "flat", image_encode.SUFFIXES["png"])
+        counts = sorted({spec.num_steps for spec in specs})
+        return [[spec for spec in specs if spec.num_steps == count] for count in counts]
 
     def prepare(self) -> None:
         """Load the extractors, and compute the features of reference and captions that are missing.
@@ -129,7 +137,7 @@ class Evaluator:
         for first in range(0, len(self.captions), cfg.batch_size):
             self.system.encode({"cond": self.captions[first : first + cfg.batch_size], "null": [""]})
 
-        measured, keys = [], []  # metrics, and the values that keep_best may name
+        measured: list[str] = []
         for name, extractor in cfg.extractors.items():
             record = collectives.broadcast(extractor.record() if world.is_main else None, world)
             constant, generated = (
@@ -152,14 +160,14 @@ class Evaluator:
             ordered = [metric for metric in possible if metric not in NEITHER]
             measured += possible
             for value in metrics.value_names(ordered, outputs, self.categories, cfg):
-                keys += [key_of(name, value, count) for count in cfg.num_steps]
+                self.keys += [key_of(name, value, count) for count in cfg.num_steps]
 
         if not measured:
             raise UserError(
                 f"{cfg.section}.metrics: none can be computed; set a reference, or num_samples to 2 or more"
             )
-        if cfg.keep_best is not None and cfg.keep_best not in keys:
-            hint = config.suggest(cfg.keep_best, keys)
+        if cfg.keep_best is not None and cfg.keep_best not in self.keys:
+            hint = config.suggest(cfg.keep_best, self.keys)
             raise UserError(f"{cfg.section}.keep_best: {cfg.keep_best!r} is no value to choose by{hint}")
 
     def is_missing(self, done: int) -> bool:
@@ -180,15 +188,24 @@ class Evaluator:
 
     def run(self, net: nn.Module, done: int) -> Evaluation | None:
         """Evaluate the weights `net` after `done` training steps. The result is on rank 0."""
+        return self.evaluate(net, self.specs, {"step": done, "fingerprint": state.fingerprint(net)})
+
+    def evaluate(
+        self, net: nn.Module, groups: Sequence[Sequence[ImageSpec]], weights: dict[str, Any]
+    ) -> Evaluation | None:
+        """Evaluate images, each group of one sampling setting. The result is on rank 0.
+
+        Args:
+            weights: facts about `net` for the record: step and fingerprint.
+        """
         world = self.world
         self.remove_generated()
         collectives.barrier()
 
         # generate the images, and keep the features of each batch in a file
-        weights = {"step": done, "fingerprint": state.fingerprint(net)}
-        cells = [cell_of(specs, weights, self.folder) for specs in self.specs]
+        cells = [cell_of(specs, weights, self.folder) for specs in groups]
         chunks = {name: [self.chunks(name, cell) for cell in cells] for name in self.generated}
-        for number, specs in enumerate(self.specs):
+        for number, specs in enumerate(groups):
             self.generate(net, specs, {name: of_cells[number] for name, of_cells in chunks.items()})
         collectives.barrier()
 
@@ -293,21 +310,19 @@ def choose_prompts(cfg: TrainingEvaluation, reference: ImageSet | None, multiple
     defaults, section = cfg.sampling(), cfg.section
     num_prompts = cfg.num_images // cfg.num_samples
     if cfg.prompt_file is None and reference is None:
-        raise UserError(f"{section}.prompt_file: missing; without a reference, the prompts are read from a file")
+        raise UserError(f"{cfg.prompts_key}: missing; without a reference, the prompts are read from a file")
 
     source = cfg.prompt_file or cfg.reference
     if cfg.prompt_file is None:
         indices = image_sets.evenly_spaced(len(reference), num_prompts)
         captions = {index: reference.caption(index) for index in indices}
         if not any(captions.values()):
-            raise UserError(f"{section}.prompt_file: missing; the images of {source} have no captions")
+            raise UserError(f"{cfg.prompts_key}: missing; the images of {source} have no captions")
         lines = ((f"{source}, image {index + 1}", {"prompt": caption}) for index, caption in captions.items())
         requests = prompts.collect(lines, defaults, multiple)
     else:
         if not source.is_file():
-            raise UserError(
-                f"{section}.prompt_file: {source}: no such file; relative paths start from the current folder"
-            )
+            raise UserError(f"{cfg.prompts_key}: {source}: no such file; relative paths start from the current folder")
         requests = prompts.from_file(source, defaults, multiple)
         requests = [requests[index] for index in image_sets.evenly_spaced(len(requests), num_prompts)]
 
@@ -318,7 +333,7 @@ def choose_prompts(cfg: TrainingEvaluation, reference: ImageSet | None, multiple
             )
     if len(requests) < num_prompts:
         raise UserError(
-            f"{section}.num_images: {cfg.num_images} images, {cfg.num_samples} of a prompt, need {num_prompts} "
-            f"prompts, but {source} has {len(requests)}; lower num_images, or raise num_samples"
+            f"{cfg.images_key}: {cfg.num_images} images, {cfg.num_samples} of a prompt, need {num_prompts} "
+            f"prompts, but {source} has {len(requests)}; ask for fewer images, or for more of a prompt"
         )
     return requests
