@@ -9,6 +9,9 @@ from typing import Any
 from selfe import compare, config
 
 
+SAMPLING = ("num_steps", "cfg_scale", "s_ratio", "guidance_interval", "sampler")  # settings of sample grids
+
+
 def load_settings(path: Path, trust: bool) -> dict:
     """Settings of a run's `config.yaml`, with the pretrained encoders of this machine and without feature caches.
 
@@ -37,7 +40,7 @@ def image_size(settings: dict) -> tuple[int, int] | None:
 def sampling_defaults(settings: dict) -> dict[str, Any]:
     """Values of `inferencer.defaults` that a run's settings ask for: its inferencer's, otherwise its sample grids'."""
     grids = settings.get("trainer", {}).get("samples", {})
-    shared = {name: grids[name] for name in ("num_steps", "cfg_scale", "s_ratio", "sampler") if name in grids}
+    shared = {name: grids[name] for name in SAMPLING if name in grids}
     return shared | settings.get("inferencer", {}).get("defaults", {})
 
 
