@@ -8,7 +8,6 @@ from typing import Any
 
 from selfe import compare, config
 
-
 SAMPLING = ("num_steps", "cfg_scale", "s_ratio", "guidance_interval", "sampler")  # settings of sample grids
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from selfe import config, launch, recorded_run
 from selfe.errors import UserError
+from selfe.training.evaluation import TrainingEvaluation
 
 # settings that are varied, in this order
 GRID = {
@@ -19,6 +20,7 @@ GRID = {
     "guidance_interval": [None, [0.0, 0.8], [0.2, 1.0], [0.2, 0.8]],
 }
 SHARED = ("extractors", "reference", "base_dir", "reference_size", "reference_images", "reference_split")
+SAMPLED = ("num_samples", "seed", "cfg_scale", "s_ratio", "sampler")
 
 
 def main(options: argparse.Namespace) -> None:
@@ -49,7 +51,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 def of_run(folder: Path, trust: bool) -> tuple[Path, list[str]]:
-    """The config of a run, and what it lacks for a search: its checkpoints, image size, extractors and reference."""
+    """The config of a run, and overrides for a search: its checkpoints, and the images of its `trainer.evaluate`."""
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder}: has no config.yaml; give a sampling config or the output folder of a run")
@@ -60,17 +62,17 @@ def of_run(folder: Path, trust: bool) -> tuple[Path, list[str]]:
             "author of this file, repeat the command with --trust"
         )
 
-    overrides = [f"inferencer.ckpt_dir={json.dumps(str(folder / 'checkpoints'))}"]
-    overrides.append(f"inferencer.output_dir={json.dumps(str(folder / 'images'))}")
-    if size := recorded_run.image_size(tree):
-        overrides += [
-            f"inferencer.defaults.{name}={side}" for name, side in zip(("height", "width"), size, strict=True)
-        ]
+    values: dict[str, Any] = {"inferencer.ckpt_dir": folder / "checkpoints", "inferencer.output_dir": folder / "images"}
+    size = recorded_run.image_size(tree)
     trained = tree.get("trainer", {}).get("evaluate")
     if trained and "evaluation" not in tree:
-        shared = {name: trained[name] for name in SHARED if name in trained}
-        overrides.append(f"evaluation={json.dumps(config.plain(shared))}")
-    return path, overrides
+        values["evaluation"] = {name: trained[name] for name in SHARED if name in trained}
+        values["inferencer.defaults.prompt_file"] = trained.get("prompt_file")
+        values |= {f"inferencer.defaults.{name}": trained[name] for name in SAMPLED if name in trained}
+        size = trained.get("size", TrainingEvaluation.size)
+    if size:
+        values |= {"inferencer.defaults.height": size[0], "inferencer.defaults.width": size[1]}
+    return path, [f"{key}={json.dumps(config.plain(value))}" for key, value in values.items()]
 
 
 def grid(options: argparse.Namespace) -> dict[str, list]:

@@ -190,7 +190,7 @@ def test_it_equals_selfe_evaluate_of_the_checkpoint(straight, tmp_path, monkeypa
         ({"reference": str(PHOTOS)}, "evaluate.prompt_file: missing; the images of .* have no captions"),
         ({"reference": "nowhere.tsv"}, "trainer.evaluate.reference: nowhere.tsv: no such file"),
         ({"prompt_file": "nowhere.txt"}, "evaluate.prompt_file: nowhere.txt: no such file"),
-        ({"num_images": 40}, "num_images: 40 images, 1 of a prompt, need 40 prompts, but .* has 33; lower num_images"),
+        ({"num_images": 40}, "num_images: 40 images, 1 of a prompt, need 40 prompts, but .* has 33; ask for fewer"),
         ({"num_images": 9, "num_samples": 2}, "num_images: 9 is not a multiple of num_samples, 2"),
         ({"metrics": ["diversity"]}, "diversity compares images of one prompt; set num_samples"),
         ({"nearest_k": 9}, "nearest_k: 9 neighbours need more than 9 images in each set, got 9 generated images"),
