@@ -77,8 +77,8 @@ class Inferencer:
         # images to generate; the same list on every process
         requests = self.requests(system.autoencoder.multiple)
         for request in requests:
-            for s_ratio in prompts.sweep(request.settings.s_ratio):
-                system.check_sampling(request.settings.sampler, s_ratio)
+            for variant in request.settings.variants():
+                system.check_sampling(variant.sampler, variant.s_ratio)
         todo = job.plan(requests, self.kinds, self.layout, image_encode.SUFFIXES[self.format])
         if self.layout == "npz":
             check_one_size(todo)

@@ -127,11 +127,13 @@ def coordinate_search(
     most: int,
     measure: Callable[[Candidate], float],
     is_better: Callable[[float, float], bool],
+    is_valid: Callable[[Candidate], bool] = lambda candidate: True,
 ) -> tuple[Candidate, float, int]:
     """Vary one setting after the other, keep the best value of each, and repeat until nothing changes.
 
     Args:
         most: candidates that may be measured.
+        is_valid: whether a candidate can be sampled with; `start` has to be valid.
 
     Returns:
         The best candidate, its value, and how many candidates were measured.
@@ -144,6 +146,8 @@ def coordinate_search(
         for name, options in grid.items():
             for option in options:
                 candidate = replace(best, **{name: option}).normal(num_steps)
+                if not is_valid(candidate):
+                    continue
                 if candidate not in values:
                     if len(values) == most:
                         return best, values[best], most
@@ -246,6 +250,7 @@ def run(
             search.most_candidates,
             partial(measured, num_steps),
             partial(results.is_better, metric),
+            partial(suits, system),
         )
         interval = best.guidance_interval
         chosen[num_steps] = Preset(best.cfg_scale, best.s_ratio, interval, Renoise(best.eta), value)
@@ -256,6 +261,15 @@ def run(
             steps = log.count(num_steps, "step", "steps")
             log.print_line(f"{steps}: {search.metric} {preset.value:.5g}, from {start_value:.5g} at the start")
         log.print_line(f"{out}: use it with inferencer.defaults.preset={out}")
+
+
+def suits(system: System, candidate: Candidate) -> bool:
+    """Whether the model of an objective can be sampled with these settings."""
+    try:
+        system.check_sampling(Renoise(candidate.eta), candidate.s_ratio)
+    except UserError:
+        return False
+    return True
 
 
 def digest(value: Any) -> str:

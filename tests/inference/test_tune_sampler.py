@@ -65,6 +65,20 @@ def test_each_setting_is_varied_until_nothing_changes():
     assert searched(3) == (Candidate(3.0, 0.0, 1.0, None), distance(Candidate(3.0, 0.0, 1.0, None)), 3)
 
 
+def test_settings_that_do_not_suit_the_model_are_left_out():
+    """As fresh noise does not suit a flow map."""
+    tried = []
+
+    def measure(candidate: Candidate) -> float:
+        tried.append(candidate)
+        return -candidate.eta
+
+    grid, start = {"eta": [0.0, 0.5, 1.0]}, Candidate(1.0, 0.0, 0.0, None)
+    most = {"most": 10, "measure": measure, "is_better": lambda value, than: value < than}
+    assert coordinate_search(4, start, grid, is_valid=lambda candidate: candidate.eta < 1, **most)[0].eta == 0.5
+    assert [candidate.eta for candidate in tried] == [0.0, 0.5]
+
+
 def test_candidates_that_generate_the_same_images_are_one():
     assert Candidate(5.0, 0.5, 0.7, (0.2, 0.8)).normal(1) == Candidate(1.0, 0.5, 0.0, None)
     assert Candidate(5.0, 0.5, 0.7, (0.2, 1.0)).normal(4) == Candidate(5.0, 0.5, 0.7, None)
