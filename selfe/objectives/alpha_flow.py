@@ -24,7 +24,7 @@ from selfe.types import MOST_STEPS, Packed, check_range
 
 
 class AlphaFlow(FlowMap):
-    """| V - (a v + (1 - a) sg V(x_m, m, s)) |^2 / a, weighted by the inverse of itself."""
+    """The square of V - (a v + (1 - a) sg V(x_m, m, s)), divided by a and weighted by the inverse of itself."""
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ SMALL = 1e-5  # added to a loss by which is divided, as in the code
 
 
 class AnyFlow(FlowMap):
-    """| V_f - (v - (t - s) sg(dV/dt) / w) |^2; rows with s < t as large as those with s = t."""
+    """The square of V_f - (v - (t - s) sg(dV/dt) / w); rows with s < t as large as those with s = t."""
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ from selfe.types import Packed, check_range
 
 
 class MeanFlow(FlowMap):
-    """| V + (t - s) sg(dV/dt) - v |^2, weighted by the inverse of itself."""
+    """The square of V + (t - s) sg(dV/dt) - v, weighted by the inverse of itself."""
 
     def __init__(
         self,

@@ -23,7 +23,7 @@ from selfe.types import MOST_STEPS, Packed, check_range
 
 
 class SoFlow(FlowMap):
-    """| V - sg(V + R) |^2 / 2, R the difference quotient of the solutions from t and from l."""
+    """Half of the square of V - sg(V + R), R the difference quotient of the solutions from t and from l."""
 
     def __init__(
         self,

@@ -21,7 +21,7 @@ from selfe.types import Packed, check_range
 
 
 class TransitionModel(FlowMap):
-    """| V - (v - (t - s) sg(dV/dt)) |^2, weighted by time and by the inverse of itself."""
+    """The square of V - (v - (t - s) sg(dV/dt)), weighted by time and by the inverse of itself."""
 
     def __init__(
         self,

@@ -299,7 +299,7 @@ def part(name: str) -> dict:
 BACKBONE = {"width": 48, "num_heads": 2, "num_double_blocks": 1, "num_single_blocks": 1, "rope_axes": [4, 8, 12]}
 SMALL = [f"system.backbone.params.{name}={json.dumps(value)}" for name, value in BACKBONE.items()]
 SMALL += ["system.backbone.params.learned_grid=null", "system.backbone.params.time_scale=1.0"]
-SMALL += ["trainer.total_batch_size=16", "trainer.micro_batch_size=4", "trainer.checkpoint_every=2"]
+SMALL += ["trainer.total_batch_size=8", "trainer.micro_batch_size=4", "trainer.checkpoint_every=2"]
 
 
 def train(world: World, objective: dict, folder: str) -> None:
