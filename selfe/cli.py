@@ -323,6 +323,8 @@ def export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=("safetensors", "diffusers"), default="safetensors")
     adapter_help = "write only the low-rank matrices of a fine-tuning run, for PEFT or diffusers (docs/fine_tuning.md)"
     parser.add_argument("--adapter-only", action="store_true", help=adapter_help)
+    preset_help = "settings for each number of steps, of selfe tune-sampler, which become part of the exported folder"
+    parser.add_argument("--preset", type=path, metavar="FILE", help=preset_help)
     trust(parser)
 
 
@@ -351,6 +353,7 @@ def demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     trust(parser)
     parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--preset", type=path, metavar="FILE", help="of selfe tune-sampler (default: the run's)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     parser.add_argument(
         "--listen-on-all-interfaces", action="store_true", help="accept other machines; there is no password"

@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from selfe.checkpoint import verify
 from selfe.checkpoint.weights import is_export
 from selfe.errors import UserError
 from selfe.generator import Generator
-from selfe.inference import prompts
+from selfe.inference import presets, prompts
 from selfe.inference.prompts import SamplingDefaults
 from selfe.io.sampling_limits import normal_prompt
 from selfe.samplers.euler import Euler
@@ -46,9 +47,15 @@ PIXELATED = "#image img, #strip img { image-rendering: pixelated; }"
 class DemoModel:
     """Images of a generator with the time that they took, for the page."""
 
-    def __init__(self, generator: Generator):
+    def __init__(self, generator: Generator, preset: Path | None = None):
+        """
+        Args:
+            preset: file of `selfe tune-sampler`; None: that of the run's config, if it has one.
+        """
         self.generator = generator
         self.defaults = sampling_defaults(generator.settings, *generator.size)
+        if preset is not None:
+            self.defaults = replace(self.defaults, preset=preset)
         flow_map = getattr(generator.system.objective, "flow_map", False)
         if flow_map and "sampler" not in recorded_run.sampling_defaults(generator.settings):
             self.defaults = replace(self.defaults, sampler=Euler())  # the default adds fresh noise
@@ -102,6 +109,7 @@ class DemoModel:
             cfg_scale=settings.cfg_scale,
             s_ratio=settings.s_ratio,
             guidance_interval=settings.guidance_interval,
+            preset=settings.preset,
             seed=settings.seed,
             sampler=settings.sampler,
             negative_prompt=settings.negative_prompt,
@@ -119,12 +127,14 @@ class DemoModel:
         eta: float,
         s_ratio: float,
         checkpoint: str | None = None,
+        preset: bool = True,
     ) -> Iterator[tuple[Image.Image, str, list[tuple[Image.Image, str]]]]:
         """Yields image, time and strip as they become available; the strip has the same noise in 1, 2, 4 and 8 steps.
 
         Args:
             eta: of samplers that have this parameter.
             checkpoint: its name; None: the current one.
+            preset: take guidance, sampler and s ratio from the preset, if there is one.
 
         Raises:
             UserError: a value is out of range.
@@ -143,6 +153,7 @@ class DemoModel:
                 seed=int(seed),
                 s_ratio=float(s_ratio),
                 sampler=chosen,
+                preset=self.defaults.preset if preset else None,
             )
         except (TypeError, ValueError, config.Problem) as error:
             raise UserError(str(error)) from error
@@ -234,6 +245,10 @@ def controls(model: DemoModel) -> tuple[dict[str, Any], Any, Any]:
         shuffle = gr.Button("Random seed", min_width=120, elem_id="shuffle")
     generate = gr.Button("Generate", variant="primary", elem_id="draw")
 
+    if defaults.preset is not None:
+        label = f"Guidance, sampler and s ratio of {defaults.preset.name} for each number of steps"
+        inputs["preset"] = gr.Checkbox(True, label=label, elem_id="preset")
+
     with gr.Accordion("More", open=False):
         current = model.generator.path.name
         inputs["checkpoint"] = gr.Dropdown(model.checkpoints(), value=current, label="Checkpoint", elem_id="checkpoint")
@@ -296,6 +311,9 @@ def main(options: argparse.Namespace) -> None:
         raise UserError(f"{error.name} is not installed; {remedy}") from error
     check_address(options.port, options.listen_on_all_interfaces)
 
+    if options.preset is not None:
+        presets.read(options.preset)
+
     size = tuple(options.size) if options.size else None
     generator = Generator(options.ckpt, options.config, options.weights, options.precision, options.trust, size)
-    serve(DemoModel(generator), options.port, options.listen_on_all_interfaces, block=True)
+    serve(DemoModel(generator, options.preset), options.port, options.listen_on_all_interfaces, block=True)

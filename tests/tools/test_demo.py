@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,18 @@ def test_samplers_and_checkpoints_of_the_run(model):
     with pytest.raises(UserError, match=r"no complete checkpoint '../elsewhere'; choose another one"):
         image("euler", "../elsewhere")
     assert image("euler") == images["euler"]
+
+
+def test_a_preset_takes_the_place_of_the_controls(model, tmp_path, monkeypatch):
+    def image(cfg_scale: float, sampler: str, s_ratio: float, preset: bool = True) -> bytes:
+        return next(model.show("a cat", "", 2, cfg_scale, 7, sampler, 1, s_ratio, preset=preset))[0].tobytes()
+
+    file = tmp_path / "preset.yaml"
+    file.write_text("presets: {2: {cfg_scale: 3, s_ratio: 0.5, sampler: {module: selfe.samplers.euler.Euler}}}")
+    expected = image(3, "euler", 0.5)
+    monkeypatch.setattr(model, "defaults", replace(model.defaults, preset=file))
+    assert image(1, "renoise", 0) == expected
+    assert image(1, "renoise", 0, preset=False) != expected
 
 
 @pytest.mark.parametrize(

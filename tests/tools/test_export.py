@@ -126,6 +126,36 @@ def test_images_of_the_exported_pipeline_are_those_of_infer(pipeline, trained):
         assert (difference > 0).mean() < 0.001
 
 
+def test_a_preset_becomes_part_of_the_exported_folder(trained, pipeline, tmp_path):
+    sampler = "{module: selfe.samplers.renoise.Renoise, params: {eta: 0.5}}"
+    preset = tmp_path / "tuned.yaml"
+    preset.write_text(
+        f"presets: {{2: {{cfg_scale: 3, s_ratio: 0.5, guidance_interval: [0.6, 1], sampler: {sampler}}}}}"
+    )
+    given = [str(trained[0] / "checkpoints"), "--preset", str(preset), "--dtype", "fp32"]
+    cli.run(["export", *given, str(tmp_path / "folder")])
+    defaults = config.load(tmp_path / "folder/config.yaml")["inferencer"]["defaults"]
+    assert defaults["preset"].read_text() == preset.read_text()
+
+    # diffusers: the index, read by the class of the file
+    index = command.pipeline_preset(preset)
+    settings = {"guidance_scale": 3.0, "s_ratio": 0.5, "eta": 0.5, "guidance_interval": [0.6, 1.0]}
+    assert index == {"2": settings}
+    pipeline.register_to_config(preset=index)
+    try:
+        assert np.array_equal(generate(pipeline), generate(pipeline, **settings))
+        assert not np.array_equal(generate(pipeline), generate(pipeline, eta=1.0))
+        pipeline.save_pretrained(tmp_path / "saved")
+        assert loaded(tmp_path / "saved").config.preset == index
+    finally:
+        pipeline.register_to_config(preset=None)
+
+    preset.write_text("presets: {4: {cfg_scale: 3, s_ratio: 1, sampler: {module: selfe.samplers.heun.Heun}}}")
+    with pytest.raises(UserError, match=r"presets.4: the exported pipeline has the samplers Renoise and Euler only"):
+        cli.run(["export", *given, str(tmp_path / "pipeline"), "--format", "diffusers"])
+    assert not (tmp_path / "pipeline").exists()
+
+
 @pytest.mark.parametrize("seed", [np.int64(3), torch.tensor(3)], ids=["numpy", "torch"])
 @pytest.mark.parametrize("prompt", [" a cup of coffee\n", np.str_("a cup of coffee")], ids=["spaces", "numpy"])
 def test_one_request_has_one_image_however_it_is_written(pipeline, seed, prompt):

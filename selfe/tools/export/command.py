@@ -26,15 +26,19 @@ from selfe.checkpoint.weights import remove_heads
 from selfe.encoders.flux_vae import CHANNELS, SCALE, SHIFT, STAGES, FluxVAE
 from selfe.encoders.t5_clip import T5_FOLDER, T5Clip
 from selfe.errors import UserError
+from selfe.inference import presets
 from selfe.inference.prompts import SamplingDefaults
 from selfe.io import sampling_limits
 from selfe.io.safetensors_files import INDEX, SafetensorsFiles, cached, write
+from selfe.samplers.euler import Euler
+from selfe.samplers.renoise import Renoise
 from selfe.system import System
 from selfe.training.ema import PowerFunction
 from selfe.training.ema_reconstruction import Reconstruction, plan
 from selfe.types import DTYPES
 
 CODE = Path(__file__).parent / "diffusers_folder"
+PRESET = "preset.yaml"  # in an exported folder
 LARGE_ERROR = 0.1  # of a reconstructed average: distance of the profiles, relative to the norm of the wanted one
 
 
@@ -46,6 +50,12 @@ def main(options: argparse.Namespace) -> None:
     adapter = read_record(path)
     if options.adapter_only and adapter is None:
         raise UserError(f"--adapter-only: {path} holds complete weights, no adapter; leave it out")
+    if options.preset is not None:
+        if options.adapter_only:
+            raise UserError("--preset: an adapter has no sampling settings; leave it out")
+        presets.read(options.preset)  # checked before anything is written
+        if options.format == "diffusers":
+            pipeline_preset(options.preset)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{options.out}: exists and is not an empty folder; choose another or remove it")
 
@@ -77,12 +87,16 @@ def main(options: argparse.Namespace) -> None:
         folder.mkdir(exist_ok=True)
         if options.format == "diffusers":
             system.autoencoder.dtype = torch.float32
-            write_pipeline(unfinished, system)
+            write_pipeline(unfinished, system, options.preset)
         else:
             origin = {"step": verify.read_step(path), "weights": weights, "dtype": options.dtype}
             write_json(folder / "config.json", origin | {"backbone": config.plain(settings["system"]["backbone"])})
             flow_map = getattr(system.objective, "flow_map", False)
-            config.save(sampling_settings(settings, options.out, flow_map), folder / "config.yaml")
+            sampling = sampling_settings(settings, options.out, flow_map)
+            if options.preset is not None:
+                shutil.copy(options.preset, folder / PRESET)
+                sampling["inferencer"]["defaults"]["preset"] = options.out / PRESET
+            config.save(sampling, folder / "config.yaml")
 
         write_denoiser(merged.read if merged else read, system.backbone, folder, DTYPES[options.dtype], options.format)
     print(f"{path} ({weights} weights, {options.dtype}) exported to {options.out}")
@@ -181,7 +195,8 @@ def sampling_settings(settings: dict, out: Path, flow_map: bool) -> dict:
     standard = SamplingDefaults()
     height, width = recorded_run.image_size(settings) or (standard.height, standard.width)
     defaults = recorded_run.sampling_defaults(settings) | {"height": height, "width": width}
-    defaults.pop("prompt_file", None)  # a file of this machine
+    for name in ("prompt_file", "preset"):  # files of this machine
+        defaults.pop(name, None)
     if flow_map:
         defaults = {"sampler": {"module": "selfe.samplers.euler.Euler"}, "cfg_scale": 1.0} | defaults
 
@@ -205,7 +220,26 @@ def write_denoiser(
     write(folder, stem, {name: shape.numel() * dtype.itemsize for name, shape in shapes.items()}, read)
 
 
-def write_pipeline(out: Path, system: System) -> None:
+def pipeline_preset(path: Path) -> dict[str, dict]:
+    """A preset as arguments of the exported pipeline, by number of steps. Raises UserError."""
+    arguments = {}
+    for count, preset in presets.read(path).items():
+        if not isinstance(preset.sampler, (Renoise, Euler)):
+            raise UserError(
+                f"{path}: presets.{count}: the exported pipeline has the samplers Renoise and Euler only, got "
+                f"{type(preset.sampler).__name__}"
+            )
+        interval = preset.guidance_interval
+        arguments[str(count)] = {
+            "guidance_scale": preset.cfg_scale,
+            "s_ratio": preset.s_ratio,
+            "eta": getattr(preset.sampler, "eta", 0.0),
+            "guidance_interval": None if interval is None else list(interval),
+        }
+    return arguments
+
+
+def write_pipeline(out: Path, system: System, preset: Path | None) -> None:
     """Write a diffusers folder, except for the denoiser's weights."""
     shutil.copy(CODE / "pipeline.py", out)
     shutil.copy(sampling_limits.__file__, out / "selfe_limits.py")
@@ -224,7 +258,10 @@ def write_pipeline(out: Path, system: System) -> None:
         "text_encoder_2": ["transformers", "T5EncoderModel"],
     }
     components |= {name: ["transformers", kind] for name, kind in tokenizers.items()}
-    write_json(out / "model_index.json", components | {"max_tokens": system.text_encoder.max_tokens})
+    settings = {"max_tokens": system.text_encoder.max_tokens}
+    if preset is not None:
+        settings["preset"] = pipeline_preset(preset)
+    write_json(out / "model_index.json", components | settings)
 
 
 def transformer_config(net: MMDiT) -> dict:

@@ -7,6 +7,7 @@ pipe("a red bird on a branch", num_inference_steps=4).images[0]
 import hashlib
 import json
 import logging
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -63,10 +64,12 @@ class SelfEPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         text_encoder_2: T5EncoderModel,
         tokenizer_2,
         max_tokens: int = 512,
+        preset: dict[str, dict] | None = None,
     ):
         """
         Args:
             max_tokens: maximum number of T5 tokens in training; longer prompts are truncated.
+            preset: the best guidance_scale, s_ratio, eta and guidance_interval by number of steps.
         """
         super().__init__()
         self.register_modules(
@@ -77,7 +80,7 @@ class SelfEPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
             text_encoder_2=text_encoder_2,
             tokenizer_2=tokenizer_2,
         )
-        self.register_to_config(max_tokens=max_tokens)
+        self.register_to_config(max_tokens=max_tokens, preset=preset)
         self.factor = PATCH * 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.factor)
 
@@ -88,9 +91,9 @@ class SelfEPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         num_inference_steps: int = 4,
         height: int = 512,
         width: int = 512,
-        guidance_scale: float = 5.0,
-        s_ratio: float = 0.0,
-        eta: float = 1.0,
+        guidance_scale: float | None = None,
+        s_ratio: float | None = None,
+        eta: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         seed: int = 0,
         negative_prompt=None,
@@ -111,7 +114,9 @@ class SelfEPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         Args:
             prompt: a caption or a list of them. A repeated caption is a further sample of it, with new noise.
             num_inference_steps: sampling steps; one network call each, two with guidance.
-            guidance_scale: scale of energy-preserving classifier-free guidance; 1 disables it.
+            guidance_scale: scale of energy-preserving classifier-free guidance; 1 disables it. If this, `s_ratio`,
+                `eta` and `guidance_interval` are all None, they are those of `config.preset` for the nearest number of
+                steps. Without a preset, and for the others if one is given, None is 5, 0, 1 and all times.
             s_ratio: secondary time s of a step, from its end (0, few steps) to its start (1, flow matching).
             eta: share of fresh noise, from 0 (deterministic) to 1 (ancestral).
             guidance_interval: times between which guidance applies, from 1, the first step, to 0; None: at all times.
@@ -137,6 +142,10 @@ class SelfEPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         check_range("num_samples", repeats, "num_images_per_prompt")
         seed = whole_number("seed", seed)
         check_range("seed", seed)
+        if self.config.preset and guidance_scale is s_ratio is eta is guidance_interval is None:
+            at = nearest(self.config.preset, num_steps)
+            guidance_scale, s_ratio, eta = (at[name] for name in ("guidance_scale", "s_ratio", "eta"))
+            guidance_interval = at["guidance_interval"]
         guidance, s_ratio, eta = self.checked_numbers(guidance_scale, s_ratio, eta)
         check_interval("guidance_interval", guidance_interval)
         height, width = self.checked_size(height, width)
@@ -199,14 +208,14 @@ class SelfEPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
     # ---- arguments ----
 
     def checked_numbers(self, guidance_scale, s_ratio, eta) -> tuple[float, float, float]:
-        """Finite numbers within the ranges of `selfe infer`."""
+        """Finite numbers within the ranges of `selfe infer`; None is the default."""
         values = []
-        for label, name, value in (
-            ("guidance_scale", "cfg_scale", guidance_scale),
-            ("s_ratio", "s_ratio", s_ratio),
-            ("eta", "eta", eta),
+        for label, name, value, default in (
+            ("guidance_scale", "cfg_scale", guidance_scale, 5.0),
+            ("s_ratio", "s_ratio", s_ratio, 0.0),
+            ("eta", "eta", eta, 1.0),
         ):
-            value = real_number(label, value)
+            value = default if value is None else real_number(label, value)
             check_range(name, value, label)
             values.append(value)
         return tuple(values)
@@ -448,6 +457,11 @@ def checked_generators(generator, count: int) -> list[torch.Generator | None]:
         if each is not None and not isinstance(each, torch.Generator):
             raise ValueError(f"generator: expected torch.Generator, got {type(each).__name__}; for a number use seed")
     return generators
+
+
+def nearest(preset: dict[str, dict], num_steps: int) -> dict:
+    """The settings of the number of steps that is nearest by ratio; as selfe.inference.presets.nearest."""
+    return preset[min(preset, key=lambda count: (abs(math.log(int(count) / num_steps)), int(count)))]
 
 
 def guidances(scale: float, interval: tuple[float, float] | None, num_steps: int) -> list[float]:
