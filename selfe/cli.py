@@ -328,6 +328,22 @@ def export(parser: argparse.ArgumentParser) -> None:
     trust(parser)
 
 
+def publish(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=path, metavar="RUN", help="output folder of a training run")
+    parser.add_argument("--to", required=True, metavar="USER/NAME", help="repository of the Hugging Face Hub")
+    parser.add_argument("--checkpoint", type=path, help="checkpoint directory (default: the newest of the run)")
+    parser.add_argument("--out", type=path, help="folder to write (default: RUN/publish)")
+    parser.add_argument("--weights", default="ema", help=WEIGHTS)
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the denoiser")
+    parser.add_argument("--format", choices=("safetensors", "diffusers"), default="safetensors")
+    parser.add_argument("--license", metavar="ID", help="licence of the model, such as apache-2.0 or other")
+    statement_help = "Markdown file that describes the data, for the model card"
+    parser.add_argument("--data-statement", type=path, metavar="FILE", help=statement_help)
+    parser.add_argument("--push", action="store_true", help="upload the folder")
+    parser.add_argument("--private", action="store_true", help="create the repository as a private one")
+    trust(parser)
+
+
 def report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=path, metavar="RUN")
     parser.add_argument("--out", type=path, default=Path("report.html"), help="HTML file (default: %(default)s)")
@@ -465,6 +481,13 @@ VERBS = {
         "selfe.tools.export.command",
         "Export a checkpoint's denoiser to safetensors (FLUX names) or to a diffusers pipeline.",
         export,
+    ),
+    "publish": Verb(
+        "selfe.tools.publish.command",
+        "Write a run with its model card as a folder for the Hugging Face Hub, and upload it with --push.",
+        publish,
+        "Without --push, nothing is uploaded. To continue an interrupted upload, run the same command again.\n"
+        "The token is that of `hf auth login`, or HF_TOKEN.",
     ),
     "doctor": Verb(
         "selfe.tools.doctor",

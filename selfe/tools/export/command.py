@@ -44,6 +44,11 @@ LARGE_ERROR = 0.1  # of a reconstructed average: distance of the profiles, relat
 
 def main(options: argparse.Namespace) -> None:
     """Entry point of `selfe export`."""
+    print(run(options))
+
+
+def run(options: argparse.Namespace) -> str:
+    """Write the export; returns a line that describes it."""
     out = options.out.absolute()
     path = verify.find(options.ckpt)
     settings, system = read_run(path, options.format, options.trust, options.adapter_only)
@@ -79,8 +84,7 @@ def main(options: argparse.Namespace) -> None:
     if options.adapter_only:
         with complete_folder(out) as unfinished:
             write_adapter(unfinished, merged, options.format, DTYPES[options.dtype], system.backbone.width)
-        print(f"the adapter of {path} ({weights} weights, {options.dtype}) exported to {options.out}")
-        return
+        return f"the adapter of {path} ({weights} weights, {options.dtype}) exported to {options.out}"
 
     with complete_folder(out) as unfinished:
         folder = unfinished / ("transformer" if options.format == "diffusers" else "")
@@ -99,7 +103,7 @@ def main(options: argparse.Namespace) -> None:
             config.save(sampling, folder / "config.yaml")
 
         write_denoiser(merged.read if merged else read, system.backbone, folder, DTYPES[options.dtype], options.format)
-    print(f"{path} ({weights} weights, {options.dtype}) exported to {options.out}")
+    return f"{path} ({weights} weights, {options.dtype}) exported to {options.out}"
 
 
 def write_adapter(folder: Path, merged: AdapterWeights, layout: str, dtype: torch.dtype, width: int) -> None:
