@@ -78,8 +78,8 @@ def is_made_from(out: Path, facts: dict[str, Any]) -> bool:
     before = json.loads((out / RECORD).read_text(encoding="utf-8"))
     if changed := sorted(key for key in facts if before.get(key) != facts[key]):
         raise UserError(
-            f"{out}: was written with {changed[0]} {before.get(changed[0])!r}, now it is {facts[changed[0]]!r}; remove "
-            "the folder, which may hold your changes, or choose another --out"
+            f"{out}: was written with another {', '.join(changed)}; remove the folder, which may hold your changes, or "
+            "choose another --out"
         )
     return True
 
