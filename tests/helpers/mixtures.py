@@ -74,6 +74,17 @@ class Mixture:
         return x0.flatten(1, 2), (weights[..., None] * shares).flatten(1)
 
 
+@dataclass(frozen=True)
+class Guided(Mixture):
+    """The guided velocity w v + (1 - w) v_null of a mixture, and its flow map."""
+
+    null: Mixture
+    scale: float
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.scale * super().velocity(x, t) + (1 - self.scale) * self.null.velocity(x, t)
+
+
 def mixture(dimension: int) -> Mixture:
     """Two components of different width, in one or two dimensions."""
     means = torch.tensor([[-1.2, 0.4], [1.0, -0.3]], dtype=torch.float64)
@@ -96,7 +107,10 @@ class MapNet(nn.Module):
 
     def forward(self, x_t: Packed, t: Tensor, s: Tensor, cond: TextCond) -> Tensor:
         x = x_t.tokens
-        exact = self.data.velocity(x, t) if self.wrong else self.data.mean_velocity(x, t, s)
+        data = self.data
+        if isinstance(data, Guided) and not cond.pooled.any():  # the null prompt
+            data = data.null
+        exact = data.velocity(x, t) if self.wrong else data.mean_velocity(x, t, s)
         later, earlier = flow.per_token(t, x_t), flow.per_token(s, x_t)
         functions = [torch.ones_like(x), x, torch.sin(2 * x), later * earlier + 0 * x, later.cos() * torch.tanh(x)]
         return exact + sum(weight * function for weight, function in zip(self.theta, functions, strict=True))

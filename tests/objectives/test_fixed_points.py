@@ -20,7 +20,7 @@ from selfe.objectives.terminal_velocity import TerminalVelocity
 from selfe.objectives.transition_model import TransitionModel
 from selfe.rng import SampleRNG
 from selfe.types import TextCond, packed
-from tests.helpers.mixtures import MapNet, mixture
+from tests.helpers.mixtures import Guided, MapNet, Mixture, mixture
 
 NARROW = 2e-7  # half the width of differences: what they add to a gradient, of first order at t = 1, is below 1e-6
 SHORT = 1e-7  # of a step, relative to t - s; what it adds is of first order
@@ -48,7 +48,7 @@ class FixedRNG(SampleRNG):
         return self.noise
 
 
-def expected_gradient(objective, net: MapNet, monkeypatch, times: Tensor, dimension: int, ema=None) -> Tensor:
+def expected_gradient(objective, net: MapNet, monkeypatch, times: Tensor, dimension: int) -> Tensor:
     """The gradient (theta,) of the loss at points x_t of the times (n, 2), the mean over samples that lead there."""
     t, s = times.T
     x_t = torch.randn(len(t), dimension, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -61,8 +61,8 @@ def expected_gradient(objective, net: MapNet, monkeypatch, times: Tensor, dimens
     monkeypatch.setattr(PairTimes, "draw", lambda *arguments: (t, s))
     monkeypatch.setattr(flow, "draw_t", lambda *arguments: t)  # of flow matching, where it has a time of its own
     clean = packed(x0, [(1, 1)] * len(x0))
-    cond = TextCond(clean, torch.zeros(len(x0), 1, dtype=torch.float64))
-    loss = objective(net, ema or net, clean, {"cond": cond, "null": cond}, FixedRNG(noise), 1)
+    cond, null = (TextCond(clean, torch.full((len(x0), 1), code, dtype=torch.float64)) for code in (1, 0))
+    loss = objective(net, net, clean, {"cond": cond, "null": null}, FixedRNG(noise), 1)
     (gradient,) = torch.autograd.grad((loss.per_sample * weights.flatten()).sum(), net.theta)
     return gradient
 
@@ -93,6 +93,20 @@ def test_the_velocity_is_a_fixed_point_of_rows_with_equal_times(name, monkeypatc
     times = T_AND_S[:, :1].expand(-1, 2)
     objective = EXACT[name](p_equal=1, p_drop=0)
     assert expected_gradient(objective, MapNet(mixture(1)), monkeypatch, times, 1).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_the_map_of_the_guided_velocity_is_a_fixed_point_with_guidance(name, monkeypatch):
+    """Of TiM and AnyFlow at s = t only: their derivative is not that of the guided map."""
+    null = Mixture(*(torch.tensor(values).double() for values in ([1.0], [[0.3]], [[[1.5]]])))
+    data = mixture(1)
+    net = MapNet(Guided(data.weights, data.means, data.covariances, null, 2.5))
+
+    equal = T_AND_S[:, :1].expand(-1, 2)
+    objective = EXACT[name](p_equal=1, p_drop=0, guidance=2.5)
+    assert expected_gradient(objective, net, monkeypatch, equal, 1).abs().max() < 1e-9
+    gradient = expected_gradient(EXACT[name](p_equal=0, p_drop=0, guidance=2.5), net, monkeypatch, T_AND_S, 1)
+    assert (gradient.abs().max() > 1e-3) if name in ("TiM", "AnyFlow") else (gradient.abs().max() < 1e-5)
 
 
 def test_the_error_of_a_difference_is_of_second_order(monkeypatch):
