@@ -6,9 +6,9 @@ calls at t + e and t - e with the same x0 and noise (the paper's DDE). Rows with
 tim/schedulers/transition.py and transports.py: `OT_FM`, `time_weighting`, `adaptive_weighting`; configs/t2i).
 
 Different from the code: the difference ends at t = 1 and at s (`time_derivative`); rows with s = t keep the time t of
-flow matching; no directional loss and no REPA term (`selfe.objectives.repa` can be put around flow matching and
-Self-E). Guidance takes both velocities from the EMA network, as
-there; with it, rows with s < t do not learn the map of the guided velocity, because D is taken along v.
+flow matching; no directional loss and no REPA term (`selfe.objectives.repa` can be put around it). Guidance takes both
+velocities from the EMA network, as there; with it, rows with s < t do not learn the map of the guided velocity, because
+D is taken along v.
 """
 
 from __future__ import annotations

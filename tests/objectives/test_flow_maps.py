@@ -13,6 +13,7 @@ from torch import Tensor
 from selfe import cli, config, flow
 from selfe.distributed import collectives, fsdp
 from selfe.distributed.collectives import World
+from selfe.encoders.hf_vision import HFVision
 from selfe.errors import UserError
 from selfe.generator import Generator
 from selfe.infer import Inferencer
@@ -22,6 +23,7 @@ from selfe.objectives.any_flow import AnyFlow
 from selfe.objectives.flow_map import FlowMap, PairTimes, time_derivative
 from selfe.objectives.flow_matching import FlowMatching
 from selfe.objectives.mean_flow import MeanFlow
+from selfe.objectives.repa import Repa
 from selfe.objectives.so_flow import SoFlow
 from selfe.objectives.terminal_velocity import TerminalVelocity
 from selfe.objectives.transition_model import TransitionModel
@@ -50,7 +52,7 @@ from tests.method.test_self_evaluation import (
     reference_gradients,
     run,
 )
-from tests.method.test_training_aids import aid_gradients
+from tests.method.test_training_aids import aid_gradients, image_features, prepared
 
 OBJECTIVES: dict[str, Callable[..., FlowMap]] = {
     "iMF": MeanFlow,
@@ -255,6 +257,24 @@ def test_a_difference_needs_a_small_time_scale_and_enough_digits(scale, errors):
         tensors = x.with_tokens(x.tokens.to(wide)), t.to(wide), s.to(wide), text, tangent.to(wide)
         difference = time_derivative(small(time_scale=scale).to(dtype), *tensors, 0.005)
         assert ((difference.double() - exact).norm() / exact.norm()).item() == pytest.approx(error, rel=0.5)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_training_aids_go_around_them(name):
+    """REPA adds its term, and TREAD without skipped tokens changes nothing."""
+    objective, rows = OBJECTIVES[name](p_equal=0.5), [0, 1, 2, 0]
+    x, _, _, cond = inputs()
+    x0, conds, rng = x.select(rows), {"cond": cond.select(rows)}, SampleRNG.of_step(0, STEP, range(4))
+    encoder = HFVision("none", feature_dim=5, skip_pretrained=True)
+    repa = Repa(objective, encoder, "double_blocks.0", weight=0.3, hidden=7)
+    net = prepared(repa)
+
+    plain_loss = objective(net, net, x0, conds, rng, STEP).per_sample
+    loss = repa(net, net, x0, conds, rng, STEP, features=image_features(x0))
+    torch.testing.assert_close(loss.per_sample, plain_loss - 0.3 * loss.metrics["repa_cosine"])
+    if name != "TVM":  # refused
+        routed = Tread(objective, "double_blocks.0", "single_blocks.0", skip=0.0)(net, net, x0, conds, rng, STEP)
+        torch.testing.assert_close(routed.per_sample, plain_loss)
 
 
 # ---- two ranks ----
