@@ -25,6 +25,8 @@ HEAD = "self_flow"  # name of the head
 class SelfFlow(FlowMatching):
     """Self-Flow in training; in validation flow matching with one time per sample, comparable with other runs."""
 
+    passes = ("flow matching", "auxiliary", "teacher")
+
     def __init__(
         self,
         student_layer: str,

@@ -104,7 +104,7 @@ def measured(path: str, overrides: list[str], batch: Batch, rng: SampleRNG, step
         (MINI, [*EIGHT, MUON], 5, {"flow matching, backward"}),
         (SMOKE, [*SMALL, HF_TEXT % (64, 32)], 5, {"text_encoder.tokens.net", "text_encoder.pooled.net"}),
         (TINY, [*SMALL, f"system.objective={json.dumps(TREAD)}"], 5, {"auxiliary, backward", "recomputed"}),
-        (TINY, [*SMALL, f"system.objective={json.dumps(SELF_FLOW)}"], 5, {"self-evaluation", "recomputed"}),
+        (TINY, [*SMALL, f"system.objective={json.dumps(SELF_FLOW)}"], 5, {"teacher", "recomputed"}),
         (TINY, [*SMALL, *DIFFUSERS], 5, {"autoencoder", "recomputed"}),
         (TINY, [*SMALL, LORA], 5, {"flow matching, backward", "auxiliary, backward", "recomputed"}),
         (TINY, [*SMALL, LATE], 5, {"flow matching, backward", "auxiliary, backward", "recomputed"}),
