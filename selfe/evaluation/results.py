@@ -128,10 +128,7 @@ def curves(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 def curve_label(settings: dict[str, Any]) -> str:
     """A sampling setting without its number of steps."""
-    sampler = [settings["sampler"].rpartition(".")[2]]
-    others = set(settings) - NOT_PARAMETERS
-    sampler += [f"{name} {setting_text(settings[name])}" for name in sorted(others)]
-    words = [guidance_text(settings), f"s ratio {settings['s_ratio']:g}", " ".join(sampler)]
+    words = [guidance_text(settings), f"s ratio {settings['s_ratio']:g}", sampler_label(settings)]
     return ", ".join(words if settings["weights"] == "ema" else [*words, f"{settings['weights']} weights"])
 
 
@@ -139,6 +136,12 @@ def guidance_text(settings: dict[str, Any]) -> str:
     """The guidance of a sampling setting, and its interval if it has one."""
     interval = settings.get("guidance_interval")
     return f"guidance {settings['cfg_scale']:g}" + (f" in {interval[0]:g} to {interval[1]:g}" if interval else "")
+
+
+def sampler_label(settings: dict[str, Any]) -> str:
+    """The sampler and its parameters."""
+    parameters = [f"{name} {setting_text(settings[name])}" for name in sorted(set(settings) - NOT_PARAMETERS)]
+    return " ".join([settings["sampler"].rpartition(".")[2], *parameters])
 
 
 def setting_text(value: object) -> str:

@@ -14,6 +14,7 @@ SETTINGS = {
     "cfg_scale": "guidance",
     "guidance_interval": "guidance interval",
     "s_ratio": "s ratio",
+    "sampler": "sampler",
     "num_steps": "steps",
     "nfe": "NFE",
 }
@@ -78,6 +79,7 @@ def cells(evaluations: Sequence[Evaluation], intervals: bool) -> tuple[list[str]
     for evaluation in evaluations:
         for cell in evaluation.cells:
             settings = cell["settings"] | {"model": evaluation.folder, "nfe": results.nfe(cell["settings"])}
+            settings["sampler"] = results.sampler_label(cell["settings"])
             described.append([results.setting_text(settings.get(name, "")) for name in SETTINGS])
     kept = [
         place for place, name in enumerate(SETTINGS) if name in ALWAYS or len({row[place] for row in described}) > 1

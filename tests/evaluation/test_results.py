@@ -33,6 +33,15 @@ def test_tables_have_a_row_per_setting_with_intervals():
     assert console[1].split() == ["1", "1", "1", "11", "21.12"]
 
 
+def test_rows_that_differ_in_a_parameter_of_the_sampler_name_it():
+    one = evaluation()
+    cells = [cell | {"settings": cell["settings"] | {"eta": 0.5}} for cell in one.cells]
+    lines = tables.markdown([one, replace(one, cells=cells)]).splitlines()
+    assert lines[0] == "| guidance | sampler | steps | NFE | fd (dino) | clip_score (clip) |"
+    assert lines[2].startswith("| 1 | renoise eta 1 | 1 |")
+    assert lines[6].startswith("| 1 | renoise eta 0.5 | 1 |")
+
+
 def test_latex_is_escaped():
     text = tables.latex([evaluation()])
     assert r"guidance & steps & NFE & fd (dino) & clip\_score (clip) \\" in text
