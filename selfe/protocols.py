@@ -254,6 +254,7 @@ class Extractor(Protocol):
 
         `features` (B, d): for distances between sets of images. Required.
         `aligned` (B, e): to compare with the output of `texts`.
+        `maps` (B, m): a feature map, flattened, for distances position by position; a member `has_maps` is then True.
         Any other name (B,): a score per image, whose mean is a metric of that name.
         """
         ...

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -60,7 +61,9 @@ class FeatureSet:
     def blocks(self, name: str = "features") -> Iterator[Tensor]:
         """All rows in order, float64 (n, d) each, on the device."""
         for chunk in self.chunks:
-            yield to_device(load_file(chunk.file)[name].double(), self.device)
+            with safe_open(chunk.file, "pt") as file:  # reads one output, maps are much larger than features
+                rows = file.get_tensor(name)
+            yield to_device(rows.double(), self.device)
 
     def all(self, name: str) -> Tensor:
         """Everything in one tensor (n, ...): for scores, and for features of bounded sets."""
@@ -158,7 +161,7 @@ class FeatureFolder:
             output = self.extractor([signed(image) for image in batch], captions)
         checked = {}
         for name, values in output.items():
-            self.check(values, name, len(batch), dims=2 if name in ("features", "aligned") else 1)
+            self.check(values, name, len(batch), dims=2 if name in ("features", "aligned", "maps") else 1)
             checked[name] = values.detach().float().cpu().contiguous()
         if "features" not in checked or CONTENT in checked:
             problem = "returns no `features`" if "features" not in checked else f"returns the reserved name {CONTENT}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from selfe.encoders.pretrained_tokenizer import plain_errors
 from selfe.errors import UserError
 from selfe.io.model_folder import find_model, model_name
 from selfe.io.safetensors_files import read_json, shards
+from selfe.types import check_range
 
 KEY = "evaluation.extractors.NAME.params.model"
 
@@ -36,6 +38,7 @@ class HFExtractor:
         cache_dir: Path | None = None,
         side: int | None = None,
         output: Literal["auto", "pooled", "cls", "mean"] = "auto",
+        maps: int | None = None,
     ):
         """
         Args:
@@ -43,9 +46,13 @@ class HFExtractor:
             cache_dir: the folder of all pretrained models, SELFE_CACHE_DIR.
             side: pixels to which images are resized; default: that of the model's preprocessor.
             output: pooled output, first token or mean over tokens; `auto`: embeddings, pooled output or mean.
+            maps: also return the last feature map, averaged to maps x maps positions, for `map_diversity`; takes
+                maps x maps times the space of the features.
         """
+        check_range("maps", maps, 1, 256)
         self.folder = find_model(model, cache_dir, KEY, f"download {model} from the Hub to it")
-        self.model, self.output = model, output
+        self.model, self.output, self.maps = model, output, maps
+        self.has_maps = maps is not None
 
         self.advice = advice = f"download all files of {model} again"
         described = read_json(self.folder / "config.json", advice)
@@ -61,7 +68,8 @@ class HFExtractor:
 
     def record(self) -> dict[str, Any]:
         """See `Extractor`."""
-        return {
+        maps = {} if self.maps is None else {"maps": self.maps}
+        return maps | {
             "model": model_name(self.model),
             "weights": [sha256(file) for file in shards(self.folder, self.advice)],
             "output": self.output,
@@ -99,8 +107,20 @@ class HFExtractor:
         pixels = (pixels / 2 + 0.5 - self.mean.to(self.device)) / self.std.to(self.device)
         if self.has_texts:
             embeddings = embedding(self.net.get_image_features(pixel_values=pixels))
-            return {"features": embeddings, "aligned": embeddings}
-        return {"features": self.pooled(pixels)}
+            output = {"features": embeddings, "aligned": embeddings}
+        else:
+            output = {"features": self.pooled(pixels)}
+        return output if self.maps is None else output | {"maps": self.feature_maps(pixels)}
+
+    def feature_maps(self, pixels: Tensor) -> Tensor:
+        """(B, 3, side, side) -> (B, maps^2 C): the last layer, a unit vector at each position, all of equal weight."""
+        states = getattr(self.net, "vision_model", self.net)(pixel_values=pixels).last_hidden_state
+        if states.ndim == 3:
+            # tokens of patches come last, after those of classes and registers
+            side = math.isqrt(states.shape[1])
+            states = states[:, -side * side :].transpose(1, 2).unflatten(2, (side, side))
+        vectors = F.normalize(F.adaptive_avg_pool2d(states, self.maps), dim=1)
+        return vectors.flatten(1) / self.maps
 
     def pooled(self, pixels: Tensor) -> Tensor:
         """(B, 3, side, side) -> (B, d)."""

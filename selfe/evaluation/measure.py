@@ -51,6 +51,13 @@ def chosen_metrics(evaluation: MetricSettings) -> list[str]:
             raise UserError(
                 f"{evaluation.section}.metrics: {name} needs an extractor with a text encoder, such as CLIP"
             )
+        if name == "map_diversity" and not any(
+            getattr(each, "has_maps", False) for each in evaluation.extractors.values()
+        ):
+            raise UserError(
+                f"{evaluation.section}.metrics: {name} needs an extractor that returns feature maps; set params.maps "
+                "of HFExtractor"
+            )
     return list(evaluation.metrics or (name for name, metric in METRICS.items() if not metric.on_request))
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from selfe.evaluation.settings import MetricSettings
 
 FEWEST_PROMPTS = 20  # with fewer, images are resampled one by one, because intervals of few groups are too narrow
-OWN = ("features", "aligned")  # outputs of an extractor that are not scores
+OWN = ("features", "aligned", "maps")  # outputs of an extractor that are not scores
 BY_CATEGORY = ("clip_score", "retrieval", "scores")  # metrics that are also averaged over each category of prompts
 
 Values = dict[str, Estimate]
@@ -188,28 +188,43 @@ def retrieval(measured: Measured) -> Values:
 
 
 def diversity(measured: Measured) -> Values:
-    """Mean cosine distance between the features of two images of one prompt; prompts with one image are left out.
+    """Mean cosine distance between the features of two images of one prompt; prompts with one image are left out."""
+    return within_prompts("diversity", "features", measured)
+
+
+def map_diversity(measured: Measured) -> Values:
+    """As `diversity`, of feature maps: position by position, as in LPIPS, without its learned weights."""
+    return within_prompts("map_diversity", "maps", measured) if "maps" in measured.features.names() else {}
+
+
+def within_prompts(name: str, output: str, measured: Measured) -> Values:
+    """Mean cosine distance between the outputs of two images of one prompt.
 
     Over at most `max_features` / 2 prompts, evenly spaced.
     """
     counts = Counter(measured.captions)
     several = [caption for caption, count in counts.items() if count > 1]
     kept = evenly_spaced(len(several), max(measured.settings.max_features // 2, 1))
-    sums: dict[int, Tensor | float] = {several[i]: 0.0 for i in kept}
-    if not sums:
+    distances: dict[int, float] = {several[i]: 0.0 for i in kept}
+    if not distances:
         return {}
 
-    # the sum of the unit features of a prompt's images gives the mean cosine of all pairs
+    # the sum of the unit outputs of a prompt's images gives the mean cosine of all pairs
+    sums: dict[int, Tensor | float] = {}
+    left = {caption: counts[caption] for caption in distances}
     captions = iter(measured.captions)
-    for block in measured.features.blocks():
+    for block in measured.features.blocks(output):
         for row, caption in zip(F.normalize(block, dim=1), captions, strict=False):
-            if caption in sums:
-                sums[caption] = sums[caption] + row
-    distances = []
-    for caption, total in sums.items():
-        n = counts[caption]
-        distances.append(1 - (total.square().sum().item() - n) / (n * (n - 1)))
-    return {"diversity": Bootstrap(range(len(distances)), measured.settings.bootstrap).mean(torch.tensor(distances))}
+            if caption not in left:
+                continue
+            sums[caption] = sums.get(caption, 0.0) + row
+            left[caption] -= 1
+            if left[caption] == 0:
+                n = counts[caption]
+                distances[caption] = 1 - (sums.pop(caption).square().sum().item() - n) / (n * (n - 1))
+    return {
+        name: Bootstrap(range(len(distances)), measured.settings.bootstrap).mean(torch.tensor([*distances.values()]))
+    }
 
 
 def scores(measured: Measured) -> Values:
@@ -245,6 +260,7 @@ METRICS = {
     "clip_score": Metric(clip_score, needs_texts=True),
     "retrieval": Metric(retrieval, needs_texts=True),
     "diversity": Metric(diversity),
+    "map_diversity": Metric(map_diversity, on_request=True),
     "scores": Metric(scores),
     "deviations": Metric(deviations, on_request=True),
 }

@@ -13,12 +13,13 @@ from selfe.errors import UserError
 FILE = "evaluation.json"
 DURING_TRAINING = "evaluations"  # folder of a run: a file step_N.json of each evaluation during training
 FORMAT = 1
+WITHIN_PROMPTS = ("diversity", "map_diversity")  # metrics that compare images of one prompt
 BY_NEIGHBOURS = ("precision", "recall", "density", "coverage")
 WITH_REFERENCE = ("fd", "fd_of_means", "extent", "kid", "cmmd", *BY_NEIGHBOURS)  # metrics that compare with real images
 LOWER_IS_BETTER = ("fd", "fd_of_means", "kid", "cmmd")
 NEITHER = ("extent", "deviations")  # of all others, and of an extractor's scores, higher values are better
 # the metrics that a setting changes
-CHANGED_BY = {"max_features": ("kid", "cmmd", "diversity", *BY_NEIGHBOURS), "nearest_k": BY_NEIGHBOURS}
+CHANGED_BY = {"max_features": ("kid", "cmmd", *WITHIN_PROMPTS, *BY_NEIGHBOURS), "nearest_k": BY_NEIGHBOURS}
 # of a sampling setting: all other names are parameters of the sampler
 NOT_PARAMETERS = frozenset(
     ("sampler", "num_steps", "nfe", "cfg_scale", "guidance_interval", "s_ratio", "weights", "step", "fingerprint")

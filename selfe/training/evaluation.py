@@ -25,7 +25,7 @@ from selfe.evaluation import image_sets, measure, metrics, results
 from selfe.evaluation.features import Chunk, FeatureFolder, FeatureSet
 from selfe.evaluation.image_sets import PER_IMAGE, Cell, ImageSet
 from selfe.evaluation.measure import Extracted, Job
-from selfe.evaluation.results import BY_NEIGHBOURS, NEITHER, Evaluation, Value
+from selfe.evaluation.results import BY_NEIGHBOURS, NEITHER, WITHIN_PROMPTS, Evaluation, Value
 from selfe.evaluation.settings import MetricSettings
 from selfe.inference import job, prompts
 from selfe.inference.job import ImageSpec
@@ -77,8 +77,8 @@ class TrainingEvaluation(MetricSettings):
         self.sampling()  # checks the ranges of its settings
         if self.num_images % self.num_samples:
             raise ValueError(f"num_images: {self.num_images} is not a multiple of num_samples, {self.num_samples}")
-        if "diversity" in self.metrics and self.num_samples == 1:
-            raise ValueError("metrics: diversity compares images of one prompt; set num_samples to 2 or more")
+        for name in set(WITHIN_PROMPTS) & set(self.metrics) if self.num_samples == 1 else ():
+            raise ValueError(f"metrics: {name} compares images of one prompt; set num_samples to 2 or more")
 
     def sampling(self) -> SamplingDefaults:
         """The sampling settings of all images. Raises ValueError for values out of range."""
@@ -155,7 +155,8 @@ class Evaluator:
                 metric
                 for metric in self.names
                 if metrics.is_possible(metric, self.reference is not None, with_texts)
-                and (metric != "diversity" or cfg.num_samples > 1)
+                and (metric not in WITHIN_PROMPTS or cfg.num_samples > 1)
+                and (metric != "map_diversity" or "maps" in outputs)
             ]
             ordered = [metric for metric in possible if metric not in NEITHER]
             measured += possible

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model
 
 from selfe.errors import UserError
@@ -57,6 +58,23 @@ def test_images_are_resized_as_clean_fid_does(side):
     for image in images():
         ours = (hf_extractor.resized(image[None], side)[0].permute(1, 2, 0) + 1) * 127.5
         np.testing.assert_allclose(ours, as_clean_fid(image, side), atol=0.01)
+
+
+@pytest.mark.parametrize("model", ["facebook/dino", "openai/clip"])
+def test_maps_are_unit_vectors_at_each_position(cache, model):
+    extractor = loaded(model, cache, maps=2)
+    output = extractor(images(), ["", "", ""])
+    plain = loaded(model, cache)
+    torch.testing.assert_close(output["features"], plain(images(), ["", "", ""])["features"])
+    assert extractor.record() == plain.record() | {"maps": 2}
+
+    maps = output["maps"].unflatten(1, (-1, 4))
+    torch.testing.assert_close(maps.norm(dim=1), torch.full((3, 4), 0.5))
+    torch.testing.assert_close(output["maps"].norm(dim=1), torch.ones(3))
+
+    # the distance of two images is the mean of the cosine distances at their positions
+    distance = 1 - output["maps"][0] @ output["maps"][1]
+    torch.testing.assert_close(distance, (1 - F.cosine_similarity(maps[0], maps[1], dim=0)).mean())
 
 
 def test_clip_gives_aligned_embeddings_of_images_and_captions(cache):

@@ -66,6 +66,9 @@ def test_diversity_is_the_mean_distance_of_two_images_of_a_prompt(arrays, tmp_pa
     pairs = [[(0, 1), (0, 2), (1, 2)], [(3, 4)], [(6, 7)]]
     wanted = np.mean([np.mean([1 - cosines[pair] for pair in prompt]) for prompt in pairs])
     value = metrics.diversity(measured(feature_set(tmp_path, arrays, 3)))["diversity"].value
+    maps = feature_set(tmp_path / "maps", arrays | {"maps": arrays["features"][:, ::-1]}, 3)
+    assert metrics.map_diversity(measured(maps))["map_diversity"].value == pytest.approx(value)
+    assert metrics.map_diversity(measured(feature_set(tmp_path, arrays, 3))) == {}
     assert value == pytest.approx(wanted)
 
 

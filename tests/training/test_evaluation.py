@@ -193,6 +193,10 @@ def test_it_equals_selfe_evaluate_of_the_checkpoint(straight, tmp_path, monkeypa
         ({"num_images": 40}, "num_images: 40 images, 1 of a prompt, need 40 prompts, but .* has 33; ask for fewer"),
         ({"num_images": 9, "num_samples": 2}, "num_images: 9 is not a multiple of num_samples, 2"),
         ({"metrics": ["diversity"]}, "diversity compares images of one prompt; set num_samples"),
+        (
+            {"metrics": ["map_diversity"], "num_samples": 3},
+            "map_diversity needs an extractor that returns feature maps",
+        ),
         ({"nearest_k": 9}, "nearest_k: 9 neighbours need more than 9 images in each set, got 9 generated images"),
         ({"metrics": ["retrieval"], "extractors": {"colours": {"module": "examples.colours.Colours"}}}, "text encoder"),
         ({"size": [30, 32]}, "height: 30 is not a multiple of 16"),
