@@ -13,8 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from selfe.backbones.mmdit import MMDiT
 from selfe.backbones.packing import PackedLayout, grid_rotation
 from selfe.device import to_device
+from selfe.objectives.alpha_flow import AlphaFlow
+from selfe.objectives.any_flow import AnyFlow
 from selfe.objectives.flow_matching import FlowMatching
+from selfe.objectives.mean_flow import MeanFlow
 from selfe.objectives.self_evaluation import SelfEvaluation
+from selfe.objectives.terminal_velocity import TerminalVelocity
 from selfe.rng import SampleRNG
 from selfe.system import System
 from selfe.training.metrics import MetricAccumulator
@@ -86,8 +90,16 @@ def forget_layouts() -> None:
 
 @pytest.mark.parametrize(
     ("objective", "copies"),
-    [(FlowMatching(), 15), (SelfEvaluation(aux_start_step=None), 40), (SelfEvaluation(aux_start_step=0), 50)],
-    ids=["flow matching", "Self-E", "Self-E with auxiliary term"],
+    [
+        (FlowMatching(), 15),
+        (SelfEvaluation(aux_start_step=None), 40),
+        (SelfEvaluation(aux_start_step=0), 50),
+        (MeanFlow(guidance=2.0, p_zero=0.2), 50),
+        (AlphaFlow(alpha_end_step=STEP), 50),
+        (AnyFlow(guidance=2.0), 50),
+        (TerminalVelocity(guidance=2.0), 50),
+    ],
+    ids=["flow matching", "Self-E", "Self-E with auxiliary term", "iMF", "alpha-Flow", "AnyFlow", "TVM"],
 )
 def test_a_micro_batch_makes_no_host_wait_and_a_bounded_number_of_copies(objective, copies, fake_gpu):
     with GPU:
