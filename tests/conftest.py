@@ -34,6 +34,7 @@ multiprocessing.set_forkserver_preload([*PRELOADED])
 LONGEST = (
     "test_compile",
     "test_export",
+    "test_flow_maps",
     "test_grad_guard",
     "test_infer",
     "test_interruptions",
