@@ -3,10 +3,9 @@
 With guidance w, what is regressed is V_f = (V - (1 - w) sg V(x_t, t, s, null)) / w, so that V itself is the guided
 one; the target is v - (t - s) D / w, with D = dV/dt along v by a difference of two calls (the other network's
 derivative is left out there too). Rows have the weight 15/4 t sqrt(1 - t) (beta08), and the loss of a row with s < t
-is then rescaled to the mean loss of rows with s = t, without gradient. Verified against a published trainer
-(`sample_timestep`, `compute_central_difference` and `train_causal` of the trainer of AnyFlow with FAR; it is not among
-the stored files of NVlabs/AnyFlow, so that it could not be attributed) and against its port (NVlabs/FastGen, pull
-request 25).
+is then rescaled to the mean loss of rows with s = t, without gradient. Verified against a published trainer of AnyFlow
+with FAR (`sample_timestep`, `compute_central_difference`, `train_causal`), whose repository could not be determined,
+and against its port (NVlabs/FastGen, pull request 25).
 
 At guidance 1, the true flow map is a fixed point; at another one, rows with s = t learn the guided velocity, and the
 map of the others is that of the difference above. Different from the code: the mean loss is that of the rows with s =

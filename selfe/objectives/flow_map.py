@@ -1,10 +1,10 @@
-"""What the objectives have in common whose network learns a flow map.
+"""The base of all objectives that learn a flow map.
 
 The true flow map V*(x_t, t, s) is the mean velocity of the probability flow ODE from time t to time s <= t: x_t - (t
 - s) V*(x_t, t, s) is the state at time s of the solution that passes through x_t at time t. At s = t it is the
 velocity E[noise - x0 | x_t] that flow matching learns. A share of the rows has s = t, and their target is the
-velocity; the target of the others is made of the velocity and of the network's own output, so that V* is what they
-agree on.
+velocity; the target of the others is made of the velocity and of the network's own output, so that V* is a fixed
+point.
 
 Classifier-free guidance can be built in. The velocity v of the data, in all targets, is then replaced by (1 - mix) (w
 v + (1 - w) V(x_t, t, t, null)) + mix V(x_t, t, t, c), of which the network learns w v_c + (1 - w) v_null for every
