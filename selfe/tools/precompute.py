@@ -35,6 +35,7 @@ from selfe.io.folder_lock import FolderLock
 from selfe.protocols import Objective
 from selfe.rng import SampleRNG
 from selfe.system import System
+from selfe.training.settings import without_evaluation
 from selfe.types import Packed, Split, signed
 
 LATENTS_PER_SHARD, CAPTIONS_PER_SHARD = 4096, 512
@@ -442,7 +443,7 @@ def encode_all(settings: dict, folder: Path, options: argparse.Namespace, world:
     """Build the cache for a training config; called by every process."""
     with torch.device("meta"):
         system = config.build(settings, "system")
-    data, trainer = config.build(settings, "data"), config.build(settings, "trainer")
+    data, trainer = config.build(settings, "data"), without_evaluation(settings)
     if not isinstance(data, BucketedDataset):
         raise UserError(f"data.module: {settings['data']['module']} does not read image files; use manifests or shards")
 

@@ -21,6 +21,7 @@ from selfe.distributed import collectives, fsdp
 from selfe.errors import UserError
 from selfe.rng import SampleRNG
 from selfe.training.metrics import MetricAccumulator
+from selfe.training.settings import without_evaluation
 from selfe.types import raise_if_not_finite
 
 
@@ -49,7 +50,7 @@ def replay(settings: dict, record: dict, checkpoint: Path | None, world: collect
     # build the system as the trainer does, then load the weights
     with torch.device("meta"):
         system = config.build(settings, "system")
-    data, trainer = config.build(settings, "data"), config.build(settings, "trainer")
+    data, trainer = config.build(settings, "data"), without_evaluation(settings)
     seed, number = settings["seed"], record["step"]
     step = number - 1  # completed before it
     precision = choose_precision(trainer.precision, world.device)

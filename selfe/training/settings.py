@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from selfe import config
 from selfe.checkpoint import state
 from selfe.checkpoint.manager import RetentionPolicy
 from selfe.data import loader
@@ -26,6 +27,16 @@ from selfe.training.visuals import SampleGridConfig
 from selfe.types import MOST_SAMPLES, MOST_STEPS, PrecisionOrAuto, check_range
 
 MOST_LR = 10.0
+
+
+def without_evaluation(settings: dict) -> TrainerConfig:
+    """The trainer of a config, for tools that do not evaluate: the weights of its extractors need not be there.
+
+    Raises UserError.
+    """
+    if "trainer" in settings:
+        settings = settings | {"trainer": settings["trainer"] | {"evaluate": None}}
+    return config.build(settings, "trainer")
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,14 @@ TWO_AVERAGES = "trainer.ema=[{module: selfe.training.ema.ConstantDecay}, {module
 SMALL = [*RANDOM, "trainer.total_batch_size=4", "trainer.micro_batch_size=4", "data.params.pixels=1024"]
 
 
+def test_a_plan_needs_no_weights_of_extractors():
+    extractor = "{module: selfe.evaluation.hf_extractor.HFExtractor, params: {model: ./nowhere}}"
+    evaluate = f"trainer.evaluate={{reference: nowhere.tsv, extractors: {{dino: {extractor}}}}}"
+    assert plan_job.load(TINY, [*SMALL, evaluate]).trainer.evaluate is None
+    with pytest.raises(UserError, match="nowhere"):
+        config.build(config.load(TINY, [evaluate]), "trainer")
+
+
 @pytest.fixture(autouse=True)
 def at_home(monkeypatch):
     monkeypatch.chdir(ROOT)

@@ -35,6 +35,7 @@ from selfe.samplers.renoise import Renoise
 from selfe.system import System
 from selfe.training.ema import PowerFunction
 from selfe.training.ema_reconstruction import Reconstruction, plan
+from selfe.training.settings import without_evaluation
 from selfe.types import DTYPES
 
 CODE = Path(__file__).parent / "diffusers_folder"
@@ -123,7 +124,7 @@ def reconstruct(path: Path, settings: dict, std: float, weights: str) -> Reconst
     except ValueError as error:
         raise UserError(f"--ema-std: {error}") from error
 
-    average = plan(path, config.build(settings, "trainer").ema_tracks, std)
+    average = plan(path, without_evaluation(settings).ema_tracks, std)
     print(
         f"{name}: from {log.count(len(average.snapshots), 'saved average', 'saved averages')}, with an error of "
         f"{average.error:.1%} of its profile over the steps"

@@ -247,7 +247,7 @@ def assumptions(costs: list[PhaseCost], job: Job) -> list[str]:
         f"every caption has {call.text_tokens // costs[-1].step.num_images} tokens; no prompt dropout",
         "images are square, at the pixel budgets of the data config",
         "MFU does not count recomputation (activation checkpointing)",
-        "data loading, checkpoints, validation and sample grids take no time",
+        "data loading, checkpoints, validation, sample grids and evaluation take no time",
         f"{1 - USABLE:.0%} of GPU memory is left free",
     ] + (["latents and text embeddings are read from a cache"] if job.cached else [])
 

@@ -21,7 +21,7 @@ from selfe.protocols import Objective, TextEncoder
 from selfe.system import System
 from selfe.tools.plan.ranks import Later
 from selfe.tools.plan.step import META, Step, blank_batch, measure, networks, with_features
-from selfe.training.settings import TrainerConfig
+from selfe.training.settings import TrainerConfig, without_evaluation
 
 Shapes = list[tuple[tuple[int, int], int]]  # (height, width) of images, and their relative frequency
 
@@ -65,7 +65,7 @@ def load(path: str, overrides: Sequence[str] = (), cached: bool = False) -> Job:
     `cached`: treat encoders that are not behind a cache as if they were.
     """
     settings = config.load(path, overrides)
-    trainer = config.build(settings, "trainer")
+    trainer = without_evaluation(settings)
     if trainer.precision == "auto":
         trainer = replace(trainer, precision="bf16")  # the GPU to plan for, not this machine
     if "system" not in settings or "data" not in settings:
