@@ -72,7 +72,7 @@ def table_of_sets(results: dict, guidance: float = 1.0) -> str:
         "concept@5/train": 2,
         "concept@5/held_out_pairs": 2,
         "style/held_out_pairs": 2,
-        "fd": 1,
+        "fd": 2,
         "copies/train": 2,
         "copies/held_out_pairs": 2,
     }
@@ -82,7 +82,7 @@ def table_of_sets(results: dict, guidance: float = 1.0) -> str:
                 cells = [str(steps), LABELS[model]]
                 for name in SETS:
                     low, high = row[f"concept@1/{name}_low"], row[f"concept@1/{name}_high"]
-                    cells.append(f"{row[f'concept@1/{name}']:.2f} ({low:.2f}-{high:.2f})")
+                    cells.append(f"{row[f'concept@1/{name}']:.3f} ({low:.3f}-{high:.3f})")
                 lines.append([*cells, *(number(row[name], digits) for name, digits in others.items())])
 
     real, chance = results["real"], 1 / len(judge.labels())
@@ -118,7 +118,7 @@ def ratio_table(results: dict) -> str:
 
 def first_seed(row: dict | None) -> str:
     """concept@1 / FD of the first seed."""
-    return f"{row['concept@1_seeds'][0]:.2f} / {row['fd_seeds'][0]:.1f}" if row else "-"
+    return f"{row['concept@1_seeds'][0]:.3f} / {row['fd_seeds'][0]:.2f}" if row else "-"
 
 
 # ---- images ----

@@ -89,7 +89,9 @@ def write_folder(out: Path, run: Path, checkpoint: Path, facts: dict[str, Any], 
     name = facts["to"].partition("/")[2]
     with export.complete_folder(out.absolute()) as folder:
         folder.rmdir()  # made anew by the export
-        exported = argparse.Namespace(ckpt=checkpoint, out=folder, ema_std=None, adapter_only=False, trust=trust)
+        exported = argparse.Namespace(
+            ckpt=checkpoint, out=folder, ema_std=None, adapter_only=False, preset=None, trust=trust
+        )
         for option in ("weights", "dtype", "format"):
             setattr(exported, option, facts[option])
         export.run(exported)
