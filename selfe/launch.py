@@ -73,6 +73,8 @@ def set_environment(num_processes: int) -> None:
         "OMP_NUM_THREADS": str(max(1, device.usable_cores() // num_processes)),
         # Threads that spin while they wait make a step tens of times slower as soon as another program needs a core.
         "OMP_WAIT_POLICY": "PASSIVE",
+        # On a CPU, every number of tokens has kernels of its own, and steps rarely have the same: keep those of a few.
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # 32 MiB, for trainer.deterministic
     }
     # The number of tokens differs between micro-batches, which fragments memory.

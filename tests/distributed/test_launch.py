@@ -260,6 +260,7 @@ def test_a_process_that_is_killed_ends_the_other_node_with_one_line(tmp_path):
 
 def test_the_environment_of_the_processes(monkeypatch):
     names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    names += ("ONEDNN_PRIMITIVE_CACHE_CAPACITY",)
     for name in (*names, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "SELFE_LAUNCHER"):
         monkeypatch.setenv(name, "")  # restored after the test
         monkeypatch.delenv(name)
@@ -267,6 +268,7 @@ def test_the_environment_of_the_processes(monkeypatch):
     monkeypatch.setattr(device, "usable_cores", lambda: 8)
     launch.set_environment(4)
     assert (os.environ["OMP_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"]) == ("2", "PASSIVE")
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"
     assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     assert os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "40"
     monkeypatch.delenv("PYTORCH_ALLOC_CONF")
