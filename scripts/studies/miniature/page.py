@@ -213,18 +213,13 @@ def plots(results: dict[str, Any], target: Path) -> None:
     """One sheet: ok and FD over steps, ok against FD, the rule for s, and the two terms over (t, s)."""
     plt, study = pyplot(), Study(results)
     figure, axes = plt.subplots(2, 3, figsize=(11, 6.4), layout="constrained")
+
+    # above: over steps, and by guidance
     for config, label in LABELS.items():
         if study.seeds(config):
             curves(study, config, label, axes)
-    for config in FORMS:
-        rows = [(r, study.row(config, 1, 1.0, 0, r)) for r in RATIOS]
-        rows = [(r, row["ok_seeds"][0]) for r, row in rows if row]
-        if rows:
-            axes[1, 0].plot(*zip(*rows, strict=True), "o-", color=COLOURS[config], label=LABELS[config])
-    axes[1, 0].set(title="one step, by secondary time s", xlabel="s", ylabel="ok")
-    for axis, title, y in zip(
-        axes[0], ("guidance 1", "guidance 1", "N = 4, by guidance"), ("ok", "FD", "FD"), strict=True
-    ):
+    titles = ("guidance 1", "guidance 1", "N = 4, by guidance")
+    for axis, title, y in zip(axes[0], titles, ("ok", "FD", "FD"), strict=True):
         axis.set(title=title, ylabel=y)
     for axis in axes[0, :2]:
         axis.set(xscale="log", xlabel="steps", xticks=STEPS, xticklabels=STEPS)
@@ -232,8 +227,17 @@ def plots(results: dict[str, Any], target: Path) -> None:
     axes[0, 1].set_yscale("log")
     axes[0, 2].set(xlabel="ok")
     axes[0, 0].legend(fontsize=8)
+
+    # below: the rule for s, first seed, and the two terms of Self-E
+    for config in FORMS:
+        rows = [(r, study.row(config, 1, 1.0, 0, r)) for r in RATIOS]
+        points = [(r, row["ok_seeds"][0]) for r, row in rows if row]
+        if points:
+            axes[1, 0].plot(*zip(*points, strict=True), "o-", color=COLOURS[config], label=LABELS[config])
+    axes[1, 0].set(title="one step, by secondary time s", xlabel="s", ylabel="ok")
     if results.get("terms"):
         heat(results["terms"], axes[1, 1:], figure)
+
     figure.savefig(target / "miniature_plots.png", dpi=80)
     plt.close(figure)
 
