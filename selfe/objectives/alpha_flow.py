@@ -18,9 +18,9 @@ from bisect import bisect_left
 from torch import Tensor
 
 from selfe import flow
-from selfe.objectives.flow_map import FlowMap, Guidance, Pairs, SRule, adaptive, after_step
+from selfe.objectives.flow_map import AdaptiveWeight, FlowMap, Guidance, Pairs, SRule, after_step
 from selfe.protocols import Denoiser
-from selfe.types import MOST_STEPS, Packed, check_range
+from selfe.types import MOST_STEPS, check_range
 
 
 class AlphaFlow(FlowMap):
@@ -65,18 +65,16 @@ class AlphaFlow(FlowMap):
             adaptive_offset: see adaptive_power.
         """
         guide = Guidance(guidance, guidance_mix)
-        super().__init__(p_drop, p_equal, p_zero, s_rule, t_mean, t_std, t_distribution, t_warp, guide)
+        adaptive = AdaptiveWeight(adaptive_power, adaptive_offset)
+        super().__init__(p_drop, p_equal, p_zero, s_rule, t_mean, t_std, t_distribution, t_warp, guide, adaptive)
         check_range("alpha_start_step", alpha_start_step, 0, MOST_STEPS)
         check_range("alpha_end_step", alpha_end_step, 1, MOST_STEPS)
         check_range("alpha_gamma", alpha_gamma, 0, 1000)
         check_range("alpha_min", alpha_min, 1e-7, 0.5)
-        check_range("adaptive_power", adaptive_power, 0, 2)
-        check_range("adaptive_offset", adaptive_offset, 1e-12, 1e6)
         if alpha_end_step <= alpha_start_step:
             raise ValueError(f"alpha_end_step {alpha_end_step} must be above alpha_start_step {alpha_start_step}")
         self.alpha_start_step, self.alpha_end_step = alpha_start_step, alpha_end_step
         self.alpha_gamma, self.alpha_min = alpha_gamma, alpha_min
-        self.adaptive_power, self.adaptive_offset = adaptive_power, adaptive_offset
 
     def alpha(self, step: int) -> float:
         """The share of the data's velocity in a target, from 1 to `alpha_min`."""
@@ -102,9 +100,6 @@ class AlphaFlow(FlowMap):
             return pairs.predicted - pairs.velocity
         return pairs.predicted - (alpha * pairs.velocity + (1 - alpha) * after_step(net, pairs, alpha))
 
-    def weighted(self, error: Tensor, like: Packed, t: Tensor) -> Tensor:
-        return adaptive(error, self.adaptive_power, self.adaptive_offset)
-
     def weighted_pairs(self, error: Tensor, pairs: Pairs, step: int) -> Tensor:
         # 1 / alpha; its product with the adaptive weight is that of the code, alpha / (error + offset), at power 1
-        return self.alpha(step) ** (2 * self.adaptive_power - 1) * self.weighted(error, pairs.x_t, pairs.t)
+        return self.alpha(step) ** (2 * self.adaptive.power - 1) * self.weighted(error, pairs.x_t, pairs.t)

@@ -100,6 +100,26 @@ class Guidance:
 
 
 @dataclass(frozen=True)
+class AdaptiveWeight:
+    """Divides squared errors by (error + offset)^power, without gradient through the divisor.
+
+    As the weight of a row depends on its own noise, a power above 0 moves what is learned away from the mean: with it,
+    the true flow map is only nearly a fixed point.
+    """
+
+    power: float = 0.0  # 0 changes nothing
+    offset: float = 1.0
+
+    def __post_init__(self):
+        check_range("adaptive_power", self.power, 0, 2)
+        check_range("adaptive_offset", self.offset, 1e-12, 1e6)
+
+    def __call__(self, error: Tensor, num_values: Tensor | int = 1) -> Tensor:
+        """The loss (B,) from errors (B,), which are means of `num_values` values if the offset is that of a sum."""
+        return error / (error.detach() + self.offset / num_values) ** self.power if self.power else error
+
+
+@dataclass(frozen=True)
 class Pairs:
     """The J rows of a micro-batch with s < t."""
 
@@ -134,12 +154,13 @@ class FlowMap(FlowMatching):
         t_distribution: flow.TimeDistribution,
         t_warp: tuple[float, float],
         guidance: Guidance,
+        adaptive: AdaptiveWeight = AdaptiveWeight(),
     ):
         super().__init__(p_drop, t_std, t_mean, t_distribution, t_warp)
         self.pair_times = PairTimes(self.times, p_equal, p_zero, s_rule)
         self.share = share_of_pairs(p_equal)
         self.batch_multiple = self.share.denominator
-        self.guidance = guidance
+        self.guidance, self.adaptive = guidance, adaptive
 
     def phase(self, step: int) -> str:
         return "flow map" if self.share else "flow matching"
@@ -208,7 +229,7 @@ class FlowMap(FlowMatching):
 
     def weighted(self, error: Tensor, like: Packed, t: Tensor) -> Tensor:
         """The loss (B,) of rows with s = t from their mean squared errors (B,)."""
-        return error
+        return self.adaptive(error)
 
     def weighted_pairs(self, error: Tensor, pairs: Pairs, step: int) -> Tensor:
         """The loss (J,) of rows with s < t from their mean squared errors (J,)."""
@@ -217,15 +238,6 @@ class FlowMap(FlowMatching):
     def combined(self, loss: Tensor, pair_loss: Tensor, index: Tensor) -> Tensor:
         """The loss (B,) of all rows, of which the rows `index` have s < t and `pair_loss` (J,)."""
         return loss.index_copy(0, index, pair_loss)
-
-
-def adaptive(error: Tensor, power: float, offset: Tensor | float) -> Tensor:
-    """Squared errors (B,) divided by (error + offset)^power, without gradient through the divisor; 0 changes nothing.
-
-    As the weight of a row depends on its own noise, a power above 0 moves what is learned away from the mean: with it,
-    the true flow map is only nearly a fixed point.
-    """
-    return error / (error.detach() + offset) ** power if power else error
 
 
 def time_derivative(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from selfe import flow
-from selfe.objectives.flow_map import FlowMap, Guidance, Pairs, SRule, adaptive, time_derivative
+from selfe.objectives.flow_map import AdaptiveWeight, FlowMap, Guidance, Pairs, SRule, time_derivative
 from selfe.protocols import Denoiser
 from selfe.types import Packed, check_range
 
@@ -62,12 +62,10 @@ class MeanFlow(FlowMap):
             adaptive_offset: see adaptive_power.
         """
         guide = Guidance(guidance, guidance_mix)
-        super().__init__(p_drop, p_equal, p_zero, s_rule, t_mean, t_std, t_distribution, t_warp, guide)
+        adaptive = AdaptiveWeight(adaptive_power, adaptive_offset)
+        super().__init__(p_drop, p_equal, p_zero, s_rule, t_mean, t_std, t_distribution, t_warp, guide, adaptive)
         check_range("width", width, 1e-7, 0.5)
-        check_range("adaptive_power", adaptive_power, 0, 2)
-        check_range("adaptive_offset", adaptive_offset, 1e-12, 1e6)
         self.tangent, self.width = tangent, width
-        self.adaptive_power, self.adaptive_offset = adaptive_power, adaptive_offset
 
     def error(self, net: Denoiser, pairs: Pairs, step: int) -> Tensor:
         x_t, t, s, cond = pairs.x_t, pairs.t, pairs.s, pairs.cond
@@ -85,4 +83,4 @@ class MeanFlow(FlowMap):
     def weighted(self, error: Tensor, like: Packed, t: Tensor) -> Tensor:
         # the papers add the offset to the sum over all values of a sample
         num_values = like.counts * like.tokens.shape[1]
-        return adaptive(error, self.adaptive_power, self.adaptive_offset / num_values)
+        return self.adaptive(error, num_values)

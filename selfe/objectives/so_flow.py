@@ -17,9 +17,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from selfe import flow
-from selfe.objectives.flow_map import FlowMap, Guidance, Pairs, SRule, adaptive, after_step
+from selfe.objectives.flow_map import AdaptiveWeight, FlowMap, Guidance, Pairs, SRule, after_step
 from selfe.protocols import Denoiser
-from selfe.types import MOST_STEPS, Packed, check_range
+from selfe.types import MOST_STEPS, check_range
 
 
 class SoFlow(FlowMap):
@@ -62,14 +62,12 @@ class SoFlow(FlowMap):
             adaptive_offset: see adaptive_power.
         """
         guide = Guidance(guidance, guidance_mix)
-        super().__init__(p_drop, p_equal, p_zero, s_rule, t_mean, t_std, t_distribution, t_warp, guide)
+        adaptive = AdaptiveWeight(adaptive_power, adaptive_offset)
+        super().__init__(p_drop, p_equal, p_zero, s_rule, t_mean, t_std, t_distribution, t_warp, guide, adaptive)
         check_range("r_first", r_first, 1e-7, 1)
         check_range("r_last", r_last, 1e-7, 1)
         check_range("r_steps", r_steps, 1, MOST_STEPS)
-        check_range("adaptive_power", adaptive_power, 0, 2)
-        check_range("adaptive_offset", adaptive_offset, 1e-12, 1e6)
         self.r_first, self.r_last, self.r_steps = r_first, r_last, r_steps
-        self.adaptive_power, self.adaptive_offset = adaptive_power, adaptive_offset
 
     def ratio(self, step: int) -> float:
         """The length of the step from t to l, relative to t - s."""
@@ -79,9 +77,6 @@ class SoFlow(FlowMap):
         ratio, predicted = self.ratio(step), pairs.predicted
         change = after_step(net, pairs, ratio) - predicted.detach()
         return predicted - pairs.velocity - (1 / ratio - 1) * change
-
-    def weighted(self, error: Tensor, like: Packed, t: Tensor) -> Tensor:
-        return adaptive(error, self.adaptive_power, self.adaptive_offset)
 
     def weighted_pairs(self, error: Tensor, pairs: Pairs, step: int) -> Tensor:
         return self.weighted(error, pairs.x_t, pairs.t) / 2

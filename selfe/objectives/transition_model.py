@@ -16,9 +16,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from selfe import flow
-from selfe.objectives.flow_map import FlowMap, Guidance, Pairs, SRule, adaptive, time_derivative
+from selfe.objectives.flow_map import AdaptiveWeight, FlowMap, Guidance, Pairs, SRule, time_derivative
 from selfe.protocols import Denoiser
-from selfe.types import Packed, check_range
+from selfe.types import check_range
 
 
 class TransitionModel(FlowMap):
@@ -59,20 +59,15 @@ class TransitionModel(FlowMap):
             adaptive_offset: see adaptive_power.
         """
         guide = Guidance(guidance, guidance_mix, "ema")
-        super().__init__(p_drop, p_equal, p_zero, s_rule, t_mean, t_std, t_distribution, t_warp, guide)
+        adaptive = AdaptiveWeight(adaptive_power, adaptive_offset)
+        super().__init__(p_drop, p_equal, p_zero, s_rule, t_mean, t_std, t_distribution, t_warp, guide, adaptive)
         check_range("width", width, 1e-7, 0.5)
-        check_range("adaptive_power", adaptive_power, 0, 2)
-        check_range("adaptive_offset", adaptive_offset, 1e-12, 1e6)
         self.width, self.time_weight = width, time_weight
-        self.adaptive_power, self.adaptive_offset = adaptive_power, adaptive_offset
 
     def error(self, net: Denoiser, pairs: Pairs, step: int) -> Tensor:
         x_t, t, s = pairs.x_t, pairs.t, pairs.s
         derivative = time_derivative(net, x_t, t, s, pairs.cond, pairs.v, self.width)
         return pairs.predicted - (pairs.velocity - flow.per_token(t - s, x_t) * derivative)
-
-    def weighted(self, error: Tensor, like: Packed, t: Tensor) -> Tensor:
-        return adaptive(error, self.adaptive_power, self.adaptive_offset)
 
     def weighted_pairs(self, error: Tensor, pairs: Pairs, step: int) -> Tensor:
         loss = self.weighted(error, pairs.x_t, pairs.t)
