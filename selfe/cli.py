@@ -186,6 +186,22 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--table", type=path, action="append", metavar="FILE", help=table_help)
 
 
+def benchmark(parser: argparse.ArgumentParser) -> None:
+    actions = {"prompts": "write the prompt file", "layout": "write what the scorer reads", "read": "read its results"}
+    action_help = "; ".join(f"{name}: {meaning}" for name, meaning in actions.items())
+    parser.add_argument("action", choices=tuple(actions), metavar="ACTION", help=action_help)
+    parser.add_argument("name", metavar="NAME", help="geneval, geneval2, dpg, parti (prompts only), adm (no prompts)")
+    parser.add_argument("job", type=path, nargs="?", metavar="JOB", help="the folder of a sampling job")
+    parser.add_argument("--out", type=path, metavar="FILE", help="of prompts: the prompt file, .jsonl")
+    source_help = "the authors' file of the prompts, if it is on this machine"
+    parser.add_argument("--source", type=path, metavar="FILE", help=source_help)
+    parser.add_argument(
+        "--bootstrap", type=at_least(0), default=100, metavar="N", help="replicates of intervals (default %(default)s)"
+    )
+    table_help = "of read: write the table as Markdown (.md) or LaTeX (.tex); may be repeated"
+    parser.add_argument("--table", type=path, action="append", default=[], metavar="FILE", help=table_help)
+
+
 def tune_sampler(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s CONFIG_OR_RUN [NGPUS] [key=value ...] --metric EXTRACTOR/METRIC --budget IMAGES [options]"
     parser.add_argument(
@@ -418,6 +434,15 @@ VERBS = {
         evaluate,
         "A config is sampled first, as far as images are missing. Run the same command again to resume.\n"
         "Keys of the section evaluation, also of extractors of your own: docs/evaluation.md",
+    ),
+    "benchmark": Verb(
+        "selfe.tools.benchmark",
+        "Prompts of benchmarks, files for their official scorers, and the results of these as an evaluation.",
+        benchmark,
+        "  selfe benchmark prompts geneval --out geneval.jsonl\n"
+        "  selfe benchmark layout geneval JOB      then JOB/geneval/run.sh, in the environment of the scorer\n"
+        "  selfe benchmark read geneval JOB\n"
+        "How to install the scorers, and a scorer without mmdet: docs/benchmarks.md",
     ),
     "tune-sampler": Verb(
         "selfe.tools.tune_sampler",

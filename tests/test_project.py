@@ -54,6 +54,8 @@ EDGES = {
     "inference": PARTS | {"compare", "config", "samplers"},
     # reads manifests and shards, and checks pretrained models
     "evaluation": PARTS | {"config", "data", "distributed", "encoders"},
+    # prompts and files of official scorers, whose results are evaluations; a detector is an extractor
+    "benchmarks": PARTS | {"evaluation"},
     "gallery": {"config", "errors", "inference", "io", "types"},
     "launch": BASE | {"config", "distributed"},  # the failure of one process is published for the others
     "recorded_run": {"compare", "config"},

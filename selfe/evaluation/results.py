@@ -68,7 +68,7 @@ class Evaluation:
         record = {"extractor": self.extractors[value.extractor]}
         record |= {name: cell[name] for name in ("count", "prompts", "noise", "sizes")}
         record |= {name: fact for name, fact in self.settings.items() if value.metric in CHANGED_BY[name]}
-        if value.metric in WITH_REFERENCE:
+        if value.metric in WITH_REFERENCE and self.reference is not None:
             record["reference"] = {name: fact for name, fact in self.reference.items() if name != "path"}
         return record
 
