@@ -223,6 +223,7 @@ def tune_sampler(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, dest=name, metavar="X,...", help="values to try")
     interval_help = "intervals of guidance to try, such as none,0:0.8,0.2:1"
     parser.add_argument("--interval", dest="guidance_interval", metavar="LOW:HIGH,...", help=interval_help)
+    parser.add_argument("--sampler", metavar="NAME,...", help="samplers to try: renoise, heun, adams_bashforth")
     trust(parser)
 
 
@@ -446,7 +447,7 @@ VERBS = {
     ),
     "tune-sampler": Verb(
         "selfe.tools.tune_sampler",
-        "Search the best guidance, s ratio, eta and guidance interval for each number of sampling steps.",
+        "Search the best guidance, s ratio, eta, guidance interval and sampler for each number of sampling steps.",
         tune_sampler,
         "The result is a preset file (inferencer.defaults.preset). Run the same command again to resume.\n"
         "What is varied, and how: docs/sampling.md",

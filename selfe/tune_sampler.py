@@ -1,8 +1,8 @@
 """Sampler search: `python -m selfe.tune_sampler CONFIG SEARCH [key=value ...]`, started by `selfe tune-sampler`.
 
-For each number of steps, sampling settings are tried one after the other on the same prompts and the same noise, and
-the best ones are written as a preset. Every process generates its share of the images of a candidate. Candidates that
-an earlier start has measured are not measured again.
+For each number of steps, which stands for as many calls of the denoiser, sampling settings are tried one after the
+other on the same prompts and the same noise, and the best ones are written as a preset. Every process generates its
+share of the images of a candidate. Candidates that an earlier start has measured are not measured again.
 """
 
 from __future__ import annotations
@@ -32,43 +32,69 @@ from selfe.evaluation.metrics import METRICS
 from selfe.evaluation.settings import EvaluationConfig, MetricSettings
 from selfe.inference import presets
 from selfe.inference.presets import Preset
-from selfe.inference.prompts import SamplingDefaults, sweep
+from selfe.inference.prompts import SamplingDefaults, sampler_name, sweep
 from selfe.io import image_encode
 from selfe.io.folder_lock import FolderLock
 from selfe.io.sampling_limits import check_interval, check_range
+from selfe.protocols import Sampler
+from selfe.samplers.adams_bashforth import AdamsBashforth
+from selfe.samplers.cost import calls_of, steps_within
 from selfe.samplers.guidance import Interval, is_inside
+from selfe.samplers.heun import Heun
 from selfe.samplers.renoise import Renoise
 from selfe.system import System
 from selfe.training.evaluation import Evaluator, TrainingEvaluation, cell_of
 
-RENOISE = "selfe.samplers.renoise.Renoise"
+# those whose steps are worth their calls; Euler is Renoise without fresh noise
+SAMPLERS = {"renoise": Renoise, "heun": Heun, "adams_bashforth": AdamsBashforth}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Sampling settings of `Renoise` for a number of steps."""
+    """Sampling settings for a number of calls of the denoiser; all candidates for a number cost the same."""
 
     cfg_scale: float
     s_ratio: float
-    eta: float
+    eta: float  # of Renoise
     guidance_interval: Interval | None
+    sampler: str = "renoise"
 
     def __post_init__(self):
         for name in ("cfg_scale", "s_ratio", "eta"):
             check_range(name, getattr(self, name))
         check_interval("guidance_interval", self.guidance_interval)
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler: {self.sampler!r}; valid: {', '.join(SAMPLERS)}")
 
-    def normal(self, num_steps: int) -> Candidate:
-        """Equal for candidates that generate the same images in `num_steps` steps."""
-        guided = [is_inside(1 - k / num_steps, self.guidance_interval) for k in range(num_steps)]
-        scale = self.cfg_scale if any(guided) else 1.0
-        interval = None if scale == 1 or all(guided) else self.guidance_interval
-        return replace(self, cfg_scale=scale, guidance_interval=interval, eta=self.eta if num_steps > 1 else 0.0)
+    def built(self) -> Sampler:
+        """The sampler with its parameters."""
+        return Renoise(self.eta) if self.sampler == "renoise" else SAMPLERS[self.sampler]()
 
-    def settings(self, defaults: SamplingDefaults, num_steps: int) -> SamplingDefaults:
+    def normal(self, num_calls: int) -> Candidate:
+        """Equal for candidates that generate the same images in `num_calls` calls of the denoiser."""
+        chosen = self
+        if self.sampler != "renoise":
+            # of an ODE: s = t and no fresh noise
+            chosen = replace(self, s_ratio=SAMPLERS[self.sampler].s_ratio, eta=0.0)
+        num_steps = steps_within(chosen.built(), num_calls)
+        if num_steps == 1:
+            # a step to the data has no fresh noise, and is that of Euler
+            chosen = replace(chosen, sampler="renoise", eta=0.0)
+
+        interval = chosen.guidance_interval
+        guided = [is_inside(1 - k / num_steps, interval) for k in calls_of(chosen.built(), num_steps)]
+        scale = chosen.cfg_scale if any(guided) else 1.0
+        return replace(chosen, cfg_scale=scale, guidance_interval=None if scale == 1 or all(guided) else interval)
+
+    def uses(self, num_calls: int) -> bool:
+        """Whether the sampler takes several steps in so many calls; with one, it is that of Euler."""
+        return self.sampler == "renoise" or steps_within(self.built(), num_calls) > 1
+
+    def settings(self, defaults: SamplingDefaults, num_calls: int) -> SamplingDefaults:
         """The sampling settings of its images."""
-        values = {name: value for name, value in vars(self).items() if name != "eta"}
-        return replace(defaults, **values, num_steps=num_steps, sampler=Renoise(self.eta))
+        values = {name: value for name, value in vars(self).items() if name not in ("eta", "sampler")}
+        sampler = self.built()
+        return replace(defaults, **values, num_steps=steps_within(sampler, num_calls), sampler=sampler)
 
 
 @dataclass(frozen=True)
@@ -145,8 +171,9 @@ def coordinate_search(
         before = best
         for name, options in grid.items():
             for option in options:
-                candidate = replace(best, **{name: option}).normal(num_steps)
-                if not is_valid(candidate):
+                varied = replace(best, **{name: option})
+                candidate = varied.normal(num_steps)
+                if not varied.uses(num_steps) or not is_valid(candidate):
                     continue
                 if candidate not in values:
                     if len(values) == most:
@@ -240,7 +267,9 @@ def run(
             log.print_line(f"{steps}: {search.metric} {value:.5g} with {described(candidate)}")
         return value
 
-    start = Candidate(defaults.cfg_scale, defaults.s_ratio, getattr(defaults.sampler, "eta", 0.0), None)
+    sampler = sampler_name(defaults.sampler)
+    sampler = sampler if sampler in SAMPLERS else "renoise"
+    start = Candidate(defaults.cfg_scale, defaults.s_ratio, getattr(defaults.sampler, "eta", 0.0), None, sampler)
     chosen, counts = {}, {}
     for num_steps in search.num_steps:
         best, value, counts[num_steps] = coordinate_search(
@@ -252,8 +281,7 @@ def run(
             partial(results.is_better, metric),
             partial(suits, system),
         )
-        interval = best.guidance_interval
-        chosen[num_steps] = Preset(best.cfg_scale, best.s_ratio, interval, Renoise(best.eta), value)
+        chosen[num_steps] = Preset(best.cfg_scale, best.s_ratio, best.guidance_interval, best.built(), value)
     if world.is_main:
         write(out, search, chosen, counts, record)
         for num_steps, preset in chosen.items():
@@ -266,7 +294,7 @@ def run(
 def suits(system: System, candidate: Candidate) -> bool:
     """Whether the model of an objective can be sampled with these settings."""
     try:
-        system.check_sampling(Renoise(candidate.eta), candidate.s_ratio)
+        system.check_sampling(candidate.built(), candidate.s_ratio)
     except UserError:
         return False
     return True
@@ -288,7 +316,9 @@ def write(out: Path, search: Search, chosen: dict[int, Preset], counts: dict[int
         "images": search.num_images,
         "record": record,
         "presets": {
-            num_steps: presets.described(preset, {"module": RENOISE, "params": preset.sampler.output_settings()})
+            num_steps: presets.described(
+                preset, {"module": compare.class_path(preset.sampler), "params": preset.sampler.output_settings()}
+            )
             for num_steps, preset in chosen.items()
         },
     }

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from selfe import compare, config
 from selfe.errors import UserError
 from selfe.inference import presets
+from selfe.inference.presets import Preset
 from selfe.io import text_files
 from selfe.io.sampling_limits import (
     check_interval,
@@ -27,7 +28,7 @@ from selfe.io.sampling_limits import (
     normal_prompt,
 )
 from selfe.protocols import Sampler
-from selfe.samplers.cost import check_sampler
+from selfe.samplers.cost import check_sampler, steps_within
 from selfe.samplers.guidance import Interval
 from selfe.samplers.renoise import Renoise
 
@@ -89,10 +90,16 @@ class SamplingDefaults:
     def variants(self) -> list[Variant]:
         """All combinations of a sweep, or those of the preset."""
         if self.preset is not None:
-            chosen = [(count, presets.nearest(presets.read(self.preset), count)) for count in sweep(self.num_steps)]
-            return [Variant(at.cfg_scale, at.s_ratio, count, at.guidance_interval, at.sampler) for count, at in chosen]
+            known = presets.read(self.preset)
+            return [self.variant_of(presets.nearest(known, count), count) for count in sweep(self.num_steps)]
         values = product(sweep(self.cfg_scale), sweep(self.s_ratio), sweep(self.num_steps))
         return [Variant(*numbers, self.guidance_interval, self.sampler) for numbers in values]
+
+    @staticmethod
+    def variant_of(preset: Preset, num_steps: int) -> Variant:
+        """The settings of a preset. A sampler with several calls in a step takes fewer steps, for the same cost."""
+        count = steps_within(preset.sampler, num_steps)
+        return Variant(preset.cfg_scale, preset.s_ratio, count, preset.guidance_interval, preset.sampler)
 
 
 class Variant(NamedTuple):

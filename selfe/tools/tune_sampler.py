@@ -18,6 +18,7 @@ GRID = {
     "s_ratio": [0.0, 0.25, 0.5, 0.75, 1.0],
     "eta": [0.0, 0.5, 1.0],
     "guidance_interval": [None, [0.0, 0.8], [0.2, 1.0], [0.2, 0.8]],
+    "sampler": ["renoise", "heun", "adams_bashforth"],
 }
 SHARED = ("extractors", "reference", "base_dir", "reference_size", "reference_images", "reference_split")
 SAMPLED = ("num_samples", "seed", "cfg_scale", "s_ratio", "sampler")
@@ -83,6 +84,8 @@ def grid(options: argparse.Namespace) -> dict[str, list]:
             given[name] = numbers(flag, text, float)
     if options.guidance_interval is not None:
         given["guidance_interval"] = [interval(text) for text in options.guidance_interval.split(",")]
+    if options.sampler is not None:
+        given["sampler"] = options.sampler.split(",")
     return GRID | given
 
 

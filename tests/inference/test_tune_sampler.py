@@ -12,6 +12,8 @@ from selfe.errors import UserError
 from selfe.generator import Generator
 from selfe.inference import presets
 from selfe.inference.prompts import SamplingDefaults
+from selfe.samplers.cost import calls_of
+from selfe.samplers.heun import Heun
 from selfe.tools import tune_sampler as verb
 from selfe.tune_sampler import Candidate, coordinate_search
 from tests.helpers.sampling_job import PHOTOS
@@ -19,6 +21,7 @@ from tests.helpers.train_processes import TINY, finish
 
 START = Candidate(1.0, 0.0, 1.0, None)
 GRID = {"cfg_scale": [1.0, 3.0], "s_ratio": [0.0, 1.0], "eta": [0.0, 1.0], "guidance_interval": [None, [0.6, 1.0]]}
+GRID["sampler"] = ["renoise", "adams_bashforth"]
 EVALUATION = {
     "reference": str(PHOTOS / "manifest.tsv"),
     "base_dir": str(PHOTOS),
@@ -86,6 +89,44 @@ def test_candidates_that_generate_the_same_images_are_one():
     assert Candidate(1.0, 0.5, 0.7, (0.3, 1.0)).normal(4) == Candidate(1.0, 0.5, 0.7, None)
 
 
+def test_samplers_of_an_ode_are_tried_at_s_equal_to_t_and_for_the_same_calls():
+    heun, bashforth = (Candidate(2.0, 0.3, 0.7, None, name) for name in ("heun", "adams_bashforth"))
+    assert heun.normal(8) == Candidate(2.0, 1.0, 0.0, None, "heun")
+    settings = heun.normal(8).settings(SamplingDefaults(), 8)
+    assert (settings.num_steps, settings.s_ratio, type(settings.sampler)) == (4, 1.0, Heun)
+    assert len(calls_of(settings.sampler, settings.num_steps)) == 7
+    assert bashforth.normal(8).settings(SamplingDefaults(), 8).num_steps == 8
+
+    # a single step is that of Euler
+    assert heun.normal(2) == bashforth.normal(1) == Candidate(2.0, 1.0, 0.0, None)
+    assert [count for count in (1, 2, 3, 8) if heun.uses(count)] == [3, 8]
+    assert [count for count in (1, 2, 3, 8) if bashforth.uses(count)] == [2, 3, 8]
+
+    # the times of Heun's calls decide whether an interval matters
+    assert replace(heun, guidance_interval=(0.0, 0.3)).normal(4) == Candidate(1.0, 1.0, 0.0, None, "heun")
+
+    tried = []
+
+    def measure(candidate: Candidate) -> float:
+        tried.append(candidate.sampler)
+        return 0 if candidate == Candidate(2.0, 1.0, 0.0, None, "heun") else 1
+
+    grid = {"cfg_scale": [1.0, 2.0], "sampler": ["renoise", "heun", "adams_bashforth"]}
+    for count, best in ((2, "renoise"), (8, "heun")):
+        start = Candidate(2.0, 0.0, 0.5, None)
+        chosen, _, _ = coordinate_search(count, start, grid, 100, measure, lambda value, than: value < than)
+        assert chosen.sampler == best
+    assert tried[:4] == ["renoise", "renoise", "adams_bashforth", "renoise"]
+
+
+def test_a_preset_of_heun_takes_the_steps_that_its_calls_allow(tmp_path):
+    path = tmp_path / "preset.yaml"
+    path.write_text("presets: {8: {cfg_scale: 1.0, s_ratio: 1.0, sampler: {module: selfe.samplers.heun.Heun}}}")
+    variants = SamplingDefaults(preset=path, num_steps=(1, 4, 8, 9)).variants()
+    assert [variant.num_steps for variant in variants] == [1, 2, 4, 5]
+    assert [len(calls_of(variant.sampler, variant.num_steps)) for variant in variants] == [1, 3, 7, 9]
+
+
 def test_a_search_resumes_and_its_preset_samples_what_was_measured(trained, tmp_path, monkeypatch):
     monkeypatch.setenv("SELFE_SKIP_PRETRAINED", "1")
     out = tmp_path / "preset.yaml"
@@ -96,9 +137,9 @@ def test_a_search_resumes_and_its_preset_samples_what_was_measured(trained, tmp_
     for line in measured:
         steps = json.loads(line["candidate"])["num_steps"]
         best[steps] = min(best.get(steps, line["value"]), line["value"])
-    found = yaml.safe_load(out.read_text())
-    assert {steps: preset["value"] for steps, preset in found["presets"].items()} == best
-    assert (found["metric"], found["images"], found["record"]["weights"]["step"]) == ("thumbs/fd", 8, 2)
+    content = yaml.safe_load(out.read_text())
+    assert {steps: preset["value"] for steps, preset in content["presets"].items()} == best
+    assert (content["metric"], content["images"], content["record"]["weights"]["step"]) == ("thumbs/fd", 8, 2)
     assert not (tmp_path / "preset_search/evaluations/generated").exists()
 
     # killed while it wrote a line
@@ -121,11 +162,11 @@ def test_a_search_resumes_and_its_preset_samples_what_was_measured(trained, tmp_
     infer.main([str(TINY), *sampled, "inferencer.defaults.num_steps=[1,2,3]", *preset])
     rows = [json.loads(line) for line in (tmp_path / "images/metadata.jsonl").read_text().splitlines()]
     for row in rows[:3]:
-        wanted = found["presets"][min(row["num_steps"], 2)]
+        wanted = content["presets"][min(row["num_steps"], 2)]
         assert (row["cfg_scale"], row["s_ratio"], row.get("guidance_interval")) == (
             wanted["cfg_scale"], wanted["s_ratio"], wanted["guidance_interval"],
         )  # fmt: skip
-        assert row["eta"] == wanted["sampler"]["params"]["eta"]
+        assert row.get("eta") == wanted["sampler"]["params"].get("eta")
     assert [(row["cfg_scale"], row["s_ratio"], row["eta"]) for row in rows[3:]] == [(2.5, 0.0, 1.0)] * 3
 
     generator = Generator(trained / "checkpoints", precision="fp32", size=(32, 32))
@@ -179,6 +220,7 @@ def test_a_wrong_preset_is_one_line(text, message, tmp_path):
         ({"metric": "thumbs/fid"}, "--metric: 'thumbs/fid' is not measured; did you mean thumbs/fd"),
         ({"metric": "fd"}, "--metric: 'fd' is not EXTRACTOR/METRIC, such as thumbs/fd"),
         ({"num_images": 40}, "--images: 40 images, 1 of a prompt, need 40 prompts, but .* has 33"),
+        ({"grid": GRID | {"sampler": ["ddim"]}}, "sampler: 'ddim'; valid: renoise, heun, adams_bashforth"),
         ({"grid": GRID | {"eta": [2.0]}}, "eta: 2.0 is not between 0 and 1"),
         ({"num_steps": [0]}, "--steps: 0 is not between"),
     ],
