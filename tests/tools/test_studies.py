@@ -162,6 +162,7 @@ def test_the_judge_names_real_images_and_no_others(emoji):
     assert real["concept@1"].float().mean() > 0.97
     assert real["style"].float().mean() > 0.97
     assert (real["concept@5"] >= real["concept@1"]).all()
+    assert torch.equal(real["both"], real["concept@1"] & real["style"])
     assert real["features"].shape == (len(images), judge.FEATURES)
 
     # another image of the same style, and a mean of two images, are not what was asked for
@@ -170,6 +171,18 @@ def test_the_judge_names_real_images_and_no_others(emoji):
     blends = (images.pixels + images.pixels.roll(200, 0) + images.pixels.roll(400, 0)) / 3
     blended = judge.score(scorer, blends, images.concepts, images.styles)
     assert blended["concept@1"].float().mean() < 0.3
+
+
+def test_a_blurred_emoji_is_still_recognised_and_its_style_is_not(emoji):
+    judge, images = emoji
+    pixels = images.pixels[::4]
+    assert torch.allclose(judge.blurred(pixels, 0.1), pixels, atol=1e-6)
+    smooth = torch.linspace(-1, 1, 32).expand(1, 3, 32, 32)
+    assert torch.allclose(judge.blurred(smooth, 1.5)[..., 8:-8], smooth[..., 8:-8], atol=1e-6)
+
+    scores = judge.score(judge.load(), judge.blurred(pixels, 1.5), images.concepts[::4], images.styles[::4])
+    assert scores["concept@1"].float().mean() > 0.9
+    assert scores["both"].float().mean() < 0.8
 
 
 def test_the_judge_is_an_extractor(emoji, shards, tmp_path):

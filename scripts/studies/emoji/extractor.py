@@ -22,7 +22,7 @@ COPY = 0.15  # largest root mean square difference between an image and what cou
 
 
 class EmojiJudge:
-    """Features (B, 160); the scores concept@1, concept@5, style and copies; embeddings of images and of emoji."""
+    """Features (B, 160); the scores concept@1, concept@5, style, both and copies; embeddings of images and of emoji."""
 
     has_texts = True
 

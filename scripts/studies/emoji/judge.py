@@ -1,6 +1,7 @@
 """The judge of the emoji study: a small network, trained on the real images, that names emoji and drawing style.
 
-    .venv/bin/python scripts/studies/emoji/judge.py    train it, write judge.safetensors and judge.json beside this file
+    .venv/bin/python scripts/studies/emoji/judge.py           train it, write judge.safetensors and judge.json
+    .venv/bin/python scripts/studies/emoji/judge.py --keep    measure the one of this repository, write judge.json
 
 It is trained on all real images, held-out ones included: it judges, it does not compete. Noise, blur, small shifts and
 changes of colour in its training keep it from recognising images by details of their rendering.
@@ -10,9 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tarfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -242,7 +244,7 @@ def load() -> Judge:
 @torch.no_grad()
 def score(judge: Judge, pixels: Tensor, concepts: Tensor, styles: Tensor) -> dict[str, Tensor]:
     """Per image (n,): whether the emoji asked for comes first, or among the first five, of all; whether the style is
-    the one asked for. `features` (n, 160) are for Frechet distances.
+    the one asked for; `both`, whether emoji (first) and style are. `features` (n, 160) are for Frechet distances.
     """
     features, ranks, right = [], [], []
     for part, wanted, style in zip(pixels.split(256), concepts.split(256), styles.split(256), strict=True):
@@ -252,8 +254,9 @@ def score(judge: Judge, pixels: Tensor, concepts: Tensor, styles: Tensor) -> dic
         features.append(feature)
         ranks.append((similarities > own).sum(dim=1))
         right.append(judge.style(part.clamp(-1, 1)).argmax(dim=1) == style)
-    rank = torch.cat(ranks)
-    return {"concept@1": rank < 1, "concept@5": rank < 5, "style": torch.cat(right), "features": torch.cat(features)}
+    rank, style = torch.cat(ranks), torch.cat(right)
+    shares = {"concept@1": rank < 1, "concept@5": rank < 5, "style": style, "both": (rank < 1) & style}
+    return shares | {"features": torch.cat(features)}
 
 
 def nearest(images: Tensor, trained: Tensor) -> Tensor:
@@ -267,30 +270,64 @@ def nearest(images: Tensor, trained: Tensor) -> Tensor:
     return torch.cat(distances)
 
 
+def blurred(images: Tensor, sigma: float) -> Tensor:
+    """Images (B, 3, H, W) after a Gaussian blur of `sigma` pixels."""
+    places = torch.arange(-3 * math.ceil(sigma), 3 * math.ceil(sigma) + 1)
+    kernel = torch.exp(-(places**2) / (2 * sigma**2))
+    kernel = (kernel[:, None] * kernel / kernel.sum() ** 2)[None, None].expand(3, 1, -1, -1)
+    return F.conv2d(F.pad(images, (len(places) // 2,) * 4, "replicate"), kernel, groups=3)
+
+
+def means_of_styles(images: Images) -> Images:
+    """One image for each emoji that has at least three: their mean. It counts as the style of the first."""
+    means, firsts = [], []
+    for concept in images.concepts.unique():
+        rows = (images.concepts == concept).nonzero()[:, 0]
+        if len(rows) >= 3:
+            means.append(images.pixels[rows].mean(dim=0))
+            firsts.append(rows[0])
+    return replace(images.select(torch.stack(firsts)), pixels=torch.stack(means))
+
+
+def measured(judge: Judge, splits: Mapping[str, Images]) -> dict[str, dict[str, float]]:
+    """The shares of `score` for real images, for damaged ones, and by chance."""
+    concepts, styles = len(labels()), len(STYLES)
+    chance = {"concept@1": 1 / concepts, "concept@5": 5 / concepts, "style": 1 / styles, "both": 1 / concepts / styles}
+    result = {"chance": chance}
+
+    generator = torch.Generator().manual_seed(1)
+    train = splits["train"]
+    sets = {f"{split}, real": images for split, images in splits.items()}
+    sets |= {
+        f"{split}, distorted": replace(images, pixels=distorted(images.pixels, generator))
+        for split, images in splits.items()
+    }
+    sets |= {f"train, blur of {s} pixels": replace(train, pixels=blurred(train.pixels, s)) for s in (1, 1.5, 2, 3)}
+    sets["train, mean of the styles of an emoji"] = means_of_styles(train)
+    for name, images in sets.items():
+        scores = score(judge, images.pixels, images.concepts, images.styles)
+        result[name] = {key: round(scores[key].float().mean().item(), 4) for key in chance}
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT / "runs/emoji", help="folder of the unpacked shards")
     parser.add_argument("--steps", type=int, default=3000, help="of the network that names emoji")
     parser.add_argument("--style-steps", type=int, default=1500, help="of the network that names styles")
+    parser.add_argument("--keep", action="store_true", help="train nothing, measure the judge of this repository")
     given = parser.parse_args()
 
     unpack(given.data)
     splits = {split: real_images(given.data, split) for split in SPLITS}
-    judge = trained(joined(splits.values()), given.steps, given.style_steps)
-    weights = {name: value.half().contiguous() for name, value in judge.state_dict().items()}
-    save_file({name: value for name, value in weights.items() if "num_batches" not in name}, WEIGHTS)
+    if not given.keep:
+        judge = trained(joined(splits.values()), given.steps, given.style_steps)
+        weights = {name: value.half().contiguous() for name, value in judge.state_dict().items()}
+        save_file({name: value for name, value in weights.items() if "num_batches" not in name}, WEIGHTS)
 
-    judge = load()
-    ceilings = {"chance": {"concept@1": 1 / len(labels()), "concept@5": 5 / len(labels()), "style": 1 / len(STYLES)}}
-    generator = torch.Generator().manual_seed(1)
-    for split, images in splits.items():
-        for name, pixels in (("real", images.pixels), ("distorted", distorted(images.pixels, generator))):
-            scores = score(judge, pixels, images.concepts, images.styles)
-            ceilings[f"{split}, {name}"] = {
-                key: round(value.float().mean().item(), 4) for key, value in scores.items() if key != "features"
-            }
-    (HERE / "judge.json").write_text(json.dumps(ceilings, indent=1) + "\n")
-    print(json.dumps(ceilings, indent=1))
+    result = measured(load(), splits)
+    (HERE / "judge.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from selfe import config
 NAME, CONFIGS = "emoji", "configs/emoji"
 COUNT, QUICK_COUNT = 1024, 256  # images per sampling setting
 SEEDS = 2  # of the main models
-QUICK = (1000, 64)  # steps, batch size
+QUICK = (600, 32)  # steps, batch size
 MAIN = ("flow_matching", "floor_late")
 OTHERS = ("selfe", "selfe_floor")
 
