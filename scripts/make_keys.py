@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from selfe import signatures
 from selfe.backbones.mmdit import MMDiT
+from selfe.benchmarks.object_detector import ObjectDetector
 from selfe.data.cached import CachedData
 from selfe.data.dataset import BucketedDataset
 from selfe.data.shapes import ShapesData
@@ -84,7 +85,7 @@ PARTS = (
     ("Data sets", "data.params", (BucketedDataset, ShapesData, CachedData)),
     ("Samplers", "inferencer.defaults.sampler.params", (Renoise, Euler, Heun, AdamsBashforth)),
     ("Evaluation", "evaluation", (EvaluationConfig,)),
-    ("Extractors", "evaluation.extractors.NAME.params", (HFExtractor, Inception)),
+    ("Extractors", "evaluation.extractors.NAME.params", (HFExtractor, Inception, ObjectDetector)),
 )
 
 # what a config names, where it is not the class itself

@@ -28,7 +28,7 @@ from selfe.distributed.collectives import World
 from selfe.encoders.remembered_text import RememberedText
 from selfe.errors import UserError
 from selfe.evaluation import results
-from selfe.evaluation.metrics import METRICS
+from selfe.evaluation.metrics import CATEGORY_MEAN, METRICS
 from selfe.evaluation.settings import EvaluationConfig, MetricSettings
 from selfe.inference import presets
 from selfe.inference.presets import Preset
@@ -187,6 +187,8 @@ def coordinate_search(
 
 def metric_of(value: str) -> str:
     """The metric that a value belongs to: `retrieval` of retrieval@1; other names are scores of the extractor."""
+    if value.endswith(f"/{CATEGORY_MEAN}"):
+        return CATEGORY_MEAN
     name = value.partition("/")[0]
     if name.startswith("retrieval@"):
         return "retrieval"

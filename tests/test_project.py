@@ -55,7 +55,7 @@ EDGES = {
     # reads manifests and shards, and checks pretrained models
     "evaluation": PARTS | {"config", "data", "distributed", "encoders"},
     # prompts and files of official scorers, whose results are evaluations; a detector is an extractor
-    "benchmarks": PARTS | {"evaluation"},
+    "benchmarks": PARTS | {"encoders", "evaluation"},  # a detector is read as encoders are
     "gallery": {"config", "errors", "inference", "io", "types"},
     "launch": BASE | {"config", "distributed"},  # the failure of one process is published for the others
     "recorded_run": {"compare", "config"},

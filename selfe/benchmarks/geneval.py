@@ -13,6 +13,7 @@ from selfe.benchmarks import scorer
 from selfe.benchmarks.prompt_sets import Prompt, lines
 from selfe.benchmarks.scorer import Sample
 from selfe.errors import UserError
+from selfe.evaluation import statistics
 from selfe.evaluation.statistics import Estimate
 from selfe.io import image_encode
 
@@ -70,18 +71,8 @@ def shares(images: Sequence[tuple[str, str, bool]], replicates: int) -> dict[str
     tasks = {task: share(indices) for task, indices in sorted(by_task.items())}
     any_correct = torch.stack([correct[indices].max() for indices in by_prompt.values()])
     return {
-        "overall": mean_of(list(tasks.values())),
+        "overall": statistics.mean_of(list(tasks.values())),
         "correct": share(range(len(images))),
         "correct_prompts": scorer.bootstrap_of(list(by_prompt), replicates).mean(any_correct),
         **{f"correct/{task}": estimate for task, estimate in tasks.items()},
     }
-
-
-def mean_of(estimates: Sequence[Estimate]) -> Estimate:
-    """The mean of independent numbers; the squares of the widths of their intervals add up."""
-    count, value = len(estimates), sum(each.value for each in estimates) / len(estimates)
-    if any(each.low is None for each in estimates):
-        return Estimate(value)
-    below = sum((each.value - each.low) ** 2 for each in estimates) ** 0.5 / count
-    above = sum((each.high - each.value) ** 2 for each in estimates) ** 0.5 / count
-    return Estimate(value, value - below, value + above)

@@ -117,7 +117,9 @@ def plain_errors(folder: Path, remedy: str = AGAIN) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the tokenizers library raises errors of this class itself
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
+        if isinstance(error, ImportError):
+            remedy = "install the package in this environment"
         raise UserError(f"{folder}: cannot be loaded ({reason}); {remedy}") from error
     finally:
         logging_of_transformers.set_verbosity(verbosity)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
@@ -78,28 +78,13 @@ class HFExtractor:
 
     def load(self, device: torch.device) -> None:
         """Read weights and tokenizer. Raises UserError if a file is missing or does not fit."""
+        self.net = read_model(AutoModel, self.folder, self.advice).to(device)
         with plain_errors(self.folder, self.advice):
             options = {"local_files_only": True, "trust_remote_code": False}
-            config = AutoConfig.from_pretrained(self.folder, **options)
-            self.net, info = AutoModel.from_pretrained(
-                self.folder,
-                config=config,
-                dtype=torch.float32,
-                use_safetensors=True,
-                output_loading_info=True,
-                **options,
-            )
             self.tokenizer = AutoTokenizer.from_pretrained(self.folder, **options) if self.has_texts else None
-        if missing := sorted(info["missing_keys"]):
-            # a pooling layer that the file lacks would have random weights
-            raise UserError(
-                f"{self.folder}: the weights have no {missing[0]}, which the model of config.json needs; use weights "
-                "that match config.json"
-            )
-        self.net = self.net.eval().requires_grad_(False).to(device)
         self.device = device
         if self.has_texts:
-            self.text_length = config.get_text_config().max_position_embeddings
+            self.text_length = self.net.config.get_text_config().max_position_embeddings
 
     def __call__(self, images: Sequence[Tensor], captions: Sequence[str]) -> dict[str, Tensor]:
         """See `Extractor`; captions do not matter."""
@@ -138,6 +123,28 @@ class HFExtractor:
         options = {"padding": "max_length", "truncation": True, "max_length": self.text_length}
         ids = self.tokenizer(list(captions), return_tensors="pt", **options)["input_ids"]
         return embedding(self.net.get_text_features(input_ids=to_device(ids, self.device)))
+
+
+def read_model(auto: Any, folder: Path, advice: str) -> nn.Module:
+    """A frozen model in float32. Raises UserError if its files do not fit.
+
+    Args:
+        auto: a class of transformers such as `AutoModel`.
+        advice: what to do about a damaged file.
+    """
+    with plain_errors(folder, advice):
+        options = {"local_files_only": True, "trust_remote_code": False}
+        config = AutoConfig.from_pretrained(folder, **options)
+        net, info = auto.from_pretrained(
+            folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+        )
+    if missing := sorted(info["missing_keys"]):
+        # a pooling layer that the file lacks would have random weights
+        raise UserError(
+            f"{folder}: the weights have no {missing[0]}, which the model of config.json needs; use weights that match "
+            "config.json"
+        )
+    return net.eval().requires_grad_(False)
 
 
 def embedding(output: Any) -> Tensor:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FEWEST_PROMPTS = 20  # with fewer, images are resampled one by one, because intervals of few groups are too narrow
 OWN = ("features", "aligned", "maps")  # outputs of an extractor that are not scores
+CATEGORY_MEAN = "category_mean"
 BY_CATEGORY = ("clip_score", "retrieval", "scores")  # metrics that are also averaged over each category of prompts
 
 Values = dict[str, Estimate]
@@ -235,6 +236,19 @@ def scores(measured: Measured) -> Values:
     return values
 
 
+def category_mean(measured: Measured) -> Values:
+    """The extractor's own scores, as NAME/category_mean: the mean of their means over the categories of prompts."""
+    values: Values = {}
+    for name in sorted(measured.features.names() - set(OWN)):
+        scores = measured.features.all(name)
+        means = [
+            measured.bootstrap_of(indices).mean(scores[indices].cpu()) for indices in measured.by_category.values()
+        ]
+        if means:
+            values[f"{name}/{CATEGORY_MEAN}"] = statistics.mean_of(means)
+    return values
+
+
 def deviations(measured: Measured) -> Values:
     """Standard deviations over images of the extractor's own scores, as NAME_std."""
     names = sorted(measured.features.names() - set(OWN))
@@ -262,6 +276,7 @@ METRICS = {
     "diversity": Metric(diversity),
     "map_diversity": Metric(map_diversity, on_request=True),
     "scores": Metric(scores),
+    CATEGORY_MEAN: Metric(category_mean, on_request=True),
     "deviations": Metric(deviations, on_request=True),
 }
 
@@ -289,8 +304,9 @@ def value_names(
         outputs: names of what the extractor returns.
         categories: those of the prompts.
     """
-    own_scores = sorted(set(outputs) - set(OWN))
+    own_scores, categories = sorted(set(outputs) - set(OWN)), list(categories)
     several = {
+        CATEGORY_MEAN: [f"{score}/{CATEGORY_MEAN}" for score in own_scores] if categories else [],
         "retrieval": [f"retrieval@{k}" for k in settings.retrieval_k],
         "scores": own_scores,
         "deviations": [f"{score}_std" for score in own_scores],
