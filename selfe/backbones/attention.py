@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
-from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 from selfe.device import to_device
 
@@ -25,13 +25,16 @@ KERNELS = (
     aten._scaled_dot_product_cudnn_attention.default,
 )
 
-# torch has FLOP formulas for the kernels of accelerators only; the CPU's take the same shapes.
-register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu)(
-    lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
-)
-register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu_backward)(
-    lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
-)
+# Versions of torch before 2.15 may have FLOP formulas for the kernels of accelerators only; the CPU takes the same shapes.
+CPU_FORMULAS = {
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
+for kernel, formula in CPU_FORMULAS.items():
+    if kernel not in flop_registry:
+        register_flop_formula(kernel)(formula)
 
 
 @dataclass(frozen=True)
