@@ -25,7 +25,7 @@ KERNELS = (
     aten._scaled_dot_product_cudnn_attention.default,
 )
 
-# Versions of torch before 2.15 may have FLOP formulas for the kernels of accelerators only; the CPU takes the same shapes.
+# Before torch 2.15, only the kernels of accelerators had FLOP formulas; the CPU kernels take the same shapes.
 CPU_FORMULAS = {
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: (
