@@ -37,6 +37,7 @@ FLOW_MAPS = {
     "MeanFlow": (MeanFlow(tangent="data"), 1.34, 2),
     "alpha-Flow": (AlphaFlow(alpha_end_step=1), 1.17, 2),
     "SoFlow": (SoFlow(), 1.09, 2),
+    "SoFlow with Self-E's score": (SoFlow(k_cls=1.0), 1.26, 4),
     "TiM": (TransitionModel(), 1.34, 2),
     "AnyFlow": (AnyFlow(), 1.34, 2),
     "TVM": (TerminalVelocity(), 3.34, 3),

@@ -10,12 +10,14 @@ Classifier-free guidance can be built in. The velocity v of the data, in all tar
 v + (1 - w) V(x_t, t, t, null)) + mix V(x_t, t, t, c), of which the network learns w v_c + (1 - w) v_null for every
 mix: as in MeanFlow (arXiv 2505.13447), with omega = (1 - mix) w and kappa = mix. Such a network is sampled at
 guidance 1. Rows whose prompt was dropped keep v.
+
+The score of self-evaluation can be added to the velocity of rows with s < t, see `EndScore`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -100,6 +102,51 @@ class Guidance:
 
 
 @dataclass(frozen=True)
+class EndScore:
+    """The classifier score of Self-E (arXiv 2512.22374, Eq. 14) at the end of a step, as a part of the velocity there.
+
+    Self-E takes the score at a re-noised prediction x0_hat and adds it to the target of x0_hat. The end of a step of a
+    flow map is a state x_s = x_t - (t - s) V(x_t, t, s) at noise level s already. As the score at s = 0 is zero, it is
+    taken at x_e = a x_s + b noise of level e = max(s, floor t), with a = (1 - e) / (1 - s) and b^2 = e^2 - (a s)^2, so
+    that real data at level s becomes real data at level e.
+
+    A velocity has units of x0 divided by t, so what is added is k_cls w (e / t) (V_ema(x_e, e, e, c) - V(x_e, e, e,
+    null)), with Self-E's weight w = lambda / (1 + lambda) between e and t (Eq. 17): none for short steps, k_cls e from
+    noise to data. The true map of the velocity with this addition is a fixed point. Not in the paper.
+    """
+
+    k_cls: float = 0.0  # 0: none
+    floor: float = 0.5  # of e, relative to t
+
+    def __post_init__(self):
+        check_range("k_cls", self.k_cls, 0, 100)
+        check_range("eval_floor", self.floor, 0, 1)
+
+    def __call__(self, net: Denoiser, ema: Denoiser, pairs: Pairs, null: TextCond, rng: SampleRNG) -> Tensor:
+        """What is added to the velocity (T, d), without gradient; zero for rows whose prompt was dropped.
+
+        Args:
+            null: of the J rows.
+            rng: of the J rows.
+        """
+        x_t, t, s = pairs.x_t, pairs.t, pairs.s
+        x_s = x_t.tokens - flow.per_token(t - s, x_t) * pairs.predicted.detach()
+
+        # Noise of a higher level, where the state is below the floor; at s = 1 nothing of it is left.
+        level = torch.maximum(s, self.floor * t)
+        scale = (1 - level) / (1 - s).clamp_min(torch.finfo(s.dtype).tiny)
+        spread = (level.square() - (scale * s).square()).clamp_min(0).sqrt()
+        noise = rng.normal_like("renoise", x_t)
+        x_e = x_t.with_tokens(flow.per_token(scale, x_t) * x_s + flow.per_token(spread, x_t) * noise)
+
+        with torch.no_grad():
+            v_null = net(x_e, level, level, null)
+            v_cond = ema(x_e, level, level, pairs.cond)
+        weight = self.k_cls * flow.self_weight(t, level) * level / t.clamp_min(torch.finfo(t.dtype).tiny) * pairs.kept
+        return flow.per_token(weight, x_t) * (v_cond - v_null)
+
+
+@dataclass(frozen=True)
 class AdaptiveWeight:
     """Divides squared errors by (error + offset)^power, without gradient through the divisor.
 
@@ -155,19 +202,23 @@ class FlowMap(FlowMatching):
         t_warp: tuple[float, float],
         guidance: Guidance,
         adaptive: AdaptiveWeight = AdaptiveWeight(),
+        end_score: EndScore = EndScore(),
     ):
         super().__init__(p_drop, t_std, t_mean, t_distribution, t_warp)
         self.pair_times = PairTimes(self.times, p_equal, p_zero, s_rule)
         self.share = share_of_pairs(p_equal)
         self.batch_multiple = self.share.denominator
-        self.guidance, self.adaptive = guidance, adaptive
+        self.guidance, self.adaptive, self.end_score = guidance, adaptive, end_score
 
     def phase(self, step: int) -> str:
-        return "flow map" if self.share else "flow matching"
+        if not self.share:
+            return "flow matching"
+        return "flow map and self-evaluation" if self.end_score.k_cls else "flow map"
 
     def captions(self, prompts: Sequence[str], rng: SampleRNG, step: int, drop: bool = True) -> dict[str, list[str]]:
         captions = super().captions(prompts, rng, step, drop)
-        return captions if self.guidance.scale == 1 else captions | {"null": [""] * len(prompts)}
+        without = self.guidance.scale == 1 and not self.end_score.k_cls
+        return captions if without else captions | {"null": [""] * len(prompts)}
 
     def kept(self, rng: SampleRNG, like: Tensor) -> Tensor:
         """(B,) which rows have their prompt, on the device of `like`."""
@@ -213,6 +264,10 @@ class FlowMap(FlowMatching):
             of_pairs(velocity),
             None if v_cond is None else of_pairs(v_cond),
         )
+        if self.end_score.k_cls:
+            score = self.end_score(net, ema, pairs, conds["null"].select(rows), rng.select(rows))
+            pairs = replace(pairs, velocity=pairs.velocity + score)
+            metrics["score"] = flow.mean_per_sample(score.square(), pairs.x_t)
         pair_error = flow.mean_per_sample(self.error(net, pairs, step).square(), pairs.x_t)
         loss = self.combined(loss, self.weighted_pairs(pair_error, pairs, step), index)
         return Loss(loss, metrics | {"map_loss": pair_error.detach()}, t, s, tuple(rows))

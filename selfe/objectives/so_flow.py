@@ -10,6 +10,9 @@ zlab-princeton/SoFlow describes it.
 
 The true flow map is a fixed point in the limit r -> 0 only. Different from the paper: all rows are of one batch, 1 -
 `p_equal` of them with s < t; times are drawn as for the other objectives; guidance does not fade towards t = 1.
+
+With `k_cls`, the score of Self-E at the end of a step is added to v of rows with s < t (`flow_map.EndScore`). This is
+not in the paper.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from selfe import flow
-from selfe.objectives.flow_map import AdaptiveWeight, FlowMap, Guidance, Pairs, SRule, after_step
+from selfe.objectives.flow_map import AdaptiveWeight, EndScore, FlowMap, Guidance, Pairs, SRule, after_step
 from selfe.protocols import Denoiser
 from selfe.types import MOST_STEPS, check_range
 
@@ -42,6 +45,8 @@ class SoFlow(FlowMap):
         r_steps: int = 400_000,
         adaptive_power: float = 1.0,
         adaptive_offset: float = 0.01,
+        k_cls: float = 0.0,
+        eval_floor: float = 0.5,
     ):
         """
         Args:
@@ -60,10 +65,12 @@ class SoFlow(FlowMap):
             r_steps: steps over which r falls, exponentially.
             adaptive_power: of the weight 1 / (mean square + adaptive_offset)^power of a row; 0 is none.
             adaptive_offset: see adaptive_power.
+            k_cls: weight of the classifier score of Self-E at the end of a step; 0 is none.
+            eval_floor: the score is taken at level max(s, eval_floor * t).
         """
-        guide = Guidance(guidance, guidance_mix)
+        guide, score = Guidance(guidance, guidance_mix), EndScore(k_cls, eval_floor)
         adaptive = AdaptiveWeight(adaptive_power, adaptive_offset)
-        super().__init__(p_drop, p_equal, p_zero, s_rule, t_mean, t_std, t_distribution, t_warp, guide, adaptive)
+        super().__init__(p_drop, p_equal, p_zero, s_rule, t_mean, t_std, t_distribution, t_warp, guide, adaptive, score)
         check_range("r_first", r_first, 1e-7, 1)
         check_range("r_last", r_last, 1e-7, 1)
         check_range("r_steps", r_steps, 1, MOST_STEPS)

@@ -22,6 +22,7 @@ class Sample:
     dropped: bool
     cond: np.ndarray
     null: np.ndarray
+    renoise: np.ndarray | None = None  # for the score at the end of a step
 
     @property
     def x_t(self):
@@ -83,12 +84,28 @@ def alpha_flow(sample, live, frozen, ema, *, scale, mix, alpha, power, offset):
     return weight * adaptive(*(mean(V(x_t, t, s, c) - target) for V in (live, frozen)), power, offset)
 
 
-def so_flow(sample, live, frozen, ema, *, scale, mix, ratio, power, offset):
+def end_score(sample, frozen, ema, *, k_cls, floor):
+    """Self-E's classifier score at the end of a step, brought to the level of the floor by fresh noise."""
+    t, s = sample.t, sample.s
+    if sample.dropped:
+        return 0
+    end = sample.x_t - (t - s) * frozen(sample.x_t, t, s, sample.cond)
+    e = max(s, floor * t)
+    a = (1 - e) / (1 - s)
+    state = a * end + np.sqrt(max(e**2 - (a * s) ** 2, 0)) * sample.renoise
+    lam = t / (1 - t) - e / (1 - e)
+    towards = ema(state, e, e, sample.cond) - frozen(state, e, e, sample.null)
+    return k_cls * lam / (1 + lam) * e / t * towards
+
+
+def so_flow(sample, live, frozen, ema, *, scale, mix, ratio, power, offset, k_cls=0, floor=0):
     """2512.15657: the quotient of the solutions from t and from l, whose gradient goes through V(x_t, t, s) / 1."""
     velocity = guided(sample, frozen, scale, mix)
     x_t, t, s, c = sample.x_t, sample.t, sample.s, sample.cond
     if not sample.pair:
         return adaptive(*(mean(V(x_t, t, t, c) - velocity) for V in (live, frozen)), power, offset)
+    if k_cls:
+        velocity = velocity + end_score(sample, frozen, ema, k_cls=k_cls, floor=floor)
     middle = t + ratio * (s - t)
     x_l = x_t + (middle - t) * velocity
     solutions = x_t + (s - t) * frozen(x_t, t, s, c), x_l + (s - middle) * frozen(x_l, middle, s, c)

@@ -59,6 +59,7 @@ OBJECTIVES: dict[str, Callable[..., FlowMap]] = {
     "MeanFlow": lambda **options: MeanFlow(**{"tangent": "data"} | options),
     "alpha-Flow": lambda **options: AlphaFlow(**{"alpha_end_step": 20} | options),
     "SoFlow": lambda **options: SoFlow(**{"r_steps": 20} | options),
+    "SoFlow, Self-E": lambda **options: SoFlow(**{"r_steps": 20, "k_cls": 0.7} | options),
     "TiM": TransitionModel,
     "AnyFlow": AnyFlow,
     "TVM": TerminalVelocity,
@@ -73,6 +74,7 @@ def samples(seed: int, p_drop: float, share: float, p_zero: float, std: float, u
     """The samples of `run` as the objectives draw them."""
     rng, x0 = SampleRNG.of_step(seed, STEP, range(8)), clean()
     noise = x0.with_tokens(rng.normal_like("noise", x0)).split()
+    renoise = x0.with_tokens(rng.normal_like("renoise", x0)).split()
     draw = rng.uniform if uniform else rng.normal
     times = {name: draw(name, x0.tokens) for name in names}
     drop, zero = rng.uniform("drop", x0.tokens), rng.uniform("zero", x0.tokens)
@@ -88,7 +90,7 @@ def samples(seed: int, p_drop: float, share: float, p_zero: float, std: float, u
         s = 0.0 if pair and zero[i] < p_zero / share else s
         prompt = "" if drop[i] < p_drop else PROMPTS[i]
         codes = [np.eye(6)[CAPTIONS.index(caption)] for caption in (prompt, "")]
-        drawn.append(Sample(x.numpy(), noise[i].numpy(), t, s, pair, prompt == "", *codes))
+        drawn.append(Sample(x.numpy(), noise[i].numpy(), t, s, pair, prompt == "", *codes, renoise[i].numpy()))
     return drawn
 
 
@@ -100,6 +102,10 @@ def expected(name: str, drawn: list[Sample], live, frozen, ema, scale: float, po
         "MeanFlow": (plain.mean_flow, shared | {"width": 0.005, "tangent": "data", "offset": 0.01}),
         "alpha-Flow": (plain.alpha_flow, shared | {"alpha": 0.5, "offset": 0.001}),
         "SoFlow": (plain.so_flow, shared | {"ratio": 0.1 * 0.02**0.5, "offset": 0.01}),
+        "SoFlow, Self-E": (
+            plain.so_flow,
+            shared | {"ratio": 0.1 * 0.02**0.5, "offset": 0.01, "k_cls": 0.7, "floor": 0.5},
+        ),
         "TiM": (plain.transition_model, shared | {"width": 0.005, "offset": 1e-5}),
         "TVM": (plain.terminal_velocity, {"scale": scale, "width": 0.005}),
     }
@@ -182,6 +188,7 @@ CALLS = {
     "alpha-Flow": ({}, [LEARN, ("live", 4, False)]),
     "alpha-Flow, before": ({"alpha_start_step": 15}, [LEARN]),
     "SoFlow": ({"p_equal": 0.5}, [LEARN, ("live", 4, False)]),
+    "SoFlow, Self-E, as often": ({"p_equal": 0.5}, [LEARN, *[(w, 4, False) for w in ("live", "ema", "live")]]),
     "SoFlow, guided without mix": ({"guidance": 2.0, "guidance_mix": 0.0}, [FIXED, LEARN, ("live", 2, False)]),
     "TiM": ({}, [LEARN, FIXED]),
     "TiM, guided": ({"guidance": 2.0}, [("ema", 8, False)] * 2 + [LEARN, FIXED]),
@@ -208,7 +215,8 @@ def test_network_calls(case):
 
         return call
 
-    run(OBJECTIVES[case.partition(",")[0]](**options), recorded("live", NETS[0]), recorded("ema", NETS[1]), STEP)
+    name = next(name for name in reversed(OBJECTIVES) if case.startswith(name))
+    run(OBJECTIVES[name](**options), recorded("live", NETS[0]), recorded("ema", NETS[1]), STEP)
     assert made == calls
     assert not any(p.grad is not None for p in NETS[1].parameters())
 
@@ -264,7 +272,8 @@ def test_training_aids_go_around_them(name):
     """REPA adds its term, and TREAD without skipped tokens changes nothing."""
     objective, rows = OBJECTIVES[name](p_equal=0.5), [0, 1, 2, 0]
     x, _, _, cond = inputs()
-    x0, conds, rng = x.select(rows), {"cond": cond.select(rows)}, SampleRNG.of_step(0, STEP, range(4))
+    x0, rng = x.select(rows), SampleRNG.of_step(0, STEP, range(4))
+    conds = {"cond": cond.select(rows), "null": cond.select([2, 2, 2, 2])}
     encoder = HFVision("none", feature_dim=5, skip_pretrained=True)
     repa = Repa(objective, encoder, "double_blocks.0", weight=0.3, hidden=7)
     net = prepared(repa)
@@ -312,7 +321,7 @@ def test_gradients_on_two_ranks_equal_those_of_one():
 def part(name: str) -> dict:
     """The objective of a config."""
     objective = OBJECTIVES[name]()
-    params = {"alpha_end_step": 2} if name == "alpha-Flow" else {}
+    params = {"alpha-Flow": {"alpha_end_step": 2}, "SoFlow, Self-E": {"k_cls": 0.7}}.get(name, {})
     return {"module": f"{type(objective).__module__}.{type(objective).__qualname__}", "params": params}
 
 
