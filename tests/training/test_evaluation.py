@@ -16,7 +16,7 @@ from selfe.evaluation.results import Evaluation
 from selfe.tools.report.run_folder import RunFolder
 from selfe.training.evaluation import Evaluator
 from tests.helpers.sampling_job import PHOTOS
-from tests.helpers.train_processes import TINY, files, finish, lines
+from tests.helpers.train_processes import TINY, Run, files, finish, lines
 
 # 9 images of 9 prompts in batches of 2, so that two ranks share 5 batches
 SETTINGS = {
@@ -35,6 +35,7 @@ SETTINGS = {
 }
 EVALUATED = (f"trainer.evaluate={json.dumps(SETTINGS)}", "trainer.checkpoints.keep_last=1")
 HALF, LAST = Path("checkpoints/step_00000002"), Path("checkpoints/step_00000004")
+EXTRACTOR = "trainer.evaluate.extractors.thumbs.params"
 RECORD = Path("evaluations/step_00000002.json")
 
 
@@ -117,12 +118,22 @@ def test_two_ranks_make_up_for_a_missing_evaluation_and_give_the_same_values(pla
     assert "nothing to do" in finish(tmp_path, 1, *EVALUATED, "trainer.stop_step=2")
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(straight, tmp_path):
-    finish(tmp_path, 1, *EVALUATED, "trainer.stop_step=3")
-    finish(tmp_path, 1, *EVALUATED, "trainer.stop_step=4")
-    assert lines(tmp_path) == lines(straight)
-    assert files(tmp_path / LAST) == files(straight / LAST)
-    best = [json.loads((folder / "checkpoints/best/best.json").read_text()) for folder in (tmp_path, straight)]
+def test_two_ranks_killed_in_an_evaluation_resume_as_if_they_had_not_been(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(whole, 2, *EVALUATED, "trainer.stop_step=4")
+
+    # 18 calls are those before training, of the reference
+    run = Run(killed, 2, *EVALUATED, "trainer.stop_step=4", f"{EXTRACTOR}={json.dumps({'fail_after': 20})}")
+    run.processes[0].join(120)
+    run.end()
+    assert run.processes[0].exitcode == 1
+    assert not (killed / RECORD).exists()
+
+    finish(killed, 2, *EVALUATED, "trainer.stop_step=4")
+    assert lines(killed) == lines(whole)
+    assert evaluated(killed).keys() == {2, 4}
+    assert files(killed / LAST) == files(whole / LAST)
+    best = [json.loads((folder / "checkpoints/best/best.json").read_text()) for folder in (killed, whole)]
     assert best[0] == best[1]
 
 
