@@ -181,7 +181,8 @@ class Objective(Protocol):
     """A training loss: `captions` names the captions it needs, the call computes the loss on clean latents.
 
     Some members are optional. `flow_map = True`: what is trained is the mean velocity from t to s, not that at time t,
-    which only samplers with `follows_flow_map` take. `starts`: steps at which the network calls change, and `passes`:
+    which only samplers with `follows_flow_map` take. `s_equals_t = True`: all samples have s = t, so that images need
+    `s_ratio` 1. `starts`: steps at which the network calls change, and `passes`:
     names of the first pass with gradient, of others, and of those without; both for `selfe plan`.
     `wants_features = True`: the call gets stored image features, which `selfe precompute`
     writes with the `ImageEncoder` `feature_encoder`. `prepare(backbone)` is called once, before the backbone is

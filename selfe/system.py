@@ -68,12 +68,19 @@ class System:
             raise UserError("system.objective: its encoder is not the one of data.params.features; make them equal")
 
     def check_sampling(self, sampler: Sampler, s_ratio: float) -> None:
-        """Raise UserError if the network of the objective is a flow map, which a sampler does not follow.
+        """Raise UserError if sampling needs from the network what the objective does not teach it.
 
-        At `s_ratio` 1 the network gives the velocity at time t, and every sampler suits it.
+        At `s_ratio` 1 the network gives the velocity at time t, which every objective teaches and every sampler takes.
+        Otherwise it has to be trained at s < t, and if it is a flow map, the sampler has to follow it.
         """
-        flow_map = getattr(self.objective, "flow_map", False) and s_ratio != 1
-        if not flow_map or getattr(sampler, "follows_flow_map", False):
+        if s_ratio == 1:
+            return
+        if getattr(self.objective, "s_equals_t", False):
+            raise UserError(
+                f"s_ratio {s_ratio:g}: system.objective trains with s = t only (flow matching); set s_ratio to 1, in "
+                "trainer.samples, trainer.evaluate and inferencer.defaults"
+            )
+        if not getattr(self.objective, "flow_map", False) or getattr(sampler, "follows_flow_map", False):
             return
 
         settings = ", ".join(f"{name}: {value}" for name, value in sampler.output_settings().items())

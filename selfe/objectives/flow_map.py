@@ -188,6 +188,7 @@ class FlowMap(FlowMatching):
     """
 
     flow_map = True  # samplers have to follow it, see `selfe.system.check_sampling`
+    s_equals_t = False
     passes = ("flow map", "flow map, further passes", "targets")
 
     def __init__(

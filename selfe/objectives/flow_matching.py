@@ -14,6 +14,7 @@ class FlowMatching:
     """E || v - (noise - x0) ||^2 with prompt dropout for classifier-free guidance."""
 
     batch_multiple = 1
+    s_equals_t = True  # images are sampled with s_ratio 1, see `selfe.system.check_sampling`
 
     def __init__(
         self,

@@ -93,6 +93,7 @@ class SelfEvaluation:
         self.times = flow.TrainingTimes(t_distribution, t_mean, t_std, t_warp)
 
         self.share = share_of_pairs(p_equal)
+        self.s_equals_t = p_equal == 1  # flow matching: the network learns nothing at s < t
         self.batch_multiple = self.share.denominator
 
         self.start_step, self.tau_steps = start_step, tau_steps

@@ -21,6 +21,10 @@ class Wrapper:
         return getattr(self.objective, "flow_map", False)
 
     @property
+    def s_equals_t(self) -> bool:
+        return getattr(self.objective, "s_equals_t", False)
+
+    @property
     def passes(self) -> tuple[str, str, str]:
         return getattr(self.objective, "passes", ("flow matching", "auxiliary", "self-evaluation"))
 

@@ -56,9 +56,11 @@ class DemoModel:
         self.defaults = sampling_defaults(generator.settings, *generator.size)
         if preset is not None:
             self.defaults = replace(self.defaults, preset=preset)
-        flow_map = getattr(generator.system.objective, "flow_map", False)
-        if flow_map and "sampler" not in recorded_run.sampling_defaults(generator.settings):
+        objective, recorded = generator.system.objective, recorded_run.sampling_defaults(generator.settings)
+        if getattr(objective, "flow_map", False) and "sampler" not in recorded:
             self.defaults = replace(self.defaults, sampler=Euler())  # the default adds fresh noise
+        if getattr(objective, "s_equals_t", False) and "s_ratio" not in recorded:
+            self.defaults = replace(self.defaults, s_ratio=1.0)
         generator.system.check_sampling(self.defaults.sampler, self.defaults.s_ratio)
 
         # the first calls compile kernels and allocate memory, which would be part of the first times shown

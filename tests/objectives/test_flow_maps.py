@@ -32,6 +32,7 @@ from selfe.rng import SampleRNG
 from selfe.samplers.euler import Euler
 from selfe.samplers.renoise import Renoise
 from selfe.system import System
+from selfe.tools.export.command import sampling_settings
 from selfe.train import Trainer
 from selfe.training.visuals import SampleGridConfig
 from selfe.types import TextCond
@@ -402,7 +403,7 @@ def tiny_system(objective: dict) -> System:
 
 def test_only_samplers_that_follow_a_flow_map_are_taken(alone):
     tread = {"objective": part("SoFlow"), "first": "double_blocks.0", "last": "double_blocks.1"}
-    flow_matching = {"module": "selfe.objectives.flow_matching.FlowMatching", "params": {}}
+    self_evaluation = {"module": "selfe.objectives.self_evaluation.SelfEvaluation", "params": {}}
     for objective in (part("iMF"), {"module": "selfe.objectives.tread.Tread", "params": tread}):
         system = tiny_system(objective)
         for sampler, s_ratio in ((Euler(), 0), (Euler(), 0.5), (Renoise(0), 0), (Renoise(1), 1)):
@@ -410,7 +411,7 @@ def test_only_samplers_that_follow_a_flow_map_are_taken(alone):
         for sampler in (Renoise(1), Renoise(0.3), OtherSampler(0)):
             with pytest.raises(UserError, match=r"take selfe.samplers.euler.Euler, Renoise with eta: 0, or s_ratio: 1"):
                 system.check_sampling(sampler, 0)
-            tiny_system(flow_matching).check_sampling(sampler, 0)
+            tiny_system(self_evaluation).check_sampling(sampler, 0)
 
     # before anything is loaded: there is no checkpoint, and no text encoder
     system = tiny_system(part("iMF"))
@@ -421,3 +422,20 @@ def test_only_samplers_that_follow_a_flow_map_are_taken(alone):
         SampleGridConfig(prompts=("a cat",)).check(system)
     with pytest.raises(ValueError, match="TerminalVelocity has each sample twice in a pass, which TREAD"):
         Tread(TerminalVelocity(), "double_blocks.0", "double_blocks.1")
+
+
+def test_flow_matching_is_sampled_with_s_equal_to_t_only():
+    flow_matching = {"module": "selfe.objectives.flow_matching.FlowMatching", "params": {}}
+    without_pairs = {"module": "selfe.objectives.self_evaluation.SelfEvaluation", "params": {"p_equal": 1.0}}
+    tread = {"objective": flow_matching, "first": "double_blocks.0", "last": "double_blocks.1"}
+    for objective in (flow_matching, without_pairs, {"module": "selfe.objectives.tread.Tread", "params": tread}):
+        system = tiny_system(objective)
+        system.check_sampling(Renoise(), 1)
+        for s_ratio in (0, 0.5):
+            with pytest.raises(UserError, match=rf"s_ratio {s_ratio}: .* s = t only .* set s_ratio to 1"):
+                system.check_sampling(Renoise(), s_ratio)
+
+    # exported with the s ratio that images need
+    settings = config.load(ROOT / "configs/mini/base.yaml")
+    defaults = sampling_settings(settings, Path("exported"), system.objective)["inferencer"]["defaults"]
+    assert defaults["s_ratio"] == 1

@@ -30,6 +30,7 @@ from selfe.inference import presets
 from selfe.inference.prompts import SamplingDefaults
 from selfe.io import sampling_limits
 from selfe.io.safetensors_files import INDEX, SafetensorsFiles, cached, write
+from selfe.protocols import Objective
 from selfe.samplers.euler import Euler
 from selfe.samplers.renoise import Renoise
 from selfe.system import System
@@ -96,8 +97,7 @@ def run(options: argparse.Namespace) -> str:
         else:
             origin = {"step": verify.read_step(path), "weights": weights, "dtype": options.dtype}
             write_json(folder / "config.json", origin | {"backbone": config.plain(settings["system"]["backbone"])})
-            flow_map = getattr(system.objective, "flow_map", False)
-            sampling = sampling_settings(settings, options.out, flow_map)
+            sampling = sampling_settings(settings, options.out, system.objective)
             if options.preset is not None:
                 shutil.copy(options.preset, folder / PRESET)
                 sampling["inferencer"]["defaults"]["preset"] = options.out / PRESET
@@ -195,15 +195,17 @@ def check_is_flux(net: MMDiT, settings_path: Path) -> None:
         raise UserError(f"{settings_path}: system.backbone.params.time_scale: diffusers' FLUX has 1000")
 
 
-def sampling_settings(settings: dict, out: Path, flow_map: bool) -> dict:
+def sampling_settings(settings: dict, out: Path, objective: Objective) -> dict:
     """A config that samples from an exported folder: the run's system, and the settings of its sample grids."""
     standard = SamplingDefaults()
     height, width = recorded_run.image_size(settings) or (standard.height, standard.width)
     defaults = recorded_run.sampling_defaults(settings) | {"height": height, "width": width}
     for name in ("prompt_file", "preset"):  # files of this machine
         defaults.pop(name, None)
-    if flow_map:
+    if getattr(objective, "flow_map", False):
         defaults = {"sampler": {"module": "selfe.samplers.euler.Euler"}, "cfg_scale": 1.0} | defaults
+    if getattr(objective, "s_equals_t", False):
+        defaults = {"s_ratio": 1.0} | defaults
 
     inferencer = {"ckpt_dir": out, "output_dir": Path("outputs") / out.name, "defaults": defaults}
     if prompts := recorded_run.example_prompts(settings):
