@@ -8,6 +8,7 @@
     .venv/bin/python scripts/bench/run.py sample     guidance, and packed against padded sampling
     .venv/bin/python scripts/bench/run.py optim      the optimizer and the EMA against their plain forms
     .venv/bin/python scripts/bench/run.py save       what an asynchronous checkpoint costs the training loop
+    .venv/bin/python scripts/bench/run.py evaluate   memory of an evaluation over the number of images (Linux)
     .venv/bin/python scripts/bench/run.py grow       time and memory over tokens, batch size and width
 
 Single-threaded, in CPU seconds including worker processes; contenders are interleaved, and medians are reported. Exit
@@ -23,6 +24,7 @@ import sys
 from contextlib import redirect_stdout
 
 import data as bench_data
+import evaluation
 import growth
 import method
 import model
@@ -34,7 +36,7 @@ from selfe import launch
 from selfe.device import choose_precision, device_name
 
 VERBS = {name: getattr(bench_data, name) for name in ("data", "manifest", "cache")}
-VERBS |= {"step": model.step, "save": bench_save.save, "grow": growth.grow}
+VERBS |= {"step": model.step, "save": bench_save.save, "grow": growth.grow, "evaluate": evaluation.evaluate}
 VERBS |= {name: getattr(method, name) for name in ("selfe", "sample", "optim")}
 
 

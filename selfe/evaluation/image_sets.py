@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -55,7 +54,7 @@ class Cell:
 
     folder: Path
     settings: dict[str, Any]  # weights, num_steps, cfg_scale, s_ratio, the sampler and its parameters, the checkpoint
-    images: list[dict] = field(repr=False)  # their lines of metadata.jsonl
+    images: list[dict] = field(repr=False)  # of their lines of metadata.jsonl, what is not in `settings`
     size: tuple[int, int] | None = None  # images have the size at which they were generated
 
     def __len__(self) -> int:
@@ -106,20 +105,22 @@ def read_job(folder: Path) -> list[Cell]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the folder of a finished sampling job (inferencer.output_dir)")
 
-    images = defaultdict(list)
+    # settings of a cell, and what differs between its images
+    by_settings: dict[str, tuple[dict, list[dict]]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line:
             continue
         try:
             record = json.loads(line)
             settings = {name: value for name, value in record.items() if name not in PER_IMAGE}
-            images[json.dumps(settings, sort_keys=True)].append((settings, record))
+            own = {name: record[name] for name in PER_IMAGE if name in record}
+            by_settings.setdefault(json.dumps(settings, sort_keys=True), (settings, []))[1].append(own)
         except (ValueError, AttributeError) as error:
             raise UserError(
                 f"{path}, line {number}: not a JSON object; run selfe infer again, which writes it"
             ) from error
 
-    cells = [Cell(folder, pairs[0][0], [record for _, record in pairs]) for pairs in images.values()]
+    cells = [Cell(folder, settings, images) for settings, images in by_settings.values()]
     if not cells:
         raise UserError(f"{path}: the job has no images; give the folder of a finished sampling job")
     order = ("weights", "cfg_scale", "s_ratio", "num_steps")
