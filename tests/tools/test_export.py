@@ -1,11 +1,15 @@
 """From real files to an image and out again: the commands read SELFE_CACHE_DIR, diffusers generates the same images."""
 
 import copy
+import inspect
 import json
 import logging
 import pickle
+import runpy
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -251,12 +255,9 @@ def test_habits_of_diffusers(pipeline):
         generate(pipeline, negative_prompt=["an astronaut"], **given),
     )
 
-    # generators: one for all images, or one for each
-    def generator(seed: int) -> torch.Generator:
-        return torch.Generator().manual_seed(seed)
-
-    pair = generate(pipeline, num_images_per_prompt=2, generator=[generator(1), generator(2)])
-    assert np.array_equal(generate(pipeline, generator=generator(2))[0], pair[1])
+    # a generator for each image
+    pair = generate(pipeline, num_images_per_prompt=2, generator=[generator_of(1), generator_of(2)])
+    assert np.array_equal(generate(pipeline, generator=generator_of(2))[0], pair[1])
     assert not np.array_equal(pair[0], pair[1])
 
     # callback after each step
@@ -276,6 +277,136 @@ def test_habits_of_diffusers(pipeline):
     assert [step[::2] for step in steps] == [(0, (1, 12, 64)), (1, (1, 12, 64))]
     assert steps[0][1] == 1
     assert not latents.any()
+
+
+def generator_of(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_one_generator_is_the_source_of_all_noise(pipeline):
+    """Noise of the first image, its fresh noise, then the second image; its first draw is the `latents`."""
+    pair = generate(pipeline, num_images_per_prompt=2, generator=generator_of(3))
+    assert np.array_equal(generate(pipeline, ["a cup of coffee"] * 2, generator=generator_of(3)), pair)
+    assert not np.array_equal(pair[0], pair[1])
+    assert not np.array_equal(generate(pipeline, generator=generator_of(4))[0], pair[0])
+
+    used = generator_of(3)
+    singles = [generate(pipeline, generator=used)[0] for _ in range(2)]
+    assert np.array_equal(np.stack(singles), pair)
+
+    noise = torch.randn(1, 12, 64, generator=generator_of(3))
+    given = generate(pipeline, latents=noise, eta=0)
+    assert np.array_equal(generate(pipeline, generator=generator_of(3), eta=0), given)
+
+
+def test_a_callback_ends_the_sampling_as_in_diffusers(pipeline):
+    """By `_interrupt`: the images so far are returned, and the next call is complete."""
+    seen = []
+
+    def callback(pipe, step, time, tensors):
+        seen.append(tensors["latents"].clone())
+        pipe._interrupt = len(seen) == 3
+        return {}
+
+    latents = pipeline(
+        "a cup of coffee", num_images_per_prompt=3, callback_on_step_end=callback, output_type="latent", **SMALL
+    ).images
+    assert pipeline.interrupt
+    assert torch.equal(latents, torch.cat([seen[1], seen[2]]))
+    assert len(generate(pipeline, num_images_per_prompt=3)) == 3
+    assert not pipeline.interrupt
+
+
+def test_the_default_size_is_that_of_the_sample_grids(pipeline, trained):
+    size = recorded_run.image_size(config.load(trained[0] / "config.yaml"))
+    assert tuple(pipeline.config.default_size) == size != (512, 512)
+    (image,) = pipeline("a cup of coffee", num_inference_steps=1).images
+    assert image.size == size[::-1]
+    (image,) = pipeline("a cup of coffee", num_inference_steps=1, width=32).images
+    assert image.size == (32, size[0])
+
+
+@pytest.mark.parametrize("transformer_only", [False, True], ids=["all", "transformer"])
+def test_half_precision_is_near_full_precision(exported, pipeline, transformer_only):
+    half = torch.bfloat16
+    dtype = {"transformer": half, "default": torch.float32} if transformer_only else half
+    other = DiffusionPipeline.from_pretrained(
+        exported, custom_pipeline=str(exported), trust_remote_code=True, torch_dtype=dtype
+    )
+    other.set_progress_bar_config(disable=True)
+    assert (other.transformer.dtype, other.vae.dtype) == (half, torch.float32 if transformer_only else half)
+    difference = np.abs(generate(other) - generate(pipeline))
+    assert 0 < difference.mean() < 2
+
+
+def move_weights(module, name, device, value=None, **_) -> None:
+    """What accelerate does at an offloaded layer; its own function needs an accelerator to move the weights to."""
+    owner, _, name = name.rpartition(".")
+    owner = module.get_submodule(owner)
+    tensors = owner._parameters if name in owner._parameters else owner._buffers
+    moved = (tensors[name] if value is None else value).detach().to(device)
+    tensors[name] = torch.nn.Parameter(moved, requires_grad=False) if tensors is owner._parameters else moved
+
+
+@pytest.mark.parametrize("way", ["enable_sequential_cpu_offload", "enable_model_cpu_offload"])
+def test_offloading_changes_no_image(exported, pipeline, monkeypatch, way):
+    """Sequentially, the weights of a layer exist only while it runs."""
+    monkeypatch.setattr("accelerate.hooks.set_module_tensor_to_device", move_weights)
+    other = loaded(exported)
+    getattr(other, way)(device="cpu")
+    for _ in range(2):
+        assert np.array_equal(generate(other), generate(pipeline))
+        is_away = all(p.is_meta for p in other.transformer.parameters())
+        assert is_away == (way == "enable_sequential_cpu_offload")
+
+
+def test_nodes_of_comfyui_make_the_images_of_the_pipeline(exported, pipeline, monkeypatch):
+    """Read as ComfyUI reads a file of custom_nodes; ComfyUI itself does not run here."""
+    monkeypatch.setitem(sys.modules, "comfy", None)
+    nodes = runpy.run_path(str(exported / "comfyui_nodes.py"))
+    assert nodes["NODE_CLASS_MAPPINGS"].keys() == nodes["NODE_DISPLAY_NAME_MAPPINGS"].keys()
+    loader, sampler = (nodes["NODE_CLASS_MAPPINGS"][name]() for name in ("SelfELoader", "SelfESampler"))
+    for node in (loader, sampler):
+        inputs = {name for group in node.INPUT_TYPES().values() for name in group}
+        assert inputs == inspect.signature(getattr(node, node.FUNCTION)).parameters.keys()
+    assert loader.RETURN_TYPES[0] == sampler.INPUT_TYPES()["required"]["pipeline"][0]
+
+    (from_node,) = loader.load(f" {exported}\n", "float32", "none")
+    (images,) = sampler.sample(from_node, "a cup of coffee", 2, 3.0, seed=5, width=64, height=48, images=2)
+    assert (images.shape, images.dtype) == ((2, 48, 64, 3), torch.float32)
+    assert 0 <= images.min() < images.max() <= 1
+    expected = generate(pipeline, num_images_per_prompt=2, seed=5, guidance_scale=3, s_ratio=0, eta=1)
+    assert np.abs(images.numpy() * 255 - expected).max() <= 0.501
+    with pytest.raises(ValueError, match="folder: '/nowhere/at/all' is no folder of `selfe export"):
+        loader.load("/nowhere/at/all", "float32", "none")
+
+
+def test_nodes_of_comfyui_show_progress_and_can_be_cancelled(exported, pipeline, monkeypatch):
+    """With stand-ins for ComfyUI's two functions."""
+    moved, cancelled = [], []
+
+    class ProgressBar:
+        def __init__(self, total):
+            moved.append(-total)
+
+        def update(self, value):
+            moved.append(value)
+
+    def throw_if_cancelled():
+        if cancelled:
+            raise InterruptedError
+
+    parts = {"throw_exception_if_processing_interrupted": throw_if_cancelled}
+    monkeypatch.setitem(sys.modules, "comfy.model_management", SimpleNamespace(**parts))
+    monkeypatch.setitem(sys.modules, "comfy.utils", SimpleNamespace(ProgressBar=ProgressBar))
+    monkeypatch.setitem(sys.modules, "comfy", SimpleNamespace())
+    sampler = runpy.run_path(str(exported / "comfyui_nodes.py"))["SelfESampler"]()
+    settings = {"steps": 2, "guidance": 1.0, "seed": 0, "width": 64, "height": 48, "images": 2}
+    sampler.sample(pipeline, "a cup of coffee", **settings)
+    assert moved == [-4, 1, 1, 1, 1]
+    cancelled.append(True)
+    with pytest.raises(InterruptedError):
+        sampler.sample(pipeline, "a cup of coffee", **settings)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from diffusers import DiffusionPipeline
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
 
@@ -98,6 +100,30 @@ def test_a_user_loads_the_folder_and_samples_the_images_of_the_run(published, ru
         for count in (1, 2, 4):
             images += generator.generate(["a cup of coffee"], num_steps=count, height=32, width=32)
     assert [image.tobytes() for image in images[:3]] == [image.tobytes() for image in images[3:]]
+
+
+def test_a_user_of_diffusers_loads_samples_saves_and_reloads_the_folder(run, tmp_path):
+    """As the model card says, without selfe: in 1, 2 and 4 steps, the images of the run."""
+    publish(run, tmp_path / "out", "--format", "diffusers", "--dtype", "fp32")
+    card_text = (tmp_path / "out/README.md").read_text()
+    assert (
+        f'pipe = DiffusionPipeline.from_pretrained("{REPO}", custom_pipeline="{REPO}", trust_remote_code=True)'
+        in card_text
+    )
+    assert yaml.safe_load(card_text.split("---\n", 2)[1])["library_name"] == "diffusers"
+
+    generator = Generator(run / "checkpoints", precision="fp32")
+    pipeline = DiffusionPipeline.from_pretrained(
+        tmp_path / "out", custom_pipeline=str(tmp_path / "out"), trust_remote_code=True
+    )
+    pipeline.save_pretrained(tmp_path / "saved")
+    saved = DiffusionPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    for each in (pipeline, saved):
+        each.set_progress_bar_config(disable=True)
+        for count in (1, 2, 4):
+            (image,) = each("a cup of coffee", num_inference_steps=count, height=32, width=32).images
+            (expected,) = generator.generate(["a cup of coffee"], num_steps=count, height=32, width=32)
+            assert np.abs(np.asarray(image, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
 
 
 def test_what_only_the_author_knows_is_asked_for():

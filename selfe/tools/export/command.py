@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> str:
         folder.mkdir(exist_ok=True)
         if options.format == "diffusers":
             system.autoencoder.dtype = torch.float32
-            write_pipeline(unfinished, system, options.preset)
+            write_pipeline(unfinished, system, options.preset, recorded_run.image_size(settings))
         else:
             origin = {"step": verify.read_step(path), "weights": weights, "dtype": options.dtype}
             write_json(folder / "config.json", origin | {"backbone": config.plain(settings["system"]["backbone"])})
@@ -246,9 +246,10 @@ def pipeline_preset(path: Path) -> dict[str, dict]:
     return arguments
 
 
-def write_pipeline(out: Path, system: System, preset: Path | None) -> None:
-    """Write a diffusers folder, except for the denoiser's weights."""
+def write_pipeline(out: Path, system: System, preset: Path | None, size: tuple[int, int] | None) -> None:
+    """Write a diffusers folder, except for the denoiser's weights. `size`: of images, in pixels, by default."""
     shutil.copy(CODE / "pipeline.py", out)
+    shutil.copy(CODE / "comfyui_nodes.py", out)
     shutil.copy(sampling_limits.__file__, out / "selfe_limits.py")
     shutil.copy(CODE / "dual_time_flux.py", out / "transformer")
     write_json(out / "transformer" / "config.json", transformer_config(system.backbone))
@@ -268,6 +269,8 @@ def write_pipeline(out: Path, system: System, preset: Path | None) -> None:
     settings = {"max_tokens": system.text_encoder.max_tokens}
     if preset is not None:
         settings["preset"] = pipeline_preset(preset)
+    if size is not None:
+        settings["default_size"] = list(size)
     write_json(out / "model_index.json", components | settings)
 
 

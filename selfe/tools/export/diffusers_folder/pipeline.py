@@ -36,6 +36,7 @@ from .selfe_limits import (
 PATCH = 2
 PAD_MULTIPLE, CLIP_TOKENS = 32, 77  # as in selfe.encoders.t5_clip: T5 pads to a multiple, CLIP to its 77 positions
 EDGE = 1e-4  # by which an interval of guidance is larger, because times are rounded
+DEFAULT_SIZE = 512, 512  # height and width of images in pixels
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # read now: diffusers may copy the code of another pipeline over these files later
 CODE = {name: (Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("pipeline.py", "selfe_limits.py")}
@@ -53,6 +54,7 @@ class SelfEPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->vae"
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012 - as in diffusers
+    _interrupt = False  # as in diffusers, set by a callback to end the sampling
     code = CODE
 
     def __init__(
@@ -65,11 +67,13 @@ class SelfEPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         tokenizer_2,
         max_tokens: int = 512,
         preset: dict[str, dict] | None = None,
+        default_size: list[int] | None = None,
     ):
         """
         Args:
             max_tokens: maximum number of T5 tokens in training; longer prompts are truncated.
             preset: the best guidance_scale, s_ratio, eta and guidance_interval by number of steps.
+            default_size: height and width of images in pixels, near those of the training; None: 512 and 512.
         """
         super().__init__()
         self.register_modules(
@@ -80,7 +84,7 @@ class SelfEPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
             text_encoder_2=text_encoder_2,
             tokenizer_2=tokenizer_2,
         )
-        self.register_to_config(max_tokens=max_tokens, preset=preset)
+        self.register_to_config(max_tokens=max_tokens, preset=preset, default_size=default_size)
         self.factor = PATCH * 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.factor)
 
@@ -89,8 +93,8 @@ class SelfEPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         self,
         prompt=None,
         num_inference_steps: int = 4,
-        height: int = 512,
-        width: int = 512,
+        height: int | None = None,
+        width: int | None = None,
         guidance_scale: float | None = None,
         s_ratio: float | None = None,
         eta: float | None = None,
@@ -114,6 +118,7 @@ class SelfEPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         Args:
             prompt: a caption or a list of them. A repeated caption is a further sample of it, with new noise.
             num_inference_steps: sampling steps; one network call each, two with guidance.
+            height, width: pixels; None: those of `config.default_size`.
             guidance_scale: scale of energy-preserving classifier-free guidance; 1 disables it. If this, `s_ratio`,
                 `eta` and `guidance_interval` are all None, they are those of `config.preset` for the nearest number of
                 steps. Without a preset, and for the others if one is given, None is 5, 0, 1 and all times.
@@ -129,7 +134,8 @@ class SelfEPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
             output_type: "pil", "np", "pt", or "latent" for (images, tokens, channels) in float32.
             return_dict: False returns a tuple.
             callback_on_step_end: called as (pipeline, step, time, {"latents": (1, tokens, channels)}) after each step
-                of each image; may return a dict with other latents.
+                of each image; may return a dict with other latents. If it sets `_interrupt` of the pipeline, sampling
+                ends there, and the images so far are returned.
             max_sequence_length: maximum number of T5 tokens, at most and by default `config.max_tokens`.
 
         Raises:
@@ -176,6 +182,7 @@ class SelfEPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
             negatives = [self.encode_once(text, encoded, max_tokens) for text in negative_texts]
 
         # Sample the latents image by image.
+        self._interrupt = False
         results = []
         with self.progress_bar(total=len(keys) * num_steps) as progress:
             for index, key in enumerate(keys):
@@ -193,6 +200,8 @@ class SelfEPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
                 x = self.denoise(x, cond, null, draw, guides, (height, width), s_ratio, eta, step_done)
                 check_finite(x, "the denoiser", prompts[index // repeats])
                 results.append(x)
+                if self._interrupt:
+                    break
 
         # Decode.
         if output_type == "latent":
@@ -206,6 +215,11 @@ class SelfEPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         return ImagePipelineOutput(images) if return_dict else (images,)
 
     # ---- arguments ----
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has ended the sampling."""
+        return self._interrupt
 
     def checked_numbers(self, guidance_scale, s_ratio, eta) -> tuple[float, float, float]:
         """Finite numbers within the ranges of `selfe infer`; None is the default."""
@@ -221,6 +235,8 @@ class SelfEPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         return tuple(values)
 
     def checked_size(self, height, width) -> tuple[int, int]:
+        default = self.config.default_size or DEFAULT_SIZE
+        height, width = (default[0] if height is None else height), (default[1] if width is None else width)
         height, width = whole_number("height", height), whole_number("width", width)
         check_size(height, width)
         check_multiple("height", height, self.factor)
@@ -358,6 +374,8 @@ class SelfEPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
             if eta > 0 and k + 1 < num_steps:
                 x = x + fresh * draw(f"fresh {k}")
             x = step_done(k, t[k], x)
+            if self._interrupt:
+                break
         return x
 
     def velocity(self, x, t, s, cond, size) -> torch.Tensor:
