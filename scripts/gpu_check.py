@@ -52,6 +52,7 @@ from selfe.distributed import activation_checkpoint, collectives, fsdp
 from selfe.distributed.collectives import World
 from selfe.distributed.fsdp import GatherConfig
 from selfe.encoders.flux_vae import FluxVAE
+from selfe.encoders.hf_text import HFText
 from selfe.encoders.t5_clip import ClipSize, T5Clip, T5Size
 from selfe.objectives.flow_matching import FlowMatching
 from selfe.objectives.self_evaluation import SelfEvaluation
@@ -500,7 +501,7 @@ def check_compiled(setting: Setting) -> Facts:
 
 
 def check_encoders(setting: Setting) -> Facts:
-    """T5-XXL, CLIP-L and the autoencoder with random weights, as the trainer calls them."""
+    """T5-XXL, CLIP-L, a small encoder of HFText and the autoencoder with random weights, as the trainer calls them."""
     small = {"t5": T5Size(64, 2, 4, 16, 128), "clip": ClipSize(32, 2, 2, 64)} if setting.tiny else {}
     with torch.device("meta"):
         text_encoder = T5Clip(skip_pretrained=True, **small)
@@ -520,6 +521,18 @@ def check_encoders(setting: Setting) -> Facts:
     num_lengths = len(set(map(len, captions)))
     times = {"ms": elapsed, "host_ms": host, "waits": waits}
     yield {"what": "text", "captions": count, "lengths": num_lengths} | times
+
+    # another text encoder, against its values on the CPU
+    places = {}
+    for device in (torch.device("cpu"), setting.device):
+        places[device.type] = HFText("random", 384, skip_pretrained=True, max_tokens=512, dtype="fp32")
+        places[device.type].load(device)
+    small_encoder = places[setting.device.type]
+    elapsed, host = milliseconds(setting, lambda: small_encoder(captions), 3, 1)
+    waits = host_waits(setting, lambda: small_encoder(captions))
+    here, there = (encoder(captions).text.tokens.cpu() for encoder in (places["cpu"], small_encoder))
+    error = round(float((here - there).norm() / here.norm()), 8)
+    yield {"what": "hf text", "captions": count, "ms": elapsed, "host_ms": host, "waits": waits, "error": error}
 
     sizes = ((count, 64),) if setting.tiny else ((32, 256), (16, 512), (2, 1024))
     for images, pixels in sizes:

@@ -405,9 +405,16 @@ def cache_pretrained(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flux-vae-only", action="store_true", help="skip FLUX's transformer (24 GB)")
     text_help = "only this text encoder, a name on the Hub such as Qwen/Qwen3-0.6B; may be repeated"
     parser.add_argument("--text-encoder", action="append", default=[], metavar="ID", help=text_help)
+    vae_help = "only this autoencoder of diffusers, such as stabilityai/sdxl-vae or OWNER/PIPELINE/vae; may be repeated"
+    parser.add_argument("--autoencoder", action="append", default=[], metavar="ID", help=vae_help)
+    vision_help = "only this vision model, such as facebook/dinov2-base; may be repeated"
+    parser.add_argument("--vision-model", action="append", default=[], metavar="ID", help=vision_help)
 
 
 def doctor(parser: argparse.ArgumentParser) -> None:
+    config_help = "YAML file whose encoders are checked (default: what the cache folder holds)"
+    parser.add_argument("config", nargs="?", type=path, metavar="CONFIG", help=config_help)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
     cache_dir = os.environ.get("SELFE_CACHE_DIR")
     parser.add_argument("--cache-dir", default=cache_dir, metavar="DIR", help="default: SELFE_CACHE_DIR")
     parser.add_argument("--output-dir", type=path, default=Path("runs"), help="where runs are written (default: runs)")
@@ -517,7 +524,7 @@ VERBS = {
     ),
     "doctor": Verb(
         "selfe.tools.doctor",
-        "Check this machine: GPU driver, torch, NCCL, shared memory, disk, weights of the encoders.",
+        "Check this machine: GPU driver, torch, NCCL, shared memory, disk, weights of the encoders of a config.",
         doctor,
         "exit codes: 0 no errors (warnings are allowed); 2 errors",
     ),

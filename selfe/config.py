@@ -502,7 +502,14 @@ def visit_union(value: Any, arms: tuple, path: str, build: bool) -> Any:
 
     # the closest alternative is the one whose error is at the deepest key path
     deepest = max(problems, key=lambda problem: len(problem.path))
-    raise deepest if deepest.path != path else mismatch(value, arms, path)
+    if deepest.path != path:
+        raise deepest
+
+    # a section whose keys are right, but not its values together
+    sections = [arm for arm in arms if is_dataclass(arm)]
+    if isinstance(value, dict) and len(sections) == 1:
+        raise problems[sorted(arms, key=lambda arm: type(value) is not arm).index(sections[0])]
+    raise mismatch(value, arms, path)
 
 
 def visit_sequence(value: Any, wanted: Any, path: str, build: bool) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from selfe import config, errors, launch, log
-from selfe.checkpoint import adapter, flux, state, verify
+from selfe.checkpoint import adapter, origin, state, verify
 from selfe.checkpoint.adapter import AdapterRecord
 from selfe.checkpoint.manager import CheckpointManager
 from selfe.data import loader
@@ -145,26 +145,13 @@ class Trainer:
 
     def initialise(self) -> int:
         """Start a run that has no checkpoint yet, loading what `init_from` names. Returns the first step."""
-        origin, main = self.cfg.init_from, self.world.is_main
-        if origin is None or self.adapter is not None:
+        if self.cfg.init_from is None or self.adapter is not None:
             return 0
-
-        # safetensors weights in FLUX names: parameters only, starting at step 0
-        if isinstance(origin, Path) and flux.holds_weights(origin):
-            loaded = flux.warm_start(origin, self.net, *self.averages.values())
-            if main:
-                log.print_line(loaded.summary(self.folder / "init_from.txt"))
-            return 0
-
-        # a checkpoint of another run: the parts that were asked for
-        origin = state.InitFromConfig(origin) if isinstance(origin, Path) else origin
-        if main:
-            log.print_line(f"starting from {', '.join(origin.parts)} of {origin.path}")
-        path = collectives.broadcast(verify.find(origin.path) if main else None, self.world)
-        adapter.refuse(path)
-        if "step" in origin.parts:
-            self.samples = verify.read_marker(path)["samples"]
-        return state.load(path, self.net, self.averages, self.optimizer, origin.parts)
+        report = self.folder / "init_from.txt"
+        done, self.samples = origin.load(
+            self.cfg.init_from, self.net, self.averages, self.optimizer, self.world, report
+        )
+        return done
 
     def run(self, settings: dict | None = None) -> None:
         """Train to `max_steps`, `stop_step` or a stop signal, then save. Raises Stopped after a signal.
@@ -468,12 +455,14 @@ class Trainer:
             loggers.image(done, "cells", write_cells(self.folder, done, means))
 
     def draw_samples(self, done: int, loggers: Loggers) -> None:
-        """Generate and log the sample grids of the EMA and the live weights."""
+        """Generate and log a sample grid for each of `samples.weights`."""
         self.saver.wait()  # complete the checkpoint first, so that a failure in sampling loses no step
         self.clock.mark("samples")
-        nets = {"samples": self.ema, "samples_live": self.net}
+        nets = {"live": self.net, **self.averages}
+        nets = {name: nets[name] for name in self.cfg.samples.weights}
         for name, sheet in self.cfg.samples.draw(self.system, nets, self.seed, done, self.world).items():
-            loggers.image(done, name, save_sheet(sheet, self.folder / name, done))
+            folder = "samples" if name == "ema" else f"samples_{name}"
+            loggers.image(done, folder, save_sheet(sheet, self.folder / folder, done))
         fsdp.reshard(self.net)
         self.clock.mark("other")
 

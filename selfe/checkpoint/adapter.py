@@ -85,8 +85,8 @@ def load_base(
     Raises:
         UserError: parameters that stay frozen are missing.
     """
-    path = Path(origin.path if isinstance(origin, InitFromConfig) else origin)
-    if isinstance(origin, Path) and flux.holds_weights(path):
+    path = flux.weights_of(Path(origin.path if isinstance(origin, InitFromConfig) else origin))
+    if flux.holds_weights(path):
         weights, source = "", flux.warm_start(path, net, *averages.values())
         missing = [name for name in source.missing if not name.startswith(HEADS)]
         if world.is_main:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from selfe.backbones import lora
+from selfe.checkpoint import second_time
 from selfe.distributed.fsdp import fill
 from selfe.encoders.flux_vae import STAGES
 from selfe.errors import UserError
@@ -191,6 +192,11 @@ class FluxStateDict:
         return "\n".join(lines) + "\n"
 
 
+def weights_of(path: Path) -> Path:
+    """The path, or the folder of the transformer if it is a folder of a diffusers pipeline."""
+    return path / "transformer" if (path / "model_index.json").is_file() else path
+
+
 def holds_weights(path: Path) -> bool:
     """Whether a path is a safetensors file, an index of shards or a folder with either, rather than a checkpoint."""
     return path.suffix in (".safetensors", ".json") or any(path.glob("*.safetensors"))
@@ -200,8 +206,8 @@ def holds_weights(path: Path) -> bool:
 def warm_start(path: Path, *modules: nn.Module) -> FluxStateDict:
     """Initialise sharded denoisers of equal architecture from a FLUX file.
 
-    If the file lacks the embedding of t - s, its output layer is zeroed, so that it has no effect at the start.
-    What the file does not have, such as heads of training aids, keeps its initial values.
+    If the file lacks the embedding of t - s, this has no effect at the start. What else the file does not have, such as
+    heads of training aids, keeps its initial values.
     """
     shapes = {name: p.shape for name, p in modules[0].named_parameters() if not lora.is_low_rank(name)}
     source = FluxStateDict.of(path, shapes)
@@ -210,8 +216,7 @@ def warm_start(path: Path, *modules: nn.Module) -> FluxStateDict:
         for module in modules:
             fill(module.get_parameter(name), full)
 
-    for name in source.missing:
-        if name.startswith("s_in.2."):
-            for module in modules:
-                module.get_parameter(name).zero_()
+    if any(name.startswith(second_time.PREFIX) for name in source.missing):
+        for module in modules:
+            second_time.silence(module)
     return source

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from selfe.backbones import lora
+from selfe.checkpoint import second_time
 from selfe.checkpoint.verify import read_step
 from selfe.distributed import fsdp
 from selfe.errors import UserError
@@ -32,14 +33,20 @@ PARTS: tuple[Part, ...] = get_args(Part)
 
 @dataclass(frozen=True)
 class InitFromConfig:
-    """Parts to load from another run's checkpoint. If only one of `model` and `ema` is listed, it initialises both."""
+    """Weights that a run starts from. If only one of `model` and `ema` is listed, it initialises both."""
 
-    path: Path  # checkpoint directory, or a parent directory (newest is used)
+    path: Path  # checkpoint directory, or a parent directory (newest is used); or FLUX weights
     parts: tuple[Part, ...] = ("model", "ema")  # what is loaded; ema: every average that the checkpoint has
+    # predict at any s what the weights predict at s = t: for weights that were trained by flow matching
+    reset_s: bool = False
 
     def __post_init__(self):
         if not {"model", "ema"} & set(self.parts):
             raise ValueError(f"parts must contain model or ema, got {list(self.parts)}")
+        if self.reset_s and "optimizer" in self.parts:
+            raise ValueError(
+                "reset_s changes weights, whose optimizer state would not fit; remove optimizer from parts"
+            )
 
 
 def load(
@@ -52,8 +59,8 @@ def load(
     """Load parts of a training state in place, without what is frozen; must be called by every rank.
 
     If only one of `model` and `ema` is in `parts`, its weights are loaded into both. An average that the checkpoint
-    lacks starts from the weights of the first one. Heads of training aids that the checkpoint does not have keep their
-    initial values, unless the optimizer is loaded too.
+    lacks starts from the weights of the first one. Unless the optimizer is loaded too, heads of training aids that the
+    checkpoint does not have keep their initial values, and an embedding of t - s starts without effect.
 
     Args:
         averages: EMA denoisers by name; the first is "ema", which every checkpoint has.
@@ -69,9 +76,11 @@ def load(
     if "ema" in parts:
         stored = list_weights(path)
         modules |= {name: module for name, module in averages.items() if name == "ema" or name in stored}
-    state = {name: trained_state(net, module) for name, module in modules.items()}
+    wanted = {name: trained_state(net, module) for name, module in modules.items()}
+    state = wanted
     if "optimizer" not in parts:
-        state = {name: without_new_heads(path, name, tensors) for name, tensors in state.items()}
+        state = {name: without_new(path, name, tensors) for name, tensors in wanted.items()}
+    new = [name for group, tensors in wanted.items() for name in tensors if name not in state[group]]
     check_fits(path, state)
 
     # State of the optimizer, without its hyperparameters, which are those of the config.
@@ -90,7 +99,9 @@ def load(
     source = state["ema" if "ema" in parts else "net"]
     for name, module in {"net": net, **averages}.items():
         if name not in state:
-            set_model_state_dict(module, source, options=StateDictOptions(strict=False))  # without new heads
+            set_model_state_dict(module, source, options=StateDictOptions(strict=False))  # without what is new
+        if any(name.startswith(second_time.PREFIX) for name in new):
+            second_time.silence(module)
     return read_step(path) if "step" in parts else 0
 
 
@@ -121,19 +132,19 @@ def load_base(path: Path, net: nn.Module, averages: Mapping[str, nn.Module], wei
     state = {group: {name: tensor for name, tensor in tensors.items() if name in stored}}
     check_fits(path, state)
     dcp.load(state, checkpoint_id=path)
-    for name in missing:
-        if name.startswith("s_in.2."):
-            tensors[name].zero_()
+    if any(name.startswith(second_time.PREFIX) for name in missing):
+        second_time.silence(net)
     for average in averages.values():
         fsdp.copy_weights(average, net)
     return missing
 
 
-def without_new_heads(path: Path, group: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, without those of heads that the checkpoint does not have."""
+def without_new(path: Path, group: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, without those of heads and of the embedding of t - s that the checkpoint does not have."""
     stored = stored_tensors(path)
+    optional = ("heads.", second_time.PREFIX)
     return {
-        name: tensor for name, tensor in tensors.items() if not name.startswith("heads.") or f"{group}.{name}" in stored
+        name: tensor for name, tensor in tensors.items() if not name.startswith(optional) or f"{group}.{name}" in stored
     }
 
 

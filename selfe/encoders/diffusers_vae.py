@@ -116,7 +116,7 @@ class DiffusersVAE:
 
     def pretrained(self) -> nn.Module:
         """The network of a folder, on the CPU; on the meta device without weights."""
-        remedy = f"download {self.model} from the Hub to it"
+        remedy = f"download it with selfe cache-pretrained --autoencoder {self.model}"
         folder = find_model(self.model, self.cache_dir, f"{KEY}.model", remedy)
         settings = read_json(folder / "config.json", AGAIN)
         name = settings.get("_class_name")

@@ -98,7 +98,9 @@ class HFVision:
 
     def pretrained(self) -> tuple[nn.Module, dict[str, list[float]]]:
         """The network of a folder, and the mean and standard deviation of the pixels it was trained on."""
-        folder = find_model(self.model, self.cache_dir, KEY, f"download {self.model} from the Hub to it")
+        folder = find_model(
+            self.model, self.cache_dir, KEY, f"download it with selfe cache-pretrained --vision-model {self.model}"
+        )
         statistics = read_json(folder / "preprocessor_config.json", AGAIN)
         if not {"image_mean", "image_std"} <= statistics.keys():
             raise UserError(f"{folder}/preprocessor_config.json: has no image_mean and image_std; {AGAIN}")

@@ -50,7 +50,9 @@ class HFExtractor:
                 maps x maps times the space of the features.
         """
         check_range("maps", maps, 1, 256)
-        self.folder = find_model(model, cache_dir, KEY, f"download {model} from the Hub to it")
+        self.folder = find_model(
+            model, cache_dir, KEY, f"download it with selfe cache-pretrained --vision-model {model}"
+        )
         self.model, self.output, self.maps = model, output, maps
         self.has_maps = maps is not None
 

@@ -175,7 +175,9 @@ class RemotePath:
     def raise_if_final(self, error: Exception) -> None:
         """Raise the error for the user, if another try would fail as well."""
         response = getattr(error, "response", None)
-        status = getattr(error, "status", None) or getattr(response, "status_code", None)
+        status = (
+            getattr(error, "status", None) or getattr(response, "status_code", None) or getattr(error, "code", None)
+        )
         if isinstance(error, UserError):
             raise error
         if isinstance(error, ImportError) or str(error).startswith("Protocol not known"):
@@ -185,7 +187,8 @@ class RemotePath:
             ) from None
         if isinstance(error, FileNotFoundError) or status == 404:
             raise FileNotFoundError(errno.ENOENT, "no such file", str(self)) from None
-        if isinstance(error, PermissionError) or status in REFUSED or type(error).__name__ in CREDENTIALS:
+        is_refused = isinstance(error, PermissionError) or str(error).startswith("Forbidden:")  # the second: gcsfs
+        if is_refused or status in REFUSED or type(error).__name__ in CREDENTIALS:
             remedy = REMEDIES.get(self.protocol, "check the address and your access to it")
             raise UserError(f"{self}: access is refused ({describe(error)}); {remedy}") from None
 
@@ -252,7 +255,10 @@ def shown(url: str) -> str:
 def matching(pattern: RemotePath) -> list[RemotePath]:
     """The files of a pattern with `*`, `?` or `[]`, sorted. Their sizes and versions are known from the list."""
     fs = filesystem(pattern.protocol)
-    facts = pattern.request(lambda: fs.glob(pattern.url, detail=True), OPENING)
+    try:
+        facts = pattern.request(lambda: fs.glob(pattern.url, detail=True), OPENING)
+    except FileNotFoundError:  # of the Hub, where the folder does not exist
+        return []
     files = []
     for name, of_file in facts.items():
         if of_file.get("type") == "directory":
@@ -269,6 +275,9 @@ def filesystem(protocol: str) -> Any:
     """The file system of fsspec, which repeats nothing by itself, so that there is one policy."""
     import fsspec  # slow to import, and only needed here
 
+    if protocol in ("gs", "gcs"):
+        # gcsfs would ask for the kind of the bucket with every request, and warn where credentials are missing
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     options = {"use_listings_cache": False, "skip_instance_cache": True}
     if protocol in ("http", "https"):
         import aiohttp

@@ -5,7 +5,8 @@
     clip-vit-large-patch14/  openai/clip-vit-large-patch14
     ae.safetensors           black-forest-labs/FLUX.1-dev (gated)
     flux1-dev.safetensors    the same repository; skipped with --flux-vae-only
-    OWNER/NAME/              with --text-encoder OWNER/NAME, and then nothing else: a text encoder for HFText
+    OWNER/NAME/              with --text-encoder, --autoencoder or --vision-model OWNER/NAME, and then nothing else: a
+                             model for HFText, DiffusersVAE, or HFVision and HFExtractor
     fetched.json             source repository, commit and file sizes of each part
 
 Partial downloads are resumed, and every file is verified against the Hub's hash.
@@ -19,7 +20,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ TOKENIZERS = TOKENIZER | {
     "vocab.json",
     "vocab.txt",
 }
+STEMS = {"model": "pytorch_model", "diffusion_pytorch_model": "diffusion_pytorch_model"}  # safetensors: torch.save
 KEPT = "downloaded data is kept, run again"
 
 
@@ -59,6 +61,7 @@ class Part:
     files: frozenset[str]  # optional files: those that the repository has
     needed: str  # required file, or the stem of weight files in any format
     safetensors_only: bool = False
+    inside: str = ""  # folder of the repository that holds the files, with a slash at its end
 
 
 @dataclass(frozen=True)
@@ -68,15 +71,22 @@ class File:
     repo: str
     commit: str
     name: str
+    remote: str  # the name with its folder in the repository
     size: int
     hash: str
     location: str
 
 
-def parts(vae_only: bool, text_encoders: Sequence[str] = ()) -> list[Part]:
-    """What to download: the text encoders, if any are named, otherwise the encoders of the paper."""
-    if text_encoders:
-        return [text_encoder(repo) for repo in dict.fromkeys(text_encoders)]
+def parts(options: argparse.Namespace) -> list[Part]:
+    """What to download: the models that are named, if any are, otherwise the encoders of the paper."""
+    named = [text_encoder(name) for name in options.text_encoder]
+    named += [autoencoder(name) for name in options.autoencoder]
+    named += [vision_model(name) for name in options.vision_model]
+    return list(dict.fromkeys(named)) or paper(options.flux_vae_only)
+
+
+def paper(vae_only: bool) -> list[Part]:
+    """T5, CLIP, and FLUX's autoencoder and transformer."""
 
     flux = ["ae.safetensors"] if vae_only else ["ae.safetensors", "flux1-dev.safetensors"]
     return [
@@ -98,11 +108,37 @@ def text_encoder(repo: str) -> Part:
     return Part(repo, repo, frozenset(TOKENIZERS), "model", safetensors_only=True)
 
 
+def autoencoder(name: str) -> Part:
+    """An autoencoder by its name on the Hub, for `selfe.encoders.diffusers_vae.DiffusersVAE`; that of a pipeline is in
+    a folder of the repository. Raises UserError for other text.
+    """
+    parsed = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(\w[\w.-]*))?", name)
+    if parsed is None:
+        raise UserError(
+            f"--autoencoder {name}: give a name on the Hub, such as stabilityai/sdxl-vae, or with the folder of a "
+            "pipeline, such as stabilityai/stable-diffusion-3.5-large/vae"
+        )
+    repo, folder = parsed.groups()
+    inside = f"{folder}/" if folder else ""
+    return Part(repo, name, frozenset({"config.json"}), "diffusion_pytorch_model", safetensors_only=True, inside=inside)
+
+
+def vision_model(repo: str) -> Part:
+    """A vision model by its name on the Hub, for `selfe.encoders.hf_vision.HFVision` and for evaluation. Raises
+    UserError for other text.
+    """
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", repo):
+        raise UserError(f"--vision-model {repo}: give a name on the Hub, such as facebook/dinov2-base")
+    # CLIP and SigLIP have a tokenizer, which evaluation of captions reads
+    files = frozenset(TOKENIZERS | {"preprocessor_config.json"})
+    return Part(repo, repo, files, "model", safetensors_only=True)
+
+
 def main(options: argparse.Namespace) -> None:
     """Entry point of `selfe cache-pretrained`."""
     cache, token = options.cache_dir, options.hf_token
     record = read_record(cache)
-    todo = [part for part in parts(options.flux_vae_only, options.text_encoder) if not is_done(cache, part, record)]
+    todo = [part for part in parts(options) if not is_done(cache, part, record)]
 
     # check access to every repository before the first download
     plan = [(part, list_files(part, token)) for part in todo]
@@ -148,14 +184,14 @@ def list_files(part: Part, token: str | None) -> list[File]:
     """The files to download from a repository; weights in one format only, safetensors if available."""
     with explained(part.repo):
         info = HfApi(token=token).model_info(part.repo)
-        names = {sibling.rfilename for sibling in info.siblings}
+        everything = {sibling.rfilename for sibling in info.siblings}
+        names = {name.removeprefix(part.inside) for name in everything if name.startswith(part.inside)}
         wanted = sorted(names & part.files)
 
-        if part.needed == "model":
-            safetensors = [
-                name for name in names if re.fullmatch(rf"model(-\d+-of-\d+)?\.safetensors|model{INDEX}", name)
-            ]
-            pickles = [name for name in names if re.fullmatch(r"pytorch_model(-\d+-of-\d+)?\.bin", name)]
+        if stem := STEMS.get(part.needed):
+            weights = rf"{part.needed}(-\d+-of-\d+)?\.safetensors|{part.needed}{re.escape(INDEX)}"
+            safetensors = [name for name in names if re.fullmatch(weights, name)]
+            pickles = [name for name in names if re.fullmatch(rf"{stem}(-\d+-of-\d+)?\.bin", name)]
             if part.safetensors_only and pickles and not safetensors:
                 raise UserError(
                     f"{part.repo}: the repository has its weights only as {pickles[0]}, which is not loaded because it "
@@ -163,14 +199,17 @@ def list_files(part: Part, token: str | None) -> list[File]:
                 )
             wanted += sorted(safetensors or pickles)
         if not any(name.startswith((part.needed, "pytorch_model")) for name in wanted):
-            raise UserError(f"{part.repo}: the repository has no {part.needed} file; check that it has not moved")
-        return [head(part.repo, name, info.sha, token) for name in wanted]
+            raise UserError(
+                f"{part.repo}: the repository has no {part.inside}{part.needed} file; check that it has not moved"
+            )
+        return [head(part.repo, part.inside + name, info.sha, token) for name in wanted]
 
 
-def head(repo: str, name: str, commit: str, token: str | None) -> File:
+def head(repo: str, remote: str, commit: str, token: str | None) -> File:
     """Size, hash and current download address of a file, from a HEAD request."""
-    metadata = get_hf_file_metadata(hf_hub_url(repo, name, revision=commit), token=token)
-    return File(repo, commit, name, metadata.size, metadata.etag, metadata.location)
+    metadata = get_hf_file_metadata(hf_hub_url(repo, remote, revision=commit), token=token)
+    name = remote.rpartition("/")[2]
+    return File(repo, commit, name, remote, metadata.size, metadata.etag, metadata.location)
 
 
 def check_space(cache: Path, plan: list[tuple[Part, list[File]]]) -> None:
@@ -215,7 +254,7 @@ def fetch(file: File, folder: Path, token: str | None) -> None:
         return
 
     with explained(file.repo):
-        file = head(file.repo, file.name, file.commit, token)  # signed addresses of large files expire
+        file = head(file.repo, file.remote, file.commit, token)  # signed addresses of large files expire
         headers = build_hf_headers(token=token)
         if urlsplit(file.location).netloc != urlsplit(constants.ENDPOINT).netloc:
             headers.pop("authorization", None)  # a signed address on another host: do not send it the token

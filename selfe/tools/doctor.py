@@ -1,4 +1,7 @@
-"""The verb `selfe doctor`: what this machine offers to a training run, a line for each check, with its remedy."""
+"""The verb `selfe doctor`: what this machine offers to a training run, a line for each check, with its remedy.
+
+With a config, the frozen encoders that it names are checked, otherwise what `selfe cache-pretrained` has downloaded.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,23 @@ from typing import Literal
 
 import torch
 
-from selfe import device
+from selfe import config, device
+from selfe.encoders import hf_folder
 from selfe.encoders.t5_clip import CLIP_FOLDER, T5_FOLDER
 from selfe.errors import UserError
+from selfe.io.model_folder import find_model
 from selfe.io.safetensors_files import SafetensorsFiles, cached
+from selfe.tools.cache_pretrained import read_record
 
 GIB = 2**30
 SHARED_MEMORY = 2 * GIB  # enough for the loader workers of a process with the default settings
 OPEN_FILES = 4096
 WEIGHTS = {"t5": T5_FOLDER, "clip": CLIP_FOLDER, "autoencoder": "ae.safetensors"}  # in SELFE_CACHE_DIR
+# those of WEIGHTS that a part reads
+READS = {
+    "selfe.encoders.t5_clip.T5Clip": (T5_FOLDER, CLIP_FOLDER),
+    "selfe.encoders.flux_vae.FluxVAE": ("ae.safetensors",),
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,8 @@ class CheckResult:
 
 def main(options: argparse.Namespace) -> None:
     """Print all results. Raises UserError if one is an error."""
-    results = list(examine(options.cache_dir, options.output_dir))
+    settings = options.config and config.load(options.config, options.overrides)
+    results = list(examine(options.cache_dir, options.output_dir, settings))
     for result in results:
         print(result)
 
@@ -51,15 +63,24 @@ def main(options: argparse.Namespace) -> None:
         raise UserError(f"{num_errors} of {len(results)} checks failed; the lines above name the remedies")
 
 
-def examine(cache_dir: str | None, output_dir: Path) -> Iterator[CheckResult]:
-    """All results. `cache_dir`: weights of the frozen encoders; `output_dir`: where runs are written."""
+def examine(cache_dir: str | None, output_dir: Path, settings: dict | None = None) -> Iterator[CheckResult]:
+    """All results.
+
+    Args:
+        cache_dir: weights of the frozen encoders.
+        output_dir: where runs are written.
+        settings: of a config, whose encoders are checked.
+    """
     yield CheckResult("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     yield torch_build()
     yield from accelerators()
     yield shared_memory(Path("/dev/shm"))
     yield open_files()
     yield disk(output_dir)
-    yield from encoder_weights(cache_dir)
+    if settings is None:
+        yield from encoder_weights(cache_dir)
+    else:
+        yield from encoders_of(settings, cache_dir)
 
 
 def torch_build() -> CheckResult:
@@ -159,4 +180,53 @@ def encoder_weights(cache_dir: str | None) -> Iterator[CheckResult]:
         except UserError as error:
             yield CheckResult(subject, "warning", str(error))
         else:
-            yield CheckResult(subject, "ok", f"{len(weights.shapes)} tensors in {weights.path}")
+            yield CheckResult(subject, "ok", described(weights))
+
+    # models that were downloaded by name
+    folders = {entry.rpartition("/")[0] for entry in read_record(Path(cache_dir))}
+    for name in sorted(folders - {".", *WEIGHTS.values()}):
+        try:
+            weights = SafetensorsFiles.open(Path(cache_dir) / name)
+        except UserError as error:
+            yield CheckResult("model", "error", str(error), "run selfe cache-pretrained for it again")
+        else:
+            yield CheckResult("model", "ok", described(weights))
+
+
+def encoders_of(settings: dict, cache_dir: str | None) -> Iterator[CheckResult]:
+    """Whether the frozen parts of a config find their files, and can be built from them."""
+    for name in ("text_encoder", "autoencoder"):
+        pretrained = list(config.pretrained_parts(settings["system"][name], name))
+        if not pretrained:
+            yield CheckResult(name, "ok", f"{settings['system'][name]['module']} needs no files")
+        for path, part in pretrained:
+            try:
+                yield CheckResult(path.split(".")[-1], "ok", check_part(path, part, cache_dir))
+            except UserError as error:
+                yield CheckResult(path.split(".")[-1], "error", str(error))
+
+
+def check_part(path: str, part: dict, cache_dir: str | None) -> str:
+    """What a pretrained part at a key path of `system` reads; config and tokenizer are loaded, weights only opened.
+
+    Raises:
+        UserError: a file is missing, damaged or of another model.
+    """
+    part = part | {"params": part["params"] | ({"cache_dir": cache_dir} if cache_dir else {})}
+    params = part["params"]
+    if params.get("skip_pretrained"):
+        return f"{part['module']} has random weights (skip_pretrained)"
+    if names := READS.get(part["module"]):
+        return ", ".join(described(SafetensorsFiles.open(cached(params.get("cache_dir"), name))) for name in names)
+
+    encoder = config.build_part(part, f"system.{path}")
+    encoder.load(torch.device("meta"))
+    if part["module"] == "selfe.encoders.hf_text.HFText":
+        folder = hf_folder.model_folder(encoder.model, encoder.cache_dir)
+    else:
+        folder = find_model(encoder.model, encoder.cache_dir, f"system.{path}.params.model", "download it")
+    return described(SafetensorsFiles.open(folder))
+
+
+def described(weights: SafetensorsFiles) -> str:
+    return f"{len(weights.shapes)} tensors in {weights.path}"

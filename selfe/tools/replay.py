@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from selfe import config
-from selfe.checkpoint import adapter, state, verify
+from selfe.checkpoint import adapter, origin, state, verify
 from selfe.device import choose_precision
 from selfe.distributed import collectives, fsdp
 from selfe.errors import UserError
@@ -57,11 +57,16 @@ def replay(settings: dict, record: dict, checkpoint: Path | None, world: collect
     if trainer.adapt is not None:
         trainer.adapt.apply(system.backbone)
     net, ema = fsdp.build_model_and_ema(system.backbone, fsdp.make_mesh(world, None), precision, seed)
+    averages, report = {"ema": ema}, trainer.output_dir / "init_from.txt"
     if trainer.adapt is not None:
-        report = trainer.output_dir / "init_from.txt"
-        adapter.load_base(trainer.init_from, net, {"ema": ema}, world, **trainer.adapt.record(), report=report)
+        adapter.load_base(trainer.init_from, net, averages, world, **trainer.adapt.record(), report=report)
     system.load_encoders(world.device)
-    done = state.load(checkpoint, net, {"ema": ema}, None, ("model", "ema", "step")) if checkpoint else 0
+    if checkpoint:
+        done = state.load(checkpoint, net, averages, None, ("model", "ema", "step"))
+    elif trainer.init_from is not None and trainer.adapt is None:
+        done, _ = origin.load(trainer.init_from, net, averages, None, world, report)
+    else:
+        done = 0
     print(f"step {number} with the weights after {done} steps ({checkpoint or 'initial weights'})")
 
     # positions and the step select the same samples and the same random numbers as in training

@@ -129,6 +129,8 @@ class TrainerConfig:
         if self.adapt is not None and self.init_from is None:
             raise ValueError("adapt: init_from is not set; set it to the weights that are fine-tuned")
         parts = self.init_from.parts if isinstance(self.init_from, state.InitFromConfig) else ()
+        if self.adapt is not None and getattr(self.init_from, "reset_s", False):
+            raise ValueError("init_from.reset_s: changes weights that adapt freezes; convert all weights first")
         if self.adapt is not None and (extra := sorted({"optimizer", "step"} & set(parts))):
             raise ValueError(
                 f"init_from.parts: {extra[0]} is that of another run, which adapt cannot continue; remove it"
@@ -174,6 +176,9 @@ class TrainerConfig:
         names = [track.name for track in self.ema]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"ema: two tracks are {min(twice)}; remove one")
+        known = ["live", *self.ema_tracks]
+        if unknown := [name for name in self.samples.weights if name not in known]:
+            raise ValueError(f"samples.weights: {unknown[0]} is not one of {', '.join(known)}")
 
     @property
     def ema_tracks(self) -> dict[str, EmaTrack]:

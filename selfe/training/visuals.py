@@ -20,7 +20,7 @@ from selfe.samplers.renoise import Renoise
 from selfe.system import System
 from selfe.types import MOST_STEPS, check_range
 
-TITLES = {"samples": "EMA weights", "samples_live": "live weights"}  # by the folder of a grid
+TITLES = {"ema": "EMA weights", "live": "live weights"}
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,12 @@ class SampleGridConfig:
     guidance_interval: tuple[float, float] | None = None
     # how the images are sampled
     sampler: Sampler = Renoise()  # noqa: RUF009 - stateless
+    weights: tuple[str, ...] = ("ema", "live")  # a grid each: ema, live or the name of another track of trainer.ema
 
     def __post_init__(self):
-        if not self.num_steps:
-            raise ValueError("num_steps: the list is empty; prompts: [] disables samples")
+        for name in ("num_steps", "weights"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: the list is empty; prompts: [] disables samples")
         check_range("every", self.every, 1, MOST_STEPS)
         check_range("num_steps", self.num_steps, 1, 1000)
         check_range("size", self.size, 1, 8192)
@@ -63,7 +65,8 @@ class SampleGridConfig:
     def draw(
         self, system: System, nets: dict[str, nn.Module], seed: int, done: int, world: World
     ) -> dict[str, Image.Image]:
-        """A labelled grid per denoiser, by name, on rank 0; empty on other ranks. `done`: completed training steps.
+        """A labelled grid per denoiser on rank 0, by the name of its weights; empty on other ranks. `done`: completed
+        training steps.
 
         Every rank generates the same number of images, because calls of a sharded denoiser are collective.
         """

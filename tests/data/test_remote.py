@@ -1,17 +1,21 @@
 """Data in stores: the same order as on this machine, whatever fails in between, and one line where it cannot go on."""
 
 import hashlib
+import json
 import os
 import pickle
 import resource
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import _http
 
 from selfe import cli, config
 from selfe.data.dataset import BucketedDataset
@@ -26,7 +30,11 @@ from selfe.io.disk_cache import SLOTS, DiskCache
 from selfe.io.storage import RemotePath, as_path
 from tests.helpers import stores
 from tests.helpers.images import manifest
+from tests.helpers.ranks import on_ranks
+from tests.helpers.short_runs import LAST, RANDOM, assert_resumed, train_and_resume
+from tests.helpers.train_processes import ROOT, files, lines
 
+REPO = "lab/data"
 IMAGES, BATCH = 500, 20
 STEPS = IMAGES // BATCH  # of an epoch
 
@@ -148,6 +156,89 @@ def test_a_web_server_is_read_in_ranges(folder, tmp_path, monkeypatch):
         path = RemotePath(f"{address}/s/train-000000.tar")
         with pytest.raises(UserError, match=r"train-000000.tar: the server does not support byte ranges; use one that"):
             path.read(512, 100)
+
+
+def from_store(world: World, environment: dict[str, str], runs: dict, folder: str) -> dict:
+    os.environ |= environment
+    storage.sleep = lambda seconds: None
+    return train_and_resume(world, runs, folder)
+
+
+def test_a_run_on_two_ranks_from_a_store_is_that_of_local_files_also_when_resumed(folder, store, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for tar in sorted((folder / "s").glob("*.tar")):
+        store.put(tar)
+    store.faults.every, store.faults.kinds = 7, ("throttled", "cut")
+    manifests = {"local": folder / "s/train-*.tar", "remote": "s3://data/train-*.tar"}
+    runs = {}
+    for name, place in manifests.items():
+        data = {"train_manifest": str(place), "pixels": 1024, "cache_dir": str(tmp_path / f"{name} cache")}
+        own = [f"data={{module: selfe.data.shards.ShardData, params: {json.dumps(data)}}}"]
+        runs[name] = [*RANDOM, "trainer.num_workers=0", *own]
+    environment = stores.ENVIRONMENT | {"AWS_ENDPOINT_URL": store.address}
+    on_ranks(2, from_store, environment, runs, str(tmp_path))
+    for name in runs:
+        assert_resumed(tmp_path / name)
+    local, remote = (tmp_path / name / "once" for name in runs)
+    assert files(local / LAST) == files(remote / LAST)
+    assert lines(local) == lines(remote)
+    assert store.faults.requests > 0
+
+
+@contextmanager
+def other_store(scheme: str, app: Callable, patch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A store of this machine that URLs of a scheme are read from; yields the start of its URLs."""
+    patch.setattr(storage, "sleep", lambda seconds: None)
+    storage.filesystem.cache_clear()
+    with stores.serving(app) as address:
+        if scheme == "gs":
+            patch.setenv("STORAGE_EMULATOR_HOST", address)
+            yield f"gs://{stores.BUCKET}"
+        else:
+            patch.setattr(_http.time, "sleep", lambda seconds: None)
+            patch.setattr(constants, "ENDPOINT", address)
+            template = "/{repo_id}/resolve/{revision}/{filename}"
+            patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + template)
+            yield f"hf://datasets/{REPO}"
+    storage.filesystem.cache_clear()
+
+
+@pytest.mark.parametrize("scheme", ["gs", "hf"])
+def test_google_storage_and_the_hugging_face_hub_are_read_as_local_files(scheme, folder, tmp_path, monkeypatch):
+    """Shards by a pattern, a manifest and its images, and what is not there."""
+    if scheme == "gs":
+        pytest.importorskip("gcsfs")
+    faults = stores.Faults(stores.gcs_app(folder) if scheme == "gs" else stores.hub_app(folder, REPO))
+    if scheme == "hf":
+        faults.every, faults.kinds = 9, ("throttled", "cut")
+    (folder / "few.tsv").write_text("\n".join((folder / "train.tsv").read_text().splitlines()[:20]) + "\n")
+    options = {"pixels": 1024, "cache_dir": tmp_path}
+    with other_store(scheme, faults, monkeypatch) as url:
+        shards = ShardData(f"{url}/s/train-*.tar", **options)
+        assert seen(shards, range(3), 2) == seen(ShardData(folder / "s/train-*.tar", pixels=1024), range(3), 1)
+        assert faults.requests >= 3 * BATCH
+        images = ManifestData(f"{url}/few.tsv", url, **options)
+        assert seen(images, range(1), 1) == seen(ManifestData(folder / "few.tsv", folder, pixels=1024), range(1), 1)
+        with pytest.raises(UserError, match=f"{url}/none.tsv: no such manifest"):
+            ManifestData(f"{url}/none.tsv", **options)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "remedy"), [("gs", "run gcloud auth application-default login"), ("hf", "set HF_TOKEN, and accept")]
+)
+def test_a_store_that_refuses_access_is_one_line_at_once(scheme, remedy, monkeypatch):
+    if scheme == "gs":
+        pytest.importorskip("gcsfs")
+
+    def refuse(environ, start_response):
+        if environ["PATH_INFO"] == f"/api/datasets/{REPO}":
+            return stores.as_json(start_response, {"id": REPO, "sha": "0" * 40, "siblings": []})
+        return stores.as_json(start_response, {"error": {"message": "no access"}}, "403 Forbidden")
+
+    with other_store(scheme, refuse, monkeypatch) as url:
+        with pytest.raises(UserError, match=rf"^{url}/a.tar: access is refused \(.*\); {remedy}") as raised:
+            RemotePath(f"{url}/a.tar").stat(patience=600)
+        assert "\n" not in str(raised.value)
 
 
 def test_check_data_reads_what_is_in_a_store(folder, store, tmp_path, capsys):

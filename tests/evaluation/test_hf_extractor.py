@@ -122,7 +122,9 @@ def test_the_record_names_model_weights_and_resizing(cache):
 
 
 def test_missing_models_and_weights_are_named(cache, tmp_path):
-    with pytest.raises(UserError, match="facebook/x: no such folder; download facebook/x from the Hub to it"):
+    with pytest.raises(
+        UserError, match="facebook/x: no such folder; download it with selfe cache-pretrained --vision-model facebook/x"
+    ):
         HFExtractor("facebook/x", cache)
     with pytest.raises(UserError, match="SELFE_CACHE_DIR is not set"):
         HFExtractor("facebook/dino")

@@ -1,9 +1,12 @@
 """An S3 store and a web server on this machine, with faults where they are asked for."""
 
+import hashlib
+import json
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import parse_qs
 from urllib.request import Request, urlopen
 
 import boto3
@@ -122,5 +125,72 @@ def folder_app(folder: Path, ranges: bool = True) -> Callable:
             headers.append(("Content-Range", f"bytes {first}-{int(first) + len(content) - 1}/{size}"))
         start_response(status, [*headers, ("Content-Length", str(len(content)))])
         return [b""] if environ["REQUEST_METHOD"] == "HEAD" else [content]
+
+    return app
+
+
+def as_json(start_response: Callable, value: object, status: str = "200 OK") -> list[bytes]:
+    content = json.dumps(value).encode()
+    start_response(status, [("Content-Type", "application/json"), ("Content-Length", str(len(content)))])
+    return [content]
+
+
+def files_below(folder: Path, prefix: str) -> list[Path]:
+    """Files whose name relative to a folder starts with a prefix."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [path for path in files if path.relative_to(folder).as_posix().startswith(prefix)]
+
+
+def gcs_app(folder: Path) -> Callable:
+    """The requests of Google Cloud Storage's JSON interface that reading needs. A bucket has the files of a folder."""
+    content = folder_app(folder)
+
+    def described(path: Path) -> dict:
+        name, facts = path.relative_to(folder).as_posix(), path.stat()
+        return {"name": name, "bucket": BUCKET, "size": str(facts.st_size), "generation": str(facts.st_mtime_ns)}
+
+    def app(environ: dict, start_response: Callable) -> Iterable[bytes]:
+        asked = environ["PATH_INFO"].partition(f"/b/{BUCKET}/o")[2].lstrip("/")
+        if environ["PATH_INFO"].startswith("/download/"):
+            return content(environ | {"PATH_INFO": asked}, start_response)
+        if not asked:
+            (prefix,) = parse_qs(environ["QUERY_STRING"]).get("prefix", [""])
+            return as_json(start_response, {"items": [described(path) for path in files_below(folder, prefix)]})
+        if not (folder / asked).is_file():
+            return as_json(start_response, {"error": {"message": "No such object"}}, "404 Not Found")
+        return as_json(start_response, described(folder / asked))
+
+    return app
+
+
+def hub_app(folder: Path, repo: str) -> Callable:
+    """The requests of the Hugging Face Hub that reading a data set needs. The repository has the files of a folder."""
+    content = folder_app(folder)
+
+    def described(path: Path) -> dict:
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir():
+            return {"type": "directory", "path": name, "size": 0, "oid": hashlib.sha1(name.encode()).hexdigest()}
+        oid = hashlib.sha1(path.read_bytes()).hexdigest()
+        return {"type": "file", "path": name, "size": path.stat().st_size, "oid": oid}
+
+    def app(environ: dict, start_response: Callable) -> Iterable[bytes]:
+        path = environ["PATH_INFO"]
+        if path.startswith(f"/datasets/{repo}/resolve/"):
+            name = path.removeprefix(f"/datasets/{repo}/resolve/").partition("/")[2]
+            return content(environ | {"PATH_INFO": name}, start_response)
+        verb, _, rest = path.removeprefix(f"/api/datasets/{repo}").lstrip("/").partition("/")
+        if not path.startswith(f"/api/datasets/{repo}"):
+            return as_json(start_response, {"error": "Repository not found"}, "404 Not Found")
+        if verb == "paths-info":
+            body = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
+            names = json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode())["paths"]
+            files = [folder / name for name in names]
+            return as_json(start_response, [described(file) for file in files if file.is_file()])
+        if verb == "tree":
+            inside = folder / rest.partition("/")[2]
+            paths = inside.rglob("*") if "recursive=true" in environ["QUERY_STRING"].lower() else inside.glob("*")
+            return as_json(start_response, [described(path) for path in sorted(paths)])
+        return as_json(start_response, {"id": repo, "sha": "0" * 40, "siblings": []})
 
     return app

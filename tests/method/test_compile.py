@@ -14,12 +14,13 @@ from functools import partial
 import pytest
 import torch
 
-from selfe.backbones import attention
+from selfe.backbones import attention, lora
 from selfe.backbones.mmdit import MMDiT
 from selfe.data.buckets import Buckets
 from selfe.distributed import activation_checkpoint, fsdp
 from selfe.objectives.self_evaluation import SelfEvaluation
 from selfe.rng import SampleRNG
+from selfe.training.adapt import AdaptConfig
 from selfe.types import Packed, packed
 from tests.distributed.test_fsdp import encode, gradients
 from tests.method.test_mmdit import SMALL, inputs, small
@@ -90,6 +91,26 @@ def test_times_per_token():
         outputs.append([v, *features.values()])
     for plain, compiled in zip(*outputs, strict=True):
         torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-11)
+
+
+def test_low_rank_matrices_beside_frozen_weights():
+    """Values, and gradients of what is trained."""
+    plain, compiled = (small(dtype=torch.float64, num_double_blocks=1, num_single_blocks=1) for _ in range(2))
+    results = []
+    for net in (plain, compiled):
+        AdaptConfig(rank=2, alpha=4.0, trainable=("s_in.*",)).apply(net)
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in net.named_parameters():
+            if lora.is_low_rank(name):
+                parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        if net is compiled:
+            activation_checkpoint.compile(net)
+        v = net(*inputs())
+        trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+        results.append([v, *torch.autograd.grad(v.square().mean(), trained)])
+    assert len(results[0]) == 1 + 2 * 10 + 4
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, one, rtol=0, atol=1e-12 * max(1, one.abs().max().item()))
 
 
 def test_values_and_gradients_of_recomputed_blocks(one_kernel, counters):

@@ -164,7 +164,9 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=words):
             loaded(folder, "SD", **options)
-    with pytest.raises(UserError, match=r"sd: no such folder; download sd from the Hub to it, or set SELFE_SK"):
+    with pytest.raises(
+        UserError, match=r"sd: no such folder; download it with selfe cache-pretrained --autoencoder sd, or set"
+    ):
         DiffusersVAE("sd", 4, cache_dir=tmp_path / "elsewhere").load(CPU)
     with pytest.raises(UserError, match=r"sd is needed, but SELFE_CACHE_DIR is not set"):
         DiffusersVAE("sd", 4).load(CPU)

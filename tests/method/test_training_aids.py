@@ -316,7 +316,7 @@ def test_folders_that_are_no_vision_model_are_one_line(tmp_path):
     folder = vision_folder(tmp_path / "vit", "vit")
     with pytest.raises(UserError, match=r"the model has hidden_size 16; set feature_dim to it"):
         HFVision(str(folder), feature_dim=12).load(torch.device("cpu"))
-    with pytest.raises(UserError, match=r"no such folder; download a/b from the Hub"):
+    with pytest.raises(UserError, match=r"no such folder; download it with selfe cache-pretrained --vision-model a/b"):
         HFVision("a/b", cache_dir=tmp_path).load(torch.device("cpu"))
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(UserError, match=r"preprocessor_config.json: no such file"):
@@ -553,6 +553,15 @@ def test_the_configs_of_the_page_fit_the_shipped_config(tmp_path, monkeypatch):
         "repa.yaml": {"repa.layers.4.weight": 768},
         "self_flow.yaml": {"self_flow.layers.4.weight": 1024},
     }
+
+
+def test_self_flow_around_self_e_is_one_line():
+    """It has times per token in its only pass with gradient; Self-E follows it in a run of its own."""
+    inner = "{module: selfe.objectives.self_evaluation.SelfEvaluation}"
+    layers = f"student_layer: double_blocks.0, teacher_layer: single_blocks.0, objective: {inner}"
+    objective = f"system.objective={{module: selfe.objectives.self_flow.SelfFlow, params: {{{layers}}}}}"
+    with pytest.raises(UserError, match=r"system.objective.params.objective: unknown key; valid keys: student_layer"):
+        config.load(TINY, [objective])
 
 
 def test_self_flow_trains_and_resumes(tmp_path):

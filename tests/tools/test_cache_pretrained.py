@@ -12,13 +12,17 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from transformers import Dinov2Config, Dinov2Model
 
 from selfe import cli
+from selfe.encoders.diffusers_vae import DiffusersVAE
 from selfe.encoders.hf_text import HFText
+from selfe.encoders.hf_vision import HFVision
 from selfe.errors import UserError
 from selfe.tools import cache_pretrained
 from tests.helpers.encoder_files import ROOT, write_cache, write_text_model
 from tests.helpers.fake_hub import COMMIT, Hub
+from tests.method.test_diffusers_vae import model_folder
 from tests.method.test_pretrained import assert_equals_reference, loaded
 
 T5, CLIP, FLUX = "google/t5-v1_1-xxl", "openai/clip-vit-large-patch14", "black-forest-labs/FLUX.1-dev"
@@ -166,8 +170,9 @@ def test_damaged_file_is_one_line_and_fetched_again(repos, tmp_path, fetch):
 
 
 def test_full_disk_is_one_line(tmp_path):
-    files = [cache_pretrained.File(T5, COMMIT, "pytorch_model.bin", 10**15, "0" * 64, "")]
-    plan = [(cache_pretrained.parts(True)[0], files)]
+    name = "pytorch_model.bin"
+    files = [cache_pretrained.File(T5, COMMIT, name, name, 10**15, "0" * 64, "")]
+    plan = [(cache_pretrained.paper(True)[0], files)]
     with pytest.raises(UserError, match=r"1250000.0 GB are needed, .* GB are free"):
         cache_pretrained.check_space(tmp_path / "not" / "yet", plan)
 
@@ -201,3 +206,41 @@ def test_a_text_encoder_is_downloaded_under_its_name(tmp_path, fetch):
     (cache / "bert/tiny/model.safetensors").unlink()
     with pytest.raises(UserError, match=r"bert/tiny: .*download it with selfe cache-pretrained --text-encoder bert/ti"):
         encoder.load(torch.device("cpu"))
+
+
+def test_autoencoders_and_vision_models_are_downloaded_under_their_names(tmp_path, fetch):
+    """An autoencoder from its folder in a pipeline; what is downloaded is loaded."""
+    pipeline, vision = tmp_path / "hub/pipeline", tmp_path / "hub/vision"
+    model_folder(pipeline / "vae", "SD")
+    (pipeline / "vae/diffusion_pytorch_model.fp16.safetensors").write_bytes(b"unwanted")
+    (pipeline / "unet").mkdir()
+    (pipeline / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"unwanted")
+    (pipeline / "model_index.json").write_text("{}")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 14, "patch_size": 7}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(vision)
+    statistics = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (vision / "preprocessor_config.json").write_text(json.dumps(statistics))
+    (vision / "pytorch_model.bin").write_bytes(b"unwanted")
+
+    cache = tmp_path / "cache"
+    with Hub({"lab/pipeline": pipeline, "lab/vision": vision}) as hub:
+        with pytest.raises(UserError, match=r"--autoencoder vae: give a name on the Hub, such as stabilityai/sdxl-vae"):
+            fetch(hub, "--autoencoder", "vae")
+        with pytest.raises(UserError, match=r"lab/vision: the repository has no diffusion_pytorch_model file"):
+            fetch(hub, "--autoencoder", "lab/vision")
+        assert not hub.served
+        fetch(hub, "--autoencoder", "lab/pipeline/vae", "--vision-model", "lab/vision")
+        weights = "vae/diffusion_pytorch_model.safetensors"
+        assert {name for repo, name in hub.gets() if repo == "lab/pipeline"} == {"vae/config.json", weights}
+        expected = {"config.json", "model.safetensors", "preprocessor_config.json"}
+        assert {name for repo, name in hub.gets() if repo == "lab/vision"} == expected
+        hub.requests.clear()
+        fetch(hub, "--autoencoder", "lab/pipeline/vae", "--vision-model", "lab/vision")
+        assert not hub.requests
+
+    cpu = torch.device("cpu")
+    DiffusersVAE("lab/pipeline/vae", 4, cache_dir=cache).load(cpu)
+    HFVision("lab/vision", feature_dim=16, cache_dir=cache).load(cpu)
+    shutil.rmtree(cache / "lab/pipeline")
+    with pytest.raises(UserError, match="download it with selfe cache-pretrained --autoencoder lab/pipeline/vae"):
+        DiffusersVAE("lab/pipeline/vae", 4, cache_dir=cache).load(cpu)

@@ -1,7 +1,9 @@
 """`selfe doctor`: its results on machines that lack something."""
 
+import json
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from safetensors.torch import save_file
 from selfe import cli
 from selfe.errors import UserError
 from selfe.tools import doctor
+from tests.helpers.encoder_files import ROOT, write_text_model
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -48,3 +51,64 @@ def test_weights_of_the_encoders_are_opened(tmp_path):
     assert findings["clip"].text.startswith("2 tensors in")
     assert "not found; set SELFE_CACHE_DIR" in findings["t5"].text
     assert "cannot be read" in findings["autoencoder"].text
+
+
+def test_models_that_were_downloaded_by_name_are_opened(tmp_path):
+    """With or without those of the paper."""
+    write_text_model(tmp_path / "lab/bert", "bert")
+    entry = {"repo": "lab", "commit": "0", "files": {}}
+    (tmp_path / "fetched.json").write_text(json.dumps({"lab/bert/model": entry, "lab/gone/model": entry}))
+    bert, gone = [result for result in doctor.encoder_weights(str(tmp_path)) if result.subject == "model"]
+    assert bert.status == "ok"
+    assert bert.text.endswith(f"tensors in {tmp_path}/lab/bert")
+    assert gone.status == "error"
+    assert "lab/gone" in str(gone)
+    assert "run selfe cache-pretrained for it again" in str(gone)
+
+
+def config_of(tmp_path, text_encoder: dict) -> Path:
+    """The emoji config with another text encoder, in a file."""
+    path = tmp_path / "config.yaml"
+    text_encoder = {"module": "selfe.encoders.hf_text.HFText", "params": text_encoder}
+    path.write_text(
+        json.dumps({"base": str(ROOT / "configs/emoji/base.yaml"), "system": {"text_encoder": text_encoder}})
+    )
+    return path
+
+
+def test_the_encoders_of_a_config_are_built_from_their_files(tmp_path, capsys):
+    write_text_model(tmp_path / "lab/bert", "bert")
+    path = config_of(tmp_path, {"model": "lab/bert", "text_dim": 32, "max_tokens": 64})
+    options = [str(path), "--cache-dir", str(tmp_path), "--output-dir", str(tmp_path)]
+    cli.run(["doctor", *options])
+    lines = {line.split()[1]: line for line in capsys.readouterr().out.splitlines()}
+    assert lines["text_encoder"].startswith("ok ")
+    assert f"tensors in {tmp_path}/lab/bert" in lines["text_encoder"]
+    assert lines["autoencoder"].endswith("selfe.encoders.identity.Identity needs no files")
+    assert "t5" not in lines
+
+    (tmp_path / "lab/bert/tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"^1 of \d+ checks failed"):
+        cli.run(["doctor", *options])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[1] == "text_encoder"]
+    assert line.startswith("error ")
+    assert "selfe cache-pretrained --text-encoder lab/bert" in line
+
+
+def test_the_encoders_of_the_paper_are_found_by_a_config(tmp_path):
+    settings = {
+        "system": {
+            "text_encoder": {"module": "selfe.encoders.t5_clip.T5Clip", "params": {}},
+            "autoencoder": {"module": "selfe.encoders.flux_vae.FluxVAE", "params": {"skip_pretrained": True}},
+        }
+    }
+    for name in (doctor.T5_FOLDER, doctor.CLIP_FOLDER):
+        (tmp_path / name).mkdir()
+        save_file({"a": torch.zeros(1)}, tmp_path / name / "model.safetensors")
+    text, autoencoder = doctor.encoders_of(settings, str(tmp_path))
+    assert text.status == "ok"
+    assert text.text.count("1 tensors in") == 2
+    assert autoencoder.text == "selfe.encoders.flux_vae.FluxVAE has random weights (skip_pretrained)"
+    (text, _) = doctor.encoders_of(settings, None)
+    assert text.status == "error"
+    assert "SELFE_CACHE_DIR" in text.text

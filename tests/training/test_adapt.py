@@ -158,10 +158,10 @@ def test_settings_that_do_not_fit_together_are_one_line(overrides, words, monkey
 # ---- training ----
 
 
-def trained_on(world: World, folder: str, base: str) -> dict[str, torch.Tensor]:
+def trained_on(world: World, folder: str, base: str, *changes: str) -> dict[str, torch.Tensor]:
     """Weights, EMA and shared memory after some steps of the real trainer."""
     overrides = [*RANDOM, ADAPT, f"trainer.output_dir={folder}", f"trainer.init_from={base}"]
-    settings = config.load(TINY, overrides)
+    settings = config.load(TINY, [*overrides, *changes])
     with torch.device("meta"):
         system = config.build(settings, "system")
     run = Trainer(config.build(settings, "trainer"), system, config.build(settings, "data"), settings["seed"], world)
@@ -193,6 +193,19 @@ def test_weights_are_the_same_on_any_number_of_ranks(base, tmp_path, monkeypatch
         assert other.keys() == one.keys()
         for name, value in one.items():
             torch.testing.assert_close(other[name], value, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("name", ["mean_flow.MeanFlow", "any_flow.AnyFlow"])
+def test_flow_maps_are_fine_tuned_as_self_e_is(name, base, tmp_path, monkeypatch, alone):
+    """One with a time derivative, one with the EMA as its target; the same on two ranks."""
+    monkeypatch.chdir(TINY.parents[2])
+    objective = f"system.objective={{module: selfe.objectives.{name}}}"
+    one = trained_on(alone, str(tmp_path / "1"), str(base), objective)
+    moved = [name for name, value in one.items() if name.startswith("net ") and lora.B in name and value.any()]
+    assert len(moved) == 10
+    two = on_ranks(2, trained_on, str(tmp_path / "2"), str(base), objective)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-6, msg=name)
 
 
 def test_a_checkpoint_holds_only_what_was_trained_and_resumes_bitwise(adapted, base, tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from safetensors.torch import load_file
 from selfe import config
 from selfe.checkpoint import flux, state
 from selfe.errors import UserError
-from tests.helpers.train_processes import TINY, Run, command, files, finish, lines
+from tests.helpers.ranks import on_ranks
+from tests.helpers.short_runs import RANDOM, assert_resumed, train_and_resume
+from tests.helpers.train_processes import ROOT, TINY, Run, command, files, finish, lines
 
 TRACKS = (
     "trainer.ema=[{module: selfe.training.ema.ConstantDecay, params: {decay: 0.9}},"
@@ -27,13 +30,16 @@ OTHERS = (
     "system.objective.params.t_distribution=uniform",
     "trainer.val_every=2",
 )
+GRIDS = (
+    "trainer.samples={every: 4, prompts: [a cat], num_steps: [1, 2], size: [32, 32], weights: [ema, live, ema_std_0.1]}"
+)
 HALF, LAST = Path("checkpoints/step_00000002"), Path("checkpoints/step_00000004")
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("parts")
-    finish(folder, 2, *OTHERS, TRACKS, "trainer.stop_step=4")
+    finish(folder, 2, *OTHERS, TRACKS, GRIDS, "trainer.stop_step=4")
     return folder
 
 
@@ -74,6 +80,14 @@ def test_every_average_is_validated_and_every_metric_logged(straight):
     assert len(set(losses)) == 3
     assert all(f"{prefix}/loss_at_0.5" in validated for prefix in ("val", "val_ema", "val_ema_std_0.1"))
     assert "val_plain/loss_at_0.5" not in validated
+
+
+def test_every_average_that_is_listed_has_its_sample_grid(straight):
+    sheets = [straight / name / "step_00000004.png" for name in ("samples", "samples_live", "samples_ema_std_0.1")]
+    assert len({sheet.read_bytes() for sheet in sheets}) == 3
+    settings = config.load(TINY, [TRACKS, "trainer.ema_warmup=null", "trainer.samples.weights=[ema, ema_std_0.2]"])
+    with pytest.raises(UserError, match=r"samples.weights: ema_std_0.2 is not one of live, ema, ema_std_0.1"):
+        config.build(settings, "trainer")
 
 
 def test_another_optimizer_or_average_is_refused_or_starts_anew(half):
@@ -119,3 +133,31 @@ def test_an_average_is_exported_by_its_name_or_width(chosen, straight, tmp_path,
         torch.testing.assert_close(exported[name], tensor, rtol=0, atol=1e-6 if "--ema-std" in chosen else 0)
     with pytest.raises(UserError, match=r"has no weights 'ema_std_0.2'; those that it has are .*live"):
         parameters_of(straight / LAST, "ema_std_0.2")
+
+
+OTHER_PARTS = {
+    "moments in bf16": ["trainer.optimizer={module: selfe.optimizers.adamw.AdamW, params: {moments: bf16}}"],
+    "wsd": ["trainer.schedule={module: selfe.training.schedules.WSD, params: {decay_share: 0.9}}"],
+}
+
+
+def test_other_optimizers_and_schedules_train_on_two_ranks_and_resume_bitwise(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    runs = {name: [*RANDOM, "trainer.lr=1e-2", "trainer.warmup_steps=0", *own] for name, own in OTHER_PARTS.items()}
+    on_ranks(2, train_and_resume, runs, str(tmp_path))
+    for name in runs:
+        assert_resumed(tmp_path / name)
+    one, two = (lines(tmp_path / name / "once")[-1] for name in runs)
+    assert one["train/lr"] != two["train/lr"]
+    assert one["train/loss"] != two["train/loss"]
+
+
+@pytest.mark.parametrize("page", ["training", "fine_tuning"])
+def test_the_configs_of_the_pages_fit_the_shipped_config(page, tmp_path, monkeypatch):
+    monkeypatch.setenv("SELFE_CACHE_DIR", str(tmp_path))
+    texts = re.findall(r"^```yaml\n(.*?)^```", (ROOT / f"docs/{page}.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert len(texts) >= 2
+    for text in texts:
+        path = tmp_path / "config.yaml"
+        path.write_text(f"base: {ROOT}/configs/train/selfe_0.5b.yaml\n{text}")
+        config.build(config.load(path), "trainer")
