@@ -275,9 +275,6 @@ def filesystem(protocol: str) -> Any:
     """The file system of fsspec, which repeats nothing by itself, so that there is one policy."""
     import fsspec  # slow to import, and only needed here
 
-    if protocol in ("gs", "gcs"):
-        # gcsfs would ask for the kind of the bucket with every request, and warn where credentials are missing
-        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     options = {"use_listings_cache": False, "skip_instance_cache": True}
     if protocol in ("http", "https"):
         import aiohttp
@@ -288,7 +285,11 @@ def filesystem(protocol: str) -> Any:
         options["max_concurrency"] = 1  # one request for a file, without one for its size
         options["config_kwargs"] = {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60}
 
-    opened = fsspec.filesystem(protocol, **options)
+    kind = fsspec.get_filesystem_class(protocol)
+    if protocol in ("gs", "gcs"):
+        # the default class asks for the kind of the bucket with every request, and warns without credentials
+        from gcsfs.core import GCSFileSystem as kind
+    opened = kind(**options)
     if protocol == "s3":
         opened.retries = 1
     return opened

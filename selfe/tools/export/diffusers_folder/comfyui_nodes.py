@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import get_device
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 OFFLOADS = ("none", "model", "sequential")
@@ -33,7 +34,7 @@ class SelfELoader:
         }
 
     def load(self, folder: str, dtype: str, offload: str) -> tuple[DiffusionPipeline]:
-        """The pipeline on torch's accelerator, or on the CPU without one.
+        """The pipeline on the accelerator, or on the CPU without one.
 
         Args:
             folder: folder of this machine, or USER/NAME.
@@ -48,13 +49,13 @@ class SelfELoader:
         )
         pipeline.set_progress_bar_config(disable=True)
 
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        if offload == "model" and accelerator is not None:
+        device = get_device()
+        if offload == "model" and device != "cpu":
             pipeline.enable_model_cpu_offload()
-        elif offload == "sequential" and accelerator is not None:
+        elif offload == "sequential" and device != "cpu":
             pipeline.enable_sequential_cpu_offload()
         else:
-            pipeline.to(accelerator or "cpu")
+            pipeline.to(device)
         return (pipeline,)
 
 
