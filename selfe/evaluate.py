@@ -32,13 +32,13 @@ def run(settings: dict, folder: Path, world: World) -> None:
         # raised on every process, which reads the same files
         job = measure.open_job(folder, evaluation)
 
-        values, records = [], {}
+        values, records, extracted = [], {}, []
         for name, extractor in evaluation.extractors.items():
             records[name] = collectives.broadcast(extractor.record() if world.is_main else None, world)
             place = evaluation.feature_dir or folder / "features"
             features = FeatureFolder(place, name, extractor, records[name], evaluation.batch_size, evaluation.section)
-            extracted = measure.extract(features, job, measure.needs_texts(extractor, names), world)
-            values += measure.measure(name, names, job, extracted, evaluation, world)
+            extracted.append(measure.extract(features, job, measure.needs_texts(extractor, names), world))
+            values += measure.measure(name, names, job, extracted[-1], evaluation, world)
 
         if world.is_main:
             facts = measure.describe(job, extracted, evaluation, records)

@@ -237,7 +237,11 @@ class Sampler(Protocol):
 
 
 class Extractor(Protocol):
-    """Turns images into the features from which evaluation computes its metrics. Built without weights."""
+    """Turns images into the features from which evaluation computes its metrics. Built without weights.
+
+    A member `scores_only = True` is optional: only the extractor's own scores are metrics, and it does not see the
+    reference images, whose captions it may not know.
+    """
 
     has_texts: bool  # whether it is a `TextExtractor`
 

@@ -51,6 +51,7 @@ class ObjectDetector:
     """
 
     has_texts = False
+    scores_only = True  # numbers of objects are no features for distances, and real images have other captions
 
     def __init__(
         self,

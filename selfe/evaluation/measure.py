@@ -51,6 +51,8 @@ def chosen_metrics(evaluation: MetricSettings) -> list[str]:
             raise UserError(
                 f"{evaluation.section}.metrics: {name} needs an extractor with a text encoder, such as CLIP"
             )
+        if not any(metrics_of(each, [name]) for each in evaluation.extractors.values()):
+            raise UserError(f"{evaluation.section}.metrics: {name} needs an extractor that has more than scores")
         if name == "map_diversity" and not any(
             getattr(each, "has_maps", False) for each in evaluation.extractors.values()
         ):
@@ -59,6 +61,12 @@ def chosen_metrics(evaluation: MetricSettings) -> list[str]:
                 "of HFExtractor"
             )
     return list(evaluation.metrics or (name for name, metric in METRICS.items() if not metric.on_request))
+
+
+def metrics_of(extractor: Any, names: Sequence[str]) -> list[str]:
+    """Those of the metrics that an extractor is meant for."""
+    scores_only = getattr(extractor, "scores_only", False)
+    return [name for name in names if METRICS[name].of_scores or not scores_only]
 
 
 def needs_texts(extractor: Any, names: Sequence[str]) -> bool:
@@ -98,9 +106,11 @@ def open_reference(evaluation: MetricSettings, size: tuple[int, int] | None) -> 
 def extract(features: FeatureFolder, job: Job, with_texts: bool, world: World) -> Extracted:
     """Compute the features that are missing, each process a share of the files."""
 
+    real = None if getattr(features.extractor, "scores_only", False) else job.reference
+
     def plan() -> list[list[Chunk]]:
         sets = [features.of_images(cell) for cell in job.cells]
-        sets.append([] if job.reference is None else features.of_images(job.reference))
+        sets.append([] if real is None else features.of_images(real))
         sets.append(features.of_captions(job.captions) if with_texts else [])
         return sets
 
@@ -108,7 +118,7 @@ def extract(features: FeatureFolder, job: Job, with_texts: bool, world: World) -
     sets = collectives.broadcast(plan() if world.is_main else None, world)
     *cells, reference, texts = sets
     tasks: list[tuple[Chunk, Callable[[Chunk], None]]] = []
-    for images, chunks in zip([*job.cells, job.reference], [*cells, reference], strict=True):
+    for images, chunks in zip([*job.cells, real], [*cells, reference], strict=True):
         tasks += [(chunk, partial(features.compute_images, images=images)) for chunk in chunks]
     tasks += [(chunk, partial(features.compute_captions, captions=job.captions)) for chunk in texts]
     distinct = {chunk.file: (chunk, compute) for chunk, compute in tasks}
@@ -148,6 +158,7 @@ def measure(
 
     `quiet`: show no progress.
     """
+    names = metrics_of(evaluation.extractors[extractor], names)
     places = {caption: place for place, caption in enumerate(job.captions)}
     reference = extracted.reference and Reference(extracted.reference, evaluation.max_features)
     texts = extracted.texts and extracted.texts.all("texts")
@@ -167,18 +178,21 @@ def measure(
     return sorted((value for values in collectives.gather_on_all(mine, world) for value in values), key=results.order)
 
 
-def describe(job: Job, extracted: Extracted, evaluation: MetricSettings, records: dict[str, dict]) -> dict[str, Any]:
-    """What the numbers are about."""
+def describe(
+    job: Job, extracted: Sequence[Extracted], evaluation: MetricSettings, records: dict[str, dict]
+) -> dict[str, Any]:
+    """What the numbers are about; `extracted`: by each extractor."""
     cells = []
-    for cell, features in zip(job.cells, extracted.cells, strict=True):
+    for cell, features in zip(job.cells, extracted[0].cells, strict=True):
         cells.append({"settings": cell.settings} | cell.record() | {"images": features.digest()})
 
     reference = None
-    if job.reference is not None:
+    seen = [each.reference for each in extracted if each.reference is not None]
+    if job.reference is not None and seen:
         size = job.reference.size
         resized = "unchanged" if size is None else f"resized to cover {size[0]} x {size[1]} (Lanczos), centre crop"
         reference = {"path": str(evaluation.reference), "count": len(job.reference), "resized": resized}
-        reference |= {"images": extracted.reference.digest()}
+        reference |= {"images": seen[0].digest()}
     return {
         "folder": str(job.folder),
         "cells": cells,

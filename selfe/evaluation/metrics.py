@@ -261,6 +261,7 @@ class Metric:
 
     compute: Callable[[Measured], Values]
     needs_texts: bool = False
+    of_scores: bool = False  # computed from the extractor's own scores
     on_request: bool = False  # not among those that are computed without `evaluation.metrics`
 
 
@@ -275,9 +276,9 @@ METRICS = {
     "retrieval": Metric(retrieval, needs_texts=True),
     "diversity": Metric(diversity),
     "map_diversity": Metric(map_diversity, on_request=True),
-    "scores": Metric(scores),
-    CATEGORY_MEAN: Metric(category_mean, on_request=True),
-    "deviations": Metric(deviations, on_request=True),
+    "scores": Metric(scores, of_scores=True),
+    CATEGORY_MEAN: Metric(category_mean, of_scores=True, on_request=True),
+    "deviations": Metric(deviations, of_scores=True, on_request=True),
 }
 
 

@@ -153,7 +153,7 @@ class Evaluator:
             self.constant[name] = measure.extract(constant, known, with_texts, world)
             possible = [
                 metric
-                for metric in self.names
+                for metric in measure.metrics_of(extractor, self.names)
                 if metrics.is_possible(metric, self.reference is not None, with_texts)
                 and (metric not in WITHIN_PROMPTS or cfg.num_samples > 1)
                 and (metric != "map_diversity" or "maps" in outputs)
@@ -210,15 +210,16 @@ class Evaluator:
             self.generate(net, specs, {name: of_cells[number] for name, of_cells in chunks.items()})
         collectives.barrier()
 
-        values = []
+        values, all_extracted = [], []
         evaluated = Job(self.folder, cells, self.captions, self.reference)
         for name, of_cells in chunks.items():
             generated = [FeatureSet(tuple(of_cell), world.device) for of_cell in of_cells]
             extracted = replace(self.constant[name], cells=generated)
+            all_extracted.append(extracted)
             values += measure.measure(name, self.names, evaluated, extracted, self.cfg, world, quiet=True)
         if not world.is_main:
             return None
-        facts = measure.describe(evaluated, extracted, self.cfg, self.records)
+        facts = measure.describe(evaluated, all_extracted, self.cfg, self.records)
         self.remove_generated()
         return Evaluation(**facts, values=values)
 

@@ -138,6 +138,35 @@ def test_real_images_can_be_those_of_a_config(job):
     assert result(job)["reference"]["images"] != first["reference"]["images"]
 
 
+@pytest.mark.parametrize("order", [("judge", "thumbnails"), ("thumbnails", "judge")])
+def test_an_extractor_of_scores_does_not_see_the_reference(job, tmp_path, order):
+    reference = tmp_path / "manifest.tsv"
+    text = REFERENCE.read_text()
+    reference.write_text(text.replace("\t", "\tanother "))  # captions that the judge does not know
+    known = [caption for _, caption in sampling_job.captions()]
+    parts = {
+        "judge": {"module": "tests.helpers.extractors.Judge", "params": {"captions": known}},
+        "thumbnails": {"module": "tests.helpers.extractors.Thumbnails"},
+    }
+
+    def settings(*names: str, **changes) -> list[str]:
+        extractors = {name: parts[name] for name in names}
+        given = {"extractors": extractors, "reference": str(reference), "base_dir": str(REFERENCE.parent)}
+        return [str(job), "-", f"evaluation={json.dumps(given | {'bootstrap': 0} | changes)}"]
+
+    evaluate.main(settings(*order))
+    evaluation = result(job)
+    assert list(evaluation["extractors"]) == list(order)
+    assert {value["metric"] for value in evaluation["values"] if value["extractor"] == "judge"} == {"judged"}
+    assert "fd" in {value["metric"] for value in evaluation["values"] if value["extractor"] == "thumbnails"}
+    assert evaluation["reference"]["count"] == 33
+
+    evaluate.main(settings("judge"))
+    assert result(job)["reference"] is None
+    with pytest.raises(UserError, match="fd needs an extractor that has more than scores"):
+        evaluate.main(settings("judge", metrics=["fd"]))
+
+
 def test_a_replaced_image_gets_new_features(job):
     evaluate.main(arguments(job, "evaluation.metrics=[fd]"))
     before = result(job)

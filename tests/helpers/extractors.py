@@ -49,3 +49,26 @@ class NoFeatures(Thumbnails):
 
     def __call__(self, images: Sequence[Tensor], captions: Sequence[str]) -> dict[str, Tensor]:
         return {"bright": torch.zeros(len(images))}
+
+
+class Judge(Thumbnails):
+    """An extractor that has scores only, and knows some captions."""
+
+    has_texts = False
+    scores_only = True
+
+    def __init__(self, captions: list[str]):
+        """
+        Args:
+            captions: those that it knows.
+        """
+        super().__init__()
+        self.captions = captions
+
+    def record(self) -> dict[str, Any]:
+        return super().record() | {"scores": "judged"}
+
+    def __call__(self, images: Sequence[Tensor], captions: Sequence[str]) -> dict[str, Tensor]:
+        assert set(captions) <= set(self.captions)
+        output = super().__call__(images, captions)
+        return {"features": output["features"], "judged": output["bright"]}

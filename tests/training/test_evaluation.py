@@ -230,7 +230,23 @@ def test_mistakes_are_refused_before_the_first_step(changes, message, tmp_path, 
         prepare(SETTINGS | changes, tmp_path, alone)
 
 
-def prepare(evaluated: dict, folder: Path, world: World) -> None:
+def test_scores_of_an_extractor_are_evaluated_beside_distances_of_another(tmp_path, alone, monkeypatch):
+    """With its own prompts, which are not the captions of the reference."""
+    monkeypatch.setenv("SELFE_SKIP_PRETRAINED", "1")
+    lines = [{"prompt": f"prompt {number}", "category": "ab"[number % 2]} for number in range(9)]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    judge = {"module": "tests.helpers.extractors.Judge", "params": {"captions": [line["prompt"] for line in lines]}}
+    changes = {"prompt_file": str(file), "extractors": SETTINGS["extractors"] | {"judge": judge}, "num_steps": [1]}
+    changes |= {"metrics": ["fd", "scores", "category_mean"], "keep_best": "eval/judge/judged/category_mean/steps_1"}
+    evaluator = prepare(SETTINGS | changes, tmp_path, alone)
+    names = ["bright", "bright/a", "bright/b", "bright/category_mean"]
+    scores = [name.replace("bright", "judged") for name in names]
+    wanted = [*(f"thumbs/{name}" for name in ("fd", *names)), *(f"judge/{name}" for name in scores)]
+    assert evaluator.keys == [f"eval/{name}/steps_1" for name in wanted]
+
+
+def prepare(evaluated: dict, folder: Path, world: World) -> Evaluator:
     """What a run does with its evaluation before the first step."""
     settings = config.load(TINY, [f"trainer.evaluate={json.dumps(evaluated)}"])
     with torch.device("meta"):
@@ -238,3 +254,4 @@ def prepare(evaluated: dict, folder: Path, world: World) -> None:
     evaluator = Evaluator(config.build(settings, "trainer").evaluate, system, folder, world)
     system.load_encoders(world.device)
     evaluator.prepare()
+    return evaluator
