@@ -317,6 +317,19 @@ def test_a_callback_ends_the_sampling_as_in_diffusers(pipeline):
     assert not pipeline.interrupt
 
 
+def test_the_default_s_ratio_of_flow_matching_is_1(trained, tmp_path):
+    settings = config.load(trained[0] / "config.yaml")
+    settings["system"]["objective"] = {"module": "selfe.objectives.flow_matching.FlowMatching", "params": {}}
+    shutil.copytree(trained[0] / "checkpoints", tmp_path / "run/checkpoints")
+    config.save(settings, tmp_path / "run/config.yaml")
+    cli.run(["export", str(tmp_path / "run/checkpoints"), str(tmp_path / "out"), "--format", "diffusers"])
+
+    pipeline = loaded(tmp_path / "out")
+    image = generate(pipeline)
+    assert np.array_equal(image, generate(pipeline, s_ratio=1.0))
+    assert not np.array_equal(image, generate(pipeline, s_ratio=0.0))
+
+
 def test_the_default_size_is_that_of_the_sample_grids(pipeline, trained):
     size = recorded_run.image_size(config.load(trained[0] / "config.yaml"))
     assert tuple(pipeline.config.default_size) == size != (512, 512)

@@ -267,6 +267,8 @@ def write_pipeline(out: Path, system: System, preset: Path | None, size: tuple[i
     }
     components |= {name: ["transformers", kind] for name, kind in tokenizers.items()}
     settings = {"max_tokens": system.text_encoder.max_tokens}
+    if getattr(system.objective, "s_equals_t", False):
+        settings["default_s_ratio"] = 1.0
     if preset is not None:
         settings["preset"] = pipeline_preset(preset)
     if size is not None:

@@ -68,12 +68,14 @@ class SelfEPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         max_tokens: int = 512,
         preset: dict[str, dict] | None = None,
         default_size: list[int] | None = None,
+        default_s_ratio: float = 0.0,
     ):
         """
         Args:
             max_tokens: maximum number of T5 tokens in training; longer prompts are truncated.
             preset: the best guidance_scale, s_ratio, eta and guidance_interval by number of steps.
             default_size: height and width of images in pixels, near those of the training; None: 512 and 512.
+            default_s_ratio: 1 for a model that was trained by flow matching.
         """
         super().__init__()
         self.register_modules(
@@ -84,7 +86,9 @@ class SelfEPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
             text_encoder_2=text_encoder_2,
             tokenizer_2=tokenizer_2,
         )
-        self.register_to_config(max_tokens=max_tokens, preset=preset, default_size=default_size)
+        self.register_to_config(
+            max_tokens=max_tokens, preset=preset, default_size=default_size, default_s_ratio=default_s_ratio
+        )
         self.factor = PATCH * 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.factor)
 
@@ -121,7 +125,8 @@ class SelfEPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
             height, width: pixels; None: those of `config.default_size`.
             guidance_scale: scale of energy-preserving classifier-free guidance; 1 disables it. If this, `s_ratio`,
                 `eta` and `guidance_interval` are all None, they are those of `config.preset` for the nearest number of
-                steps. Without a preset, and for the others if one is given, None is 5, 0, 1 and all times.
+                steps. Without a preset, and for the others if one is given, None is 5, `config.default_s_ratio`, 1 and
+                all times.
             s_ratio: secondary time s of a step, from its end (0, few steps) to its start (1, flow matching).
             eta: share of fresh noise, from 0 (deterministic) to 1 (ancestral).
             guidance_interval: times between which guidance applies, from 1, the first step, to 0; None: at all times.
@@ -226,7 +231,7 @@ class SelfEPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         values = []
         for label, name, value, default in (
             ("guidance_scale", "cfg_scale", guidance_scale, 5.0),
-            ("s_ratio", "s_ratio", s_ratio, 0.0),
+            ("s_ratio", "s_ratio", s_ratio, self.config.default_s_ratio),
             ("eta", "eta", eta, 1.0),
         ):
             value = default if value is None else real_number(label, value)
