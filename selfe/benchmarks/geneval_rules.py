@@ -29,14 +29,34 @@ class Detection:
 Objects = Mapping[str, Sequence[Detection]]  # by class, the most confident first
 
 
-def kept(detections: Objects, threshold: float, most: int) -> dict[str, list[Detection]]:
-    """The detections above a threshold, at most so many of a class, the most confident first."""
+def kept(detections: Objects, threshold: float, most: int, max_overlap: float = 1.0) -> dict[str, list[Detection]]:
+    """The detections above a threshold, at most so many of a class, the most confident first.
+
+    Below a `max_overlap` of 1, a detection is left out that overlaps a more confident one of its class by more.
+    """
     objects = {}
     for name, ones in detections.items():
-        above = [one for one in ones if one.score > threshold]
-        if above:
-            objects[name] = sorted(above, key=lambda one: -one.score)[:most]
+        above = sorted((one for one in ones if one.score > threshold), key=lambda one: -one.score)[:most]
+        chosen: list[Detection] = []
+        for one in above:
+            if all(max_overlap == 1 or overlap(one, other) <= max_overlap for other in chosen):
+                chosen.append(one)
+        if chosen:
+            objects[name] = chosen
     return objects
+
+
+def overlap(one: Detection, other: Detection) -> float:
+    """Intersection over union of the boxes."""
+
+    def area(left: float, top: float, right: float, bottom: float) -> float:
+        return max(right - left, 0) * max(bottom - top, 0)
+
+    low = [max(one.box[side], other.box[side]) for side in (0, 1)]
+    high = [min(one.box[side], other.box[side]) for side in (2, 3)]
+    common = area(*low, *high)
+    union = area(*one.box) + area(*other.box) - common
+    return common / union if union else 0.0
 
 
 def is_correct(

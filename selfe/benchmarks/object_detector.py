@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoImageProcessor, AutoModelForObjectDetection, AutoModelForUniversalSegmentation
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForObjectDetection,
+    AutoModelForUniversalSegmentation,
+    AutoModelForZeroShotObjectDetection,
+    AutoTokenizer,
+)
 
 from selfe.benchmarks import geneval_rules, prompt_sets
 from selfe.benchmarks.geneval_rules import COLOURS, COUNTING, Detection
@@ -26,6 +32,9 @@ from selfe.types import check_range
 
 KEY = "evaluation.extractors.NAME.params.model"
 TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
+OPEN = ("owlvit", "owlv2")  # model types that detect what a text names
+QUERY = "a photo of a {name}"  # as they were trained
+QUERY_LENGTH = 16  # tokens
 GREY = 153  # of pixels outside of an object's mask
 # names of classes in detectors for COCO -> those of GenEval
 OTHER_NAMES = {
@@ -46,8 +55,9 @@ class ObjectDetector:
     """An extractor whose score `correct` is whether an image shows the objects of its prompt, one of GenEval.
 
     The detector names the classes of COCO: RT-DETR, DETR, YOLOS, or Mask2Former and its kind, whose masks then cut out
-    the objects before CLIP names their colours, as in GenEval. Its features are the numbers of objects of each class.
-    Images are detected one by one, so that the batch does not matter.
+    the objects before CLIP names their colours, as in GenEval. Or it is OWL-ViT or OWLv2, which are asked for the names
+    of the classes, and need a `max_overlap` because they detect an object several times. The features are the numbers
+    of objects of each class. Images are detected one by one, so that the batch does not matter.
     """
 
     has_texts = False
@@ -61,6 +71,7 @@ class ObjectDetector:
         threshold: float = 0.3,
         counting_threshold: float = 0.9,
         most_objects: int = 16,
+        max_overlap: float = 1.0,
     ):
         """
         Args:
@@ -70,12 +81,14 @@ class ObjectDetector:
             threshold: score above which an object counts; that of GenEval suits its Mask2Former.
             counting_threshold: the same for prompts of the task counting.
             most_objects: objects of a class that are looked at, the most confident ones.
+            max_overlap: intersection over union above which two objects of a class are one; 1: none are.
         """
-        for name, value in (("threshold", threshold), ("counting_threshold", counting_threshold)):
+        shares = {"threshold": threshold, "counting_threshold": counting_threshold, "max_overlap": max_overlap}
+        for name, value in shares.items():
             check_range(name, value, 0, 1)
         check_range("most_objects", most_objects, 1, 1000)
         self.folder = find_model(model, cache_dir, KEY, f"download {model} from the Hub to it")
-        self.model, self.most_objects = model, most_objects
+        self.model, self.most_objects, self.max_overlap = model, most_objects, max_overlap
         self.thresholds = {"threshold": threshold, "counting_threshold": counting_threshold}
         self.advice = f"download all files of {model} again"
         self.clip = HFExtractor(clip, cache_dir)
@@ -84,12 +97,13 @@ class ObjectDetector:
 
         described = read_json(self.folder / "config.json", self.advice)
         self.has_masks = str(described.get("architectures", [""])[0]).endswith("ForUniversalSegmentation")
-        names = described.get("id2label", {})
-        self.classes = {int(label): OTHER_NAMES.get(name, name) for label, name in names.items()}
+        self.is_open = described.get("model_type") in OPEN
         prompts, self.prompt_file = prompt_sets.opened(PROMPT_SETS["geneval"], None)
         self.prompts = {prompt.text: prompt.facts for prompt in prompts}
         wanted = {each["class"] for facts in self.prompts.values() for each in facts["include"]}
         self.names = sorted(wanted)
+        labels = dict(enumerate(self.names)) if self.is_open else described.get("id2label", {})
+        self.classes = {int(label): OTHER_NAMES.get(name, name) for label, name in labels.items()}
         if missing := sorted(wanted - set(self.classes.values())):
             raise UserError(
                 f"{self.folder}/config.json: id2label has no {missing[0]}, a class of GenEval; use a detector for COCO"
@@ -103,18 +117,27 @@ class ObjectDetector:
             "weights": [sha256(file) for file in shards(self.folder, self.advice)],
             "clip": self.clip.record(),
             "most_objects": self.most_objects,
+            "max_overlap": self.max_overlap,
             "prompts": prompt_sets.sha256(self.prompt_file),
         }
 
     def load(self, device: torch.device) -> None:
         """Read both models. Raises UserError if a file is missing or does not fit."""
         auto = AutoModelForUniversalSegmentation if self.has_masks else AutoModelForObjectDetection
+        if self.is_open:
+            auto = AutoModelForZeroShotObjectDetection
         self.net = read_model(auto, self.folder, self.advice).to(device)
         with plain_errors(self.folder, self.advice):
             # the Pillow backend, which is always there: the other one resizes differently
-            self.processor = AutoImageProcessor.from_pretrained(
-                self.folder, backend="pil", local_files_only=True, trust_remote_code=False
-            )
+            options = {"local_files_only": True, "trust_remote_code": False}
+            self.processor = AutoImageProcessor.from_pretrained(self.folder, backend="pil", **options)
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, **options) if self.is_open else None
+        self.queries: dict[str, Tensor] = {}
+        if tokenizer is not None:
+            texts = [QUERY.format(name=name) for name in self.names]
+            padded = {"padding": "max_length", "max_length": QUERY_LENGTH, "truncation": True}
+            tokens = tokenizer(texts, return_tensors="pt", **padded)
+            self.queries = {name: to_device(tokens[name], device) for name in ("input_ids", "attention_mask")}
         self.clip.load(device)
         self.device = device
         self.colours: dict[str, Tensor] = {}
@@ -129,7 +152,8 @@ class ObjectDetector:
                 )
             prompt = self.prompts[caption]
             name = "counting_threshold" if prompt["tag"] == COUNTING else "threshold"
-            objects = geneval_rules.kept(self.detect(image), self.thresholds[name], self.most_objects)
+            detections = self.detect(image)
+            objects = geneval_rules.kept(detections, self.thresholds[name], self.most_objects, self.max_overlap)
 
             def colours_of(name: str, ones: Sequence[Detection], image: Tensor = image) -> list[str]:
                 return self.name_colours(image, name, ones)
@@ -141,7 +165,8 @@ class ObjectDetector:
     def detect(self, image: Tensor) -> dict[str, list[Detection]]:
         """All objects of an image (3, H, W) in [-1, 1], by class."""
         inputs = self.processor(images=[image_encode.to_image(image)], return_tensors="pt")
-        outputs = self.net(**{name: to_device(values, self.device) for name, values in inputs.items()})
+        on_device = {name: to_device(values, self.device) for name, values in inputs.items()}
+        outputs = self.net(**on_device, **self.queries)
         lowest, size = min(self.thresholds.values()), tuple(image.shape[1:])
         read = self.with_masks if self.has_masks else self.with_boxes
         detections: dict[str, list[Detection]] = {}

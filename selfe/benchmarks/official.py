@@ -106,7 +106,7 @@ def write_layout(name: str, job: Path, source: Path | None) -> tuple[Path, int]:
 
     if prompts is not None:
         # for `read_results`, which then needs no source
-        image_encode.write(folder / f"prompts{path.suffix}", path.read_bytes())
+        image_encode.write(folder / PROMPT_SETS[official.prompt_set].file, path.read_bytes())
     content = {"format": FORMAT, "benchmark": name, "prompt_set": prompt_set, "cells": described}
     image_encode.write(folder / LAYOUT, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
     image_encode.write(folder / "run.sh", script(official, job, calls).encode())
@@ -158,8 +158,7 @@ def read_results(name: str, job: Path, replicates: int) -> Evaluation:
     ids: dict[str, Prompt] = {}
     if official.prompt_set is not None:
         chosen = PROMPT_SETS[official.prompt_set]
-        (file,) = folder.glob("prompts.*")
-        ids = {prompt.id: prompt for prompt in chosen.read(file)}
+        ids = {prompt.id: prompt for prompt in chosen.read(folder / chosen.file)}
 
     values = []
     for number, cell in enumerate(layout["cells"]):

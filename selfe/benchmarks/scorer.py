@@ -58,7 +58,8 @@ class Scorer(Protocol):
 def samples_of(cell: Cell, prompts: Sequence[Prompt] | None) -> list[Sample]:
     """The images of a sampling setting with their prompts, in the order of the prompts and of the images.
 
-    Without a prompt set, every caption is a prompt. Raises UserError for a caption that the set does not have.
+    Without a prompt set, every caption is a prompt. Raises UserError for a caption that the set does not have, or a
+    file that is missing.
     """
     if prompts is None:
         captions = dict.fromkeys(image["prompt"] for image in cell.images)
@@ -73,6 +74,7 @@ def samples_of(cell: Cell, prompts: Sequence[Prompt] | None) -> list[Sample]:
                 f"{cell.folder}: the prompt {text[:60]!r} is not one of the benchmark; sample the prompts of selfe "
                 "benchmark prompts"
             )
+        cell.stamp(index)  # raises UserError if the file is missing
         size = image["height"], image["width"]
         images[text].append(Sample(cell.path(index), by_text[text], len(images[text]), size))
     return [sample for samples in images.values() for sample in samples]

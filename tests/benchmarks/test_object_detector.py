@@ -7,7 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoImageProcessor, YolosConfig, YolosForObjectDetection
+from transformers import (
+    AutoImageProcessor,
+    OwlViTConfig,
+    OwlViTForObjectDetection,
+    YolosConfig,
+    YolosForObjectDetection,
+)
 
 from selfe import evaluate
 from selfe.benchmarks import geneval_rules, object_detector, prompt_sets
@@ -71,6 +77,16 @@ def test_objects_are_counted_at_their_thresholds():
     assert kept(detections, 0.3, 16) == {"cat": [detections["cat"][2], detections["cat"][1]]}
     assert kept(detections, 0.3, 1) == {"cat": [detections["cat"][2]]}
     assert kept(detections, 0.9, 16) == {}
+
+
+def test_an_object_that_is_detected_twice_can_count_once():
+    first, shifted, other = box(0, 0, score=0.9), box(2, 0, score=0.8), box(30, 0, score=0.7)
+    assert geneval_rules.overlap(first, shifted) == pytest.approx(8 / 12)
+    assert geneval_rules.overlap(first, other) == 0
+    detections = {"cat": [other, shifted, first]}
+    assert kept(detections, 0.3, 16) == {"cat": [first, shifted, other]}
+    assert kept(detections, 0.3, 16, max_overlap=0.6) == {"cat": [first, other]}
+    assert kept(detections, 0.3, 16, max_overlap=0.7) == {"cat": [first, shifted, other]}
 
 
 def test_each_task_is_judged_by_its_rule():
@@ -158,9 +174,23 @@ def tiny(tmp_path_factory) -> Path:
         torch.manual_seed(0)
         YolosForObjectDetection(yolos).save_pretrained(folder / "yolos")
         write_clip(folder / "clip")
+        write_clip(folder / "owlvit")  # for its tokenizer
+        own = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+        owlvit = OwlViTConfig(
+            text_config=own | {"vocab_size": 2000, "max_position_embeddings": 16},
+            vision_config=own | {"image_size": 64, "patch_size": 16},
+            projection_dim=16,
+        )
+        OwlViTForObjectDetection(owlvit).save_pretrained(folder / "owlvit")
     processors = {
         "yolos": PROCESSOR | {"image_processor_type": "YolosImageProcessor"},
         "mask2former": PROCESSOR | {"image_processor_type": "Mask2FormerImageProcessor", "size_divisor": 32},
+        "owlvit": PROCESSOR
+        | {
+            "image_processor_type": "OwlViTImageProcessor",
+            "size": {"height": 64, "width": 64},
+            "crop_size": {"height": 64, "width": 64},
+        },
         "clip": PROCESSOR | {"crop_size": {"height": 224, "width": 224}},
     }
     # the model itself needs scipy
@@ -219,6 +249,25 @@ def test_a_detector_is_loaded_and_names_classes_as_geneval_does(tiny):
     assert sum(map(len, detections.values())) == 5
     assert set(detections) <= {"N/A", *CLASSES}
     assert not detector.net.training
+
+
+def test_owl_is_asked_for_the_classes(tiny, monkeypatch):
+    detector = ObjectDetector(str(tiny / "owlvit"), str(tiny / "clip"), threshold=0.0, counting_threshold=0.0)
+    detector.load(CPU)
+    assert detector.queries["input_ids"].shape == (80, 16)
+    image = torch.rand(3, 32, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    detections = detector.detect(image)
+    assert sum(map(len, detections.values())) == 16  # one for each patch
+    assert set(detections) <= set(CLASSES)
+
+    # the label of a patch is the most similar query
+    net = detector.net
+    monkeypatch.setattr(type(net), "forward", lambda self, **inputs: SimpleNamespace(
+        logits=F.one_hot(torch.full((1, 16), 7), 80).float() * 9, pred_boxes=torch.full((1, 16, 4), 0.25)
+    ))  # fmt: skip
+    detections = detector.detect(image)
+    assert list(detections) == [CLASSES[7]]
+    assert detections[CLASSES[7]][0].box == pytest.approx((6, 4, 18, 12))
 
 
 def test_a_job_is_scored_with_its_tasks_in_any_batch(tiny, tmp_path, monkeypatch):

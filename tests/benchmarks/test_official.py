@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -240,6 +241,10 @@ def test_results_of_other_images_are_removed_and_incomplete_ones_refused(tmp_pat
     cli.run(["benchmark", "layout", "geneval", str(job)])
     assert not result.exists()
 
+    image.unlink()
+    with pytest.raises(UserError, match=r"no such image, though metadata.jsonl lists it; run selfe infer again"):
+        cli.run(["benchmark", "layout", "geneval", str(job)])
+
     other = make_job(tmp_path / "other", ["a photograph"])
     with pytest.raises(UserError, match="the prompt 'a photograph' is not one of the benchmark"):
         cli.run(["benchmark", "layout", "geneval", str(other)])
@@ -334,3 +339,23 @@ def test_dpg_results_are_read_and_an_image_that_was_left_out_is_reported(tmp_pat
     path.write_text("\n".join(rows) + "\n")
     with pytest.raises(UserError, match=f"states the score {math.nan}, but its rows have 62.5"):
         DPG().read(path, prompts, 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("prompts geneva --out a.jsonl", "geneva: no prompt set; choose one of geneval, geneval2, dpg, parti"),
+        ("prompts geneval", "give the prompt file to write, --out FILE.jsonl"),
+        ("prompts geneval --out a.txt", "give the prompt file to write, --out FILE.jsonl"),
+        ("prompts dpg --out a.jsonl --source nowhere.csv", "nowhere.csv: no such file; download https://"),
+        ("prompts dpg --out a.jsonl --source pyproject.toml", "pyproject.toml: not dpg_bench.csv of DPG-Bench"),
+        ("layout parti JOB", "parti: no scorer that selfe benchmark supports; choose one of geneval"),
+        ("layout geneval", "name the folder of a sampling job"),
+        ("layout geneval nowhere", "nowhere/metadata.jsonl: no such file"),
+        ("read geneval nowhere", "layout.json: no such file; run selfe benchmark layout geneval nowhere first"),
+        ("read geneval nowhere --table a.csv", "--table: a.csv: the file must be .md"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        cli.run(["benchmark", *arguments.split()])
