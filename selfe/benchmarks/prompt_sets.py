@@ -118,7 +118,7 @@ def dpg(path: Path) -> list[Prompt]:
 
 def parti(path: Path) -> list[Prompt]:
     with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))  # quotes are part of a prompt
     return [Prompt(f"{number:05d}", normal_prompt(row["Prompt"]), row["Category"]) for number, row in enumerate(rows)]
 
 

@@ -134,8 +134,8 @@ def test_the_prompt_file_of_geneval_is_sampled_from_with_its_tasks(tmp_path, cap
         (
             "parti",
             "Prompt\tCategory\tChallenge\tNote",
-            "bond {}\tAbstract\tBasic\t",
-            Prompt("00001", "bond 1", "Abstract"),
+            '"bond" {}\tAbstract\tBasic\t',
+            Prompt("00001", '"bond" 1', "Abstract"),
         ),
         (
             "dpg",
