@@ -30,7 +30,7 @@ class ADM:
     prompt_set = None
     variables: ClassVar = {"REFERENCE": "a reference batch, such as VIRTUAL_imagenet256_labeled.npz"}
     suffix = ".txt"
-    setup = 'sha256sum "$REFERENCE" | cut -d" " -f1 > reference.txt'
+    setup = 'same reference.txt "$(sha256sum "$REFERENCE" | cut -d" " -f1)" "the reference batch"'
     command = (
         '$PYTHON "$SCORER/evaluations/evaluator.py" "$REFERENCE" "images/$1/samples.npz" > "results/$1.partial.txt"'
     )

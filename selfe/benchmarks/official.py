@@ -45,9 +45,16 @@ set -euo pipefail
 SCORER=$(realpath "$SCORER")
 cd "$(dirname "$0")"
 mkdir -p results
-# the commit of the clone, for the record
+# results of two versions are not mixed
+same() {{
+    if [ -f "$1" ] && [ -n "$(ls results)" ] && [ "$(cat "$1")" != "$2" ]; then
+        echo "$PWD/results: computed with $3 $(cat "$1"), which is now $2; remove this folder to start again" >&2
+        exit 2
+    fi
+    echo "$2" > "$1"
+}}
 VERSION=${{VERSION:-$(git -C "$SCORER" describe --always --dirty --abbrev=40 --exclude '*')}}
-echo "$VERSION" > version.txt
+same version.txt "$VERSION" "the scorer's commit"
 {setup}
 score() {{
     if [ -s "results/$1{suffix}" ]; then return; fi

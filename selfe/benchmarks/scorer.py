@@ -34,7 +34,7 @@ class Scorer(Protocol):
     prompt_set: str | None  # name of the prompt set; None: images of any prompts
     variables: dict[str, str]  # of the shell, besides SCORER and PYTHON: what each has to name
     suffix: str  # of the file with the results
-    setup: str  # shell commands before the first call
+    setup: str  # shell commands before the first call; `same FILE FACT NAME` records a fact and refuses another one
     command: str  # writes "results/$1.partial" + suffix from the files in "images/$1"; "$2" are `options`
 
     def write(self, folder: Path, samples: Sequence[Sample]) -> str:

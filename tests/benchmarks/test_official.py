@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -152,8 +153,9 @@ def test_the_prompt_file_of_geneval_is_sampled_from_with_its_tasks(tmp_path, cap
     ],
     ids=["parti", "dpg", "geneval2"],
 )
-def test_files_of_the_authors_become_prompt_files(tmp_path, name, header, row, expected):
-    count = PROMPT_SETS[name].num_prompts
+def test_files_of_the_authors_become_prompt_files(tmp_path, monkeypatch, name, header, row, expected):
+    count = 20
+    monkeypatch.setitem(PROMPT_SETS, name, replace(PROMPT_SETS[name], num_prompts=count))
     source, out = tmp_path / PROMPT_SETS[name].file, tmp_path / "prompts.jsonl"
     rows = [row.format(number) for number in range(count)]
     source.write_text("\n".join([header, *rows]).lstrip("\n"))
@@ -226,6 +228,13 @@ def test_results_of_other_images_are_removed_and_incomplete_ones_refused(tmp_pat
         cli.run(["benchmark", "read", "geneval", str(job)])
     run_scorer(job, "geneval", tmp_path / "scorer", MODELS=str(tmp_path))
 
+    # another version of the scorer
+    (tmp_path / "scorer/README").touch()
+    subprocess.run(["git", "-C", str(tmp_path / "scorer"), "add", "."], check=True)
+    done = run_scorer(job, "geneval", tmp_path / "scorer", MODELS=str(tmp_path))
+    assert done.returncode == 2
+    assert "-dirty; remove this folder to start again" in done.stderr
+
     (result,) = (job / "geneval/results").glob("*.jsonl")
     cli.run(["benchmark", "layout", "geneval", str(job)])
     assert result.is_file()
@@ -281,6 +290,10 @@ def test_adm_gets_one_array_and_its_reference_is_recorded(tmp_path):
 
     done = run_scorer(job, "adm", tmp_path / "scorer", REFERENCE=str(tmp_path / "reference.npz"))
     assert done.returncode == 0, done.stderr
+    (tmp_path / "other.npz").write_bytes(b"another")
+    done = run_scorer(job, "adm", tmp_path / "scorer", REFERENCE=str(tmp_path / "other.npz"))
+    assert done.returncode == 2
+    assert "results: computed with the reference batch" in done.stderr
     cli.run(["benchmark", "read", "adm", str(job)])
     evaluation = Evaluation.read(job / "adm/evaluation.json")
     assert values(evaluation, 0) == {
