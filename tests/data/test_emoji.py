@@ -58,6 +58,18 @@ def test_every_split_has_its_number_of_images_in_each_style():
     assert counts == {(split, style): n for split, styles in expected.items() for style, n in styles.items()}
 
 
+def test_the_prompts_of_fine_tuning_are_all_new_emoji_and_as_many_old_ones():
+    lines = (ROOT / "configs/emoji/new_and_old.jsonl").read_text("utf-8").splitlines()
+    asked = [(line["category"], line["prompt"]) for line in map(json.loads, lines)]
+    splits = {
+        f"{concept['label']}, {style}": split for concept in concepts() for style, split in concept["splits"].items()
+    }
+    assert {splits[prompt] for category, prompt in asked if category == "new"} == {"held_out_concepts"}
+    assert {splits[prompt] for category, prompt in asked if category == "old"} == {"train"}
+    assert Counter(category for category, _ in asked) == {"new": 144, "old": 144}
+    assert len(set(asked)) == len(asked)
+
+
 def test_held_out_pairs_are_trained_in_another_style_and_held_out_concepts_in_none():
     for concept in concepts():
         splits = set(concept["splits"].values())

@@ -162,6 +162,10 @@ def test_shipped_configs_differ_in_what_their_names_say(config_file, own):
     assert trainer.output_dir.name == Path(config_file).name
     assert getattr(trainer.init_from, "reset_s", False) == ("convert" in config_file)
     assert system.objective.start_step == 0
+    if "tune" in config_file:
+        inferencer = config.build(settings, "inferencer")
+        assert inferencer.ckpt_dir == trainer.output_dir / "checkpoints"
+        assert inferencer.output_dir == trainer.output_dir / "images"
 
 
 def test_a_batch_skipped_before_the_first_checkpoint_is_replayed_with_the_weights_of_init_from(tmp_path, alone, capsys):
