@@ -26,6 +26,7 @@ from selfe.io.model_folder import find_model
 from selfe.io.safetensors_files import SafetensorsFiles, cached
 from selfe.tools.cache_pretrained import read_record
 
+HF_VISION = "selfe.encoders.hf_vision.HFVision"
 GIB = 2**30
 SHARED_MEMORY = 2 * GIB  # enough for the loader workers of a process with the default settings
 OPEN_FILES = 4096
@@ -205,6 +206,22 @@ def encoders_of(settings: dict, cache_dir: str | None) -> Iterator[CheckResult]:
             except UserError as error:
                 yield CheckResult(path.split(".")[-1], "error", str(error))
 
+    # the encoder of a training aid, whose features precompute stores
+    for part in feature_encoders(settings["system"].get("objective", {})):
+        try:
+            yield CheckResult("features", "ok", check_part("objective", part, cache_dir))
+        except UserError as error:
+            yield CheckResult("features", "error", str(error))
+
+
+def feature_encoders(objective: dict) -> Iterator[dict]:
+    """The vision encoders of an objective, or of those that it holds."""
+    for value in (objective.get("params") or {}).values():
+        if isinstance(value, dict) and value.get("module") == HF_VISION:
+            yield value
+        elif isinstance(value, dict):
+            yield from feature_encoders(value)
+
 
 def check_part(path: str, part: dict, cache_dir: str | None) -> str:
     """What a pretrained part at a key path of `system` reads; config and tokenizer are loaded, weights only opened.
@@ -220,7 +237,8 @@ def check_part(path: str, part: dict, cache_dir: str | None) -> str:
         return ", ".join(described(SafetensorsFiles.open(cached(params.get("cache_dir"), name))) for name in names)
 
     encoder = config.build_part(part, f"system.{path}")
-    encoder.load(torch.device("meta"))
+    if part["module"] != HF_VISION:  # which has no load without weights
+        encoder.load(torch.device("meta"))
     if part["module"] == "selfe.encoders.hf_text.HFText":
         folder = hf_folder.model_folder(encoder.model, encoder.cache_dir)
     else:

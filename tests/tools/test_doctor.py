@@ -109,6 +109,19 @@ def test_the_encoders_of_the_paper_are_found_by_a_config(tmp_path):
     assert text.status == "ok"
     assert text.text.count("1 tensors in") == 2
     assert autoencoder.text == "selfe.encoders.flux_vae.FluxVAE has random weights (skip_pretrained)"
+
+    # a training aid around another one
+    vision = {"module": doctor.HF_VISION, "params": {"model": "lab/dino"}}
+    repa = {"module": "selfe.objectives.repa.Repa", "params": {"encoder": vision, "layer": "double_blocks.0"}}
+    settings["system"]["objective"] = {"module": "selfe.objectives.tread.Tread", "params": {"objective": repa}}
+    *_, features = doctor.encoders_of(settings, str(tmp_path))
+    assert (features.subject, features.status) == ("features", "error")
+    (tmp_path / "lab/dino").mkdir(parents=True)
+    save_file({"a": torch.zeros(1)}, tmp_path / "lab/dino/model.safetensors")
+    *_, features = doctor.encoders_of(settings, str(tmp_path))
+    assert str(features) == f"ok       features       1 tensors in {tmp_path}/lab/dino"
+    del settings["system"]["objective"]
+
     (text, _) = doctor.encoders_of(settings, None)
     assert text.status == "error"
     assert "SELFE_CACHE_DIR" in text.text
