@@ -27,6 +27,8 @@ from selfe.optimizers.adamw import can_fuse
 from selfe.optimizers.groups import GroupConfig, check_groups, check_patterns, matches, param_groups, trained
 from selfe.types import DTYPES, Precision, check_range
 
+MATRICES, ADAMW = ("*blocks.*",), ("*modulation*",)  # patterns of parameter names, by default
+
 # a x + b x^3 + c x^5, iterated on singular values: steep at 0, and near 1 from any start after five steps
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 SMALLEST_NORM = 1e-7
@@ -38,8 +40,8 @@ class Muon:
 
     def __init__(
         self,
-        matrices: tuple[str, ...] = ("*blocks.*",),
-        adamw: tuple[str, ...] = ("*modulation*",),
+        matrices: tuple[str, ...] = MATRICES,
+        adamw: tuple[str, ...] = ADAMW,
         momentum: float = 0.95,
         num_iterations: int = 5,
         lr_scale: float = 1.0,
@@ -69,8 +71,10 @@ class Muon:
         named = trained(net)
         names = [name for name, _ in named]
         check_groups(self.groups, names)
-        check_patterns(self.matrices, names, "trainer.optimizer.params.matrices")
-        check_patterns(self.adamw, names, "trainer.optimizer.params.adamw")
+        if self.matrices != MATRICES:
+            check_patterns(self.matrices, names, "trainer.optimizer.params.matrices")
+        if self.adamw != ADAMW:  # a fine-tuning run may train nothing of it
+            check_patterns(self.adamw, names, "trainer.optimizer.params.adamw")
 
         # matrices and all others, each with the groups of the config
         chosen = {name for name in names if matches(name, self.matrices) and not matches(name, self.adamw)}

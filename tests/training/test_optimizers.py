@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from selfe.backbones import lora
 from selfe.distributed import fsdp
 from selfe.distributed.collectives import World
 from selfe.errors import UserError
@@ -13,6 +14,7 @@ from selfe.optimizers.adamw import AdamW
 from selfe.optimizers.groups import GroupConfig
 from selfe.optimizers.muon import COEFFICIENTS, Muon, orthogonal_update, orthogonalise
 from selfe.rng import philox
+from selfe.training.adapt import AdaptConfig
 from tests.distributed.test_fsdp import perturb, small_net
 from tests.helpers.ranks import on_ranks
 
@@ -47,6 +49,22 @@ def test_a_pattern_that_matches_nothing_is_refused_with_names_that_exist():
         build(Muon(adamw=("modulations",)), small_net())
     with pytest.raises(UserError, match=r"params.matrices: matches no matrix; use selfe.optimizers.adamw.AdamW"):
         build(Muon(matrices=("*.bias",)), small_net())
+
+
+def test_muon_takes_the_matrices_of_a_fine_tuning_run_and_needs_some():
+    """Low-rank matrices are matrices of their own; modulation, which it leaves to AdamW, may be frozen."""
+    net = small_net()
+    AdaptConfig(rank=3, trainable=("*.qk_norm.*",)).apply(net)
+    names = {id(p): name for name, p in net.named_parameters()}
+    others, orthogonal = ({names[id(p)] for p in group["params"]} for group in build(Muon(), net).param_groups)
+    assert all(lora.is_low_rank(name) for name in orthogonal)
+    assert others
+    assert all(".qk_norm." in name for name in others)
+
+    net = small_net()
+    AdaptConfig(trainable=("s_in.*",)).apply(net)
+    with pytest.raises(UserError, match=r"params.matrices: matches no matrix; use selfe.optimizers.adamw.AdamW"):
+        build(Muon(), net)
 
 
 def test_no_groups_are_torchs_adamw_of_all_parameters():
