@@ -390,6 +390,12 @@ def test_nodes_of_comfyui_make_the_images_of_the_pipeline(exported, pipeline, mo
     assert 0 <= images.min() < images.max() <= 1
     expected = generate(pipeline, num_images_per_prompt=2, seed=5, guidance_scale=3, s_ratio=0, eta=1)
     assert np.abs(images.numpy() * 255 - expected).max() <= 0.501
+
+    # a model of flow matching
+    from_node.register_to_config(default_s_ratio=1.0)
+    (images,) = sampler.sample(from_node, "a cup of coffee", 2, 3.0, seed=5, width=64, height=48, images=1)
+    expected = generate(pipeline, seed=5, guidance_scale=3, s_ratio=1)
+    assert np.abs(images.numpy() * 255 - expected).max() <= 0.501
     with pytest.raises(ValueError, match="folder: '/nowhere/at/all' is no folder of `selfe export"):
         loader.load("/nowhere/at/all", "float32", "none")
 

@@ -83,7 +83,7 @@ class SelfESampler:
             },
             "optional": {
                 "negative_prompt": ("STRING", {"multiline": True, "default": ""}),
-                "s_ratio": ("FLOAT", {"default": 0.0} | unit),
+                "s_ratio": ("FLOAT", unit | {"default": -1.0, "min": -1.0}),
                 "eta": ("FLOAT", {"default": 1.0} | unit),
             },
         }
@@ -99,12 +99,13 @@ class SelfESampler:
         height: int,
         images: int,
         negative_prompt: str = "",
-        s_ratio: float = 0.0,
+        s_ratio: float = -1.0,
         eta: float = 1.0,
     ) -> tuple[torch.Tensor]:
         """Images (images, height, width, 3) in [0, 1], float32 on the host, as ComfyUI passes them on.
 
-        The arguments are those of the pipeline. Raises its ValueErrors.
+        The arguments are those of the pipeline; a negative s_ratio is its default, 1 for a model of flow matching.
+        Raises its ValueErrors.
         """
         step_done = progress(images * steps)
         result = pipeline(
@@ -116,7 +117,7 @@ class SelfESampler:
             height=height,
             num_images_per_prompt=images,
             negative_prompt=negative_prompt,
-            s_ratio=s_ratio,
+            s_ratio=None if s_ratio < 0 else s_ratio,
             eta=eta,
             output_type="pt",
             callback_on_step_end=step_done,
