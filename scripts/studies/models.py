@@ -12,6 +12,7 @@ from pathlib import Path
 from selfe import config
 
 ROOT = Path(__file__).parents[2]
+SCHEDULES = ("start_step", "tau_steps", "alpha_end_step", "r_steps")  # keys of objectives that count steps
 
 
 @dataclass(frozen=True)
@@ -36,26 +37,37 @@ class Run:
     seed: int
     cells: tuple[Cell, ...]
     configs: str  # folder of the config: configs/mini or configs/emoji
+    variant: str = ""  # distinguishes models of the same config
+    share: float = 1.0  # of the steps of the config
+
+    @property
+    def model(self) -> str:
+        return f"{self.config}{self.variant}"
 
     @property
     def name(self) -> str:
-        return f"{self.config}_{self.seed}"
+        return f"{self.model}_{self.seed}"
 
     @property
     def path(self) -> Path:
         return ROOT / self.configs / f"{self.config}.yaml"
 
 
-def shortened(path: Path, steps: int, batch: int) -> list[str]:
-    """Overrides that shorten a run to `steps` steps of `batch` images, and scale its schedules in proportion."""
-    settings = config.load(path)
+def shortened(run: Run, short: tuple[int, int] | None) -> list[str]:
+    """Overrides that shorten a run, and scale its schedules in proportion.
+
+    Args:
+        short: steps and batch size in place of the config's; `run.share` of these steps are trained.
+    """
+    if short is None and run.share == 1:
+        return []
+    settings = config.load(run.path)
     trainer, objective = settings["trainer"], settings["system"]["objective"].get("params", {})
 
-    scale = steps / trainer["max_steps"]
+    steps, batch = short or (trainer["max_steps"], trainer["total_batch_size"])
+    scale = run.share * steps / trainer["max_steps"]
     lengths = {f"trainer.{key}": trainer[key] for key in ("max_steps", "decay_start")}
-    lengths |= {
-        f"system.objective.params.{key}": objective[key] for key in ("start_step", "tau_steps") if key in objective
-    }
+    lengths |= {f"system.objective.params.{key}": objective[key] for key in SCHEDULES if key in objective}
     sizes = [f"trainer.{key}={batch}" for key in ("total_batch_size", "micro_batch_size")]
     return sizes + [f"{key}={round(scale * value)}" for key, value in lengths.items()]
 
@@ -68,7 +80,7 @@ def train(run: Run, out: Path, short: tuple[int, int] | None) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     arguments = [str(run.path), f"seed={run.seed}", f"trainer.output_dir={folder}"]
-    arguments += shortened(run.path, *short) if short else []
+    arguments += shortened(run, short)
 
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with (folder / "train.log").open("a") as log:

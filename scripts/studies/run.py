@@ -3,10 +3,11 @@
     .venv/bin/python scripts/studies/run.py miniature                all variants, three seeds
     .venv/bin/python scripts/studies/run.py miniature --quick        one seed, short runs, two negative controls
     .venv/bin/python scripts/studies/run.py emoji                    words to images, see docs/emoji.md
+    .venv/bin/python scripts/studies/run.py objectives               any-step objectives, see docs/objectives.md
     .venv/bin/python scripts/studies/run.py miniature --page-only    the page again from results.json
 
-Two models are trained in parallel, one thread each. Results are kept in runs/STUDY; run the same command again to
-resume.
+Two models are trained in parallel (--parallel), one thread each. Results are kept in runs/STUDY; run the same command
+again to resume.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tables import pyplot
 from selfe import log
 from selfe.errors import UserError
 
-STUDIES = ("miniature", "emoji")
+STUDIES = ("miniature", "emoji", "objectives")
 
 
 def work(study: str, run: Run, out: Path, count: int, short: tuple[int, int] | None) -> tuple[str, float]:
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, shorter runs")
     parser.add_argument("--seeds", type=int, help="seeds of the main models")
     parser.add_argument("--count", type=int, help="images per sampling setting")
+    parser.add_argument("--parallel", type=int, default=2, help="models trained at the same time")
     parser.add_argument("--docs", action="store_true", help="write docs/ even with --quick")
     parser.add_argument("--report-only", action="store_true", help="write the report from existing evaluations only")
     parser.add_argument("--page-only", action="store_true", help="write the page again from its results.json")
@@ -66,16 +68,16 @@ def main() -> None:
 
     if not given.report_only:
         study.prepare(out, runs, count)
-        log.print_line(f"{len(runs)} models, two in parallel")
-        with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        log.print_line(f"{len(runs)} models, {given.parallel} in parallel")
+        with ProcessPoolExecutor(given.parallel, mp_context=get_context("spawn")) as pool:
             short = study.QUICK if given.quick else None
             waiting = [pool.submit(work, given.study, run, out, count, short) for run in runs]
             for number, future in enumerate(as_completed(waiting), 1):
                 try:
                     name, seconds = future.result()
-                except SystemExit:
-                    pool.shutdown(wait=False, cancel_futures=True)  # the other model finishes, no new one starts
-                    raise
+                except SystemExit as error:  # the other models go on; the report leaves this one out
+                    log.print_line(f"{number}/{len(runs)} {error}")
+                    continue
                 log.print_line(f"{number}/{len(runs)} {name}: {seconds / 60:.1f} minutes")
 
     command = f"scripts/studies/run.py {given.study}{' --quick' * given.quick} --seeds {seeds} --count {count}"

@@ -154,7 +154,7 @@ def rows(out: Path, runs: Sequence[Run], count: int) -> list[dict[str, Any]]:
         for cell in run.cells:
             number = find(evaluation, cell)
             if number is not None:
-                by_seed.setdefault((run.config, cell), []).append(values(evaluation, number))
+                by_seed.setdefault((run.model, cell), []).append(values(evaluation, number))
 
     table = []
     for (model, cell), estimates in by_seed.items():
@@ -193,5 +193,5 @@ def cpu_seconds(out: Path, runs: Sequence[Run]) -> dict[str, float]:
     for run in runs:
         path = out / run.name / "cpu_seconds.json"
         if path.exists():
-            seconds.setdefault(run.config, []).append(json.loads(path.read_text())["seconds"])
+            seconds.setdefault(run.model, []).append(json.loads(path.read_text())["seconds"])
     return {model: sum(each) / len(each) for model, each in seconds.items()}

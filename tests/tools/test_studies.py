@@ -27,7 +27,7 @@ def path(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts/studies"))
 
 
-@pytest.mark.parametrize("name", ["miniature", "emoji"])
+@pytest.mark.parametrize("name", ["miniature", "emoji", "objectives"])
 def test_every_model_of_a_study_has_a_config(name):
     """Each differs from the others, and from itself by the seed only."""
     study = import_module(f"{name}.study")
@@ -50,6 +50,39 @@ def test_the_page_of_the_miniature_is_written_from_its_results():
     study = page.Study(results)
     assert report.claims(study, results["real"]) == results["claims"]
     assert page.readme_table(study) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_tables_of_objectives_are_written_from_their_results():
+    report = import_module("objectives.report")
+    results = json.loads(report.RESULTS.read_text())
+    assert f"\n\n{report.tables(results)}\n\n" in (ROOT / "docs/objectives.md").read_text(encoding="utf-8")
+
+
+def test_the_best_setting_of_an_objective_is_chosen_by_the_measure():
+    models, report = import_module("models"), import_module("objectives.report")
+    rows = []
+    for ratio, ok, fd in ((0.0, 0.5, 40), (0.25, 0.6, 50)):
+        cell = models.Cell(2, 1.0, 0.0, ratio)
+        rows.append({"model": "so_flow", "cell": cell.name, "s_ratio": ratio, "guidance": 1.0, "ok": ok, "fd": fd})
+    study = report.Rows({"rows": rows})
+    assert study.row("so_flow", 2)["ok"] == 0.5
+    assert report.with_setting(study.best("so_flow", 2, lambda row: row["ok"])) == "0.60 / 50 (1, 0.25)"
+    assert report.with_setting(study.best("so_flow", 2, lambda row: -row["fd"])) == "0.50 / 40 (1, 0)"
+    assert report.with_setting(study.best("so_flow", 4, lambda row: row["ok"])) == "-"
+    assert study.configs() == ["so_flow"]
+    assert study.configs(report.EQUAL_COST) == []
+
+
+def test_a_model_of_equal_cost_has_fewer_steps_and_a_schedule_in_proportion():
+    models = import_module("models")
+    run = models.Run("alpha_flow", 1, (), "configs/mini", "_equal_cost", 0.8)
+    assert (run.model, run.name) == ("alpha_flow_equal_cost", "alpha_flow_equal_cost_1")
+    overrides = dict(override.split("=") for override in models.shortened(run, None))
+    assert overrides["trainer.max_steps"] == overrides["system.objective.params.alpha_end_step"] == "2000"
+    assert (overrides["trainer.decay_start"], overrides["trainer.total_batch_size"]) == ("1200", "96")
+    shorter = dict(override.split("=") for override in models.shortened(run, (1200, 48)))
+    assert (shorter["trainer.max_steps"], shorter["trainer.micro_batch_size"]) == ("960", "48")
+    assert models.shortened(models.Run("alpha_flow", 1, (), "configs/mini"), None) == []
 
 
 def test_all_settings_of_a_model_are_one_sampling_job_with_the_same_noise(tmp_path, monkeypatch):
