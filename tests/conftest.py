@@ -27,11 +27,13 @@ settings.register_profile("selfe", deadline=None)  # no test depends on how fast
 settings.load_profile("selfe")
 # one process imports everything once, alone and without threads; ranks of the tests are forks of it
 PARTS = "encoders.t5_clip", "encoders.flux_vae", "backbones.mmdit", "objectives.self_evaluation"  # which configs name
-PRELOADED = "selfe.train", "selfe.infer", *(f"selfe.{part}" for part in PARTS), "tests.helpers.frozen"
+PRELOADED = "selfe.train", "selfe.infer", *(f"selfe.{part}" for part in PARTS)
+PRELOADED += "pytest", "tests.helpers.train_processes", "tests.helpers.frozen"  # ranks import the test that starts them
 multiprocessing.set_forkserver_preload([*PRELOADED])
 
 # the files that take longest, which come first: the two processes of the tests then end at about the same time
 LONGEST = (
+    "test_adapt",
     "test_compile",
     "test_export",
     "test_flow_maps",
@@ -41,8 +43,10 @@ LONGEST = (
     "test_launch",
     "test_miniature",
     "test_plan",
+    "test_remote",
     "test_resume",
     "test_smoke",
+    "test_training_aids",
 )
 
 

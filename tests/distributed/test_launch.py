@@ -19,16 +19,9 @@ from selfe.io.folder_lock import FolderLock
 from tests.helpers import train_processes
 
 ROOT = Path(__file__).parents[2]
-SMOKE, TINY = str(ROOT / "configs/debug/selfe_smoke.yaml"), str(ROOT / "tests/helpers/tiny.yaml")
+SMOKE, QUICK = str(ROOT / "configs/debug/selfe_smoke.yaml"), str(train_processes.QUICK)
 ENV = os.environ | {"SELFE_SKIP_PRETRAINED": "1"}
-# a system whose parts are quickly imported: started processes are not forks
-QUICK = (
-    "system.text_encoder={module: selfe.encoders.words.Words, params: {dim: 16}}",
-    "system.autoencoder={module: selfe.encoders.identity.Identity, params: {patch: 8}}",
-    "system.backbone.params.patch_dim=192",
-    "system.backbone.params.pooled_dim=16",
-    "trainer.max_steps=100000",
-)
+LONG = "trainer.max_steps=100000"
 
 
 def test_arguments(monkeypatch):
@@ -137,7 +130,7 @@ def begun(run: subprocess.Popen) -> None:
 def started(folder: Path, **env: str) -> tuple[subprocess.Popen, list[int]]:
     """A run of two processes that has come to its first step, and everything below its shell."""
     run = subprocess.Popen(
-        [ROOT / "run.sh", TINY, "2", f"trainer.output_dir={folder}", *QUICK],
+        [ROOT / "run.sh", QUICK, "2", f"trainer.output_dir={folder}", LONG],
         env=ENV | env,
         cwd=ROOT,
         start_new_session=True,
@@ -153,8 +146,8 @@ def started(folder: Path, **env: str) -> tuple[subprocess.Popen, list[int]]:
 
 def test_a_scheduler_stops_a_run_that_loads_ahead(tmp_path):
     """SIGTERM reaches the loader's processes too, and they must not die of it before the step is done."""
-    command = [sys.executable, "-m", "selfe", "train", TINY, "1", f"trainer.output_dir={tmp_path}"]
-    long = [*QUICK, "trainer.checkpoint_every=100000", "trainer.num_workers=2"]
+    command = [sys.executable, "-m", "selfe", "train", QUICK, "1", f"trainer.output_dir={tmp_path}"]
+    long = [LONG, "trainer.checkpoint_every=100000", "trainer.num_workers=2"]
     run = subprocess.Popen(
         [*command, *long], env=ENV, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -211,8 +204,8 @@ def test_a_killed_process_is_started_again_as_often_as_asked_then_ends_the_other
 
 def test_a_killed_launcher_ends_its_processes_which_save(tmp_path):
     """Nothing is left that would write into the folder from which the next start resumes."""
-    command = [sys.executable, "-m", "selfe", "train", TINY, "2", f"trainer.output_dir={tmp_path}"]
-    more = [*QUICK, "trainer.num_workers=1", "trainer.checkpoint_every=100000"]
+    command = [sys.executable, "-m", "selfe", "train", QUICK, "2", f"trainer.output_dir={tmp_path}"]
+    more = [LONG, "trainer.num_workers=1", "trainer.checkpoint_every=100000"]
     run = subprocess.Popen([*command, *more], env=ENV, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     begun(run)
     below = children(run.pid)
@@ -232,10 +225,10 @@ def test_a_process_that_is_killed_ends_the_other_node_with_one_line(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     nodes = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-m", "selfe", "train", TINY, "1", f"trainer.output_dir={tmp_path}"]
+    command = [sys.executable, "-m", "selfe", "train", QUICK, "1", f"trainer.output_dir={tmp_path}"]
     runs = [
         subprocess.Popen(
-            [*command, *QUICK, "trainer.num_workers=0", "trainer.log_every=1"],
+            [*command, LONG, "trainer.num_workers=0", "trainer.log_every=1"],
             env=ENV | nodes | {"NODE_RANK": str(node)},
             cwd=ROOT,
             stdout=subprocess.PIPE,
@@ -253,7 +246,7 @@ def test_a_process_that_is_killed_ends_the_other_node_with_one_line(tmp_path):
     assert re.fullmatch(r"selfe: error: a process of node 0 was ended \(process 0\); .*\n", messages[1])
     assert gone([*below[0], *below[1]])
 
-    train_processes.finish(tmp_path / "one", 2, *QUICK, "trainer.stop_step=1", "trainer.log_every=1")
+    train_processes.finish(tmp_path / "one", 2, LONG, "trainer.stop_step=1", "trainer.log_every=1")
     several, one = (train_processes.lines(folder)[0]["train/loss"] for folder in (tmp_path, tmp_path / "one"))
     assert several == one
 

@@ -6,6 +6,7 @@ from selfe.objectives.self_evaluation import SelfEvaluation
 from selfe.types import Loss
 
 NAN, HUGE = (6, 5), (9, 1)  # step, position
+CHANGES = (4, 8, 12, 16)  # steps at which the loss, the batch or the resolution changes in test_grad_guard.py
 
 
 class PoisonedObjective(SelfEvaluation):
@@ -39,7 +40,7 @@ class JumpingObjective(SelfEvaluation):
 
     def __call__(self, net, ema, x0, conds, rng, step) -> Loss:
         loss = super().__call__(net, ema, x0, conds, rng, step)
-        changes = sum(step >= first for first in (6, 12, 18, 24))
+        changes = sum(step >= first for first in CHANGES)
         factor = self.jump if changes % 2 else 1.0
         factor *= 100 if step == self.spike else 1
         return Loss(loss.per_sample * factor, loss.metrics, loss.t, loss.s, loss.eval_rows)

@@ -12,13 +12,12 @@ from selfe import config
 from selfe.distributed import collectives
 from selfe.distributed.collectives import World
 from selfe.train import Trainer
-from tests.helpers.train_processes import TINY, files, lines
+from tests.helpers.train_processes import QUICK, files, lines
 
 HALF, LAST = Path("checkpoints/step_00000002"), Path("checkpoints/step_00000003")
-RANDOM = [f"system.{part}.params.skip_pretrained=true" for part in ("text_encoder", "autoencoder")]
 
 
-def train(world: World, folder: Path, overrides: Sequence[str], path: Path = TINY) -> None:
+def train(world: World, folder: Path, overrides: Sequence[str], path: Path = QUICK) -> None:
     """Train to step 3 with a checkpoint after step 2; relative paths are those of the root of the repository."""
     settings = config.load(path, [*overrides, f"trainer.output_dir={folder}", "trainer.stop_step=3"])
     with torch.device("meta"):

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from selfe import cli, launch, train
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests/helpers/tiny.yaml"
+QUICK = ROOT / "tests/helpers/quick.yaml"  # without encoder networks
 CONTEXT = multiprocessing.get_context("forkserver")
 
 
@@ -26,7 +28,7 @@ class Run:
     """`size` processes of one run, without a launcher: `out` is what they print, `failures` why they failed."""
 
     def __init__(
-        self, folder: Path, size: int, *overrides: str, env: dict[str, str] | None = None, config: Path = TINY
+        self, folder: Path, size: int, *overrides: str, env: dict[str, str] | None = None, config: Path = QUICK
     ):
         self.work = Path(tempfile.mkdtemp())
         arguments = [str(config), f"trainer.output_dir={folder}", *overrides]
@@ -136,12 +138,23 @@ def script(path: str, *arguments: str, code: int = 0) -> str:
     return _printed(_script, (path, *arguments), code)
 
 
-def finish(folder: Path, size: int, *overrides: str, config: Path = TINY, env: dict[str, str] | None = None) -> str:
+def finish(folder: Path, size: int, *overrides: str, config: Path = QUICK, env: dict[str, str] | None = None) -> str:
     """Train to the end; returns what was printed."""
     run = Run(folder, size, *overrides, config=config, env=env)
     codes = run.wait()
     assert codes == [0] * size, (run.out, run.failures)
     return run.out
+
+
+def copy_until(checkpoint: Path, source: Path, folder: Path) -> None:
+    """The folder of a run as if it had been interrupted after a checkpoint, which is given relative to the folder.
+
+    Its metrics go on to the end: a resumed run drops those of the steps that it repeats.
+    """
+    shutil.copytree(source / checkpoint, folder / checkpoint)
+    shutil.copy(source / "metrics.jsonl", folder)
+    settings = (source / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(settings.replace(str(source), str(folder)))
 
 
 def lines(folder: Path) -> list[dict]:

@@ -17,7 +17,7 @@ from selfe.samplers.heun import Heun
 from selfe.tools import tune_sampler as verb
 from selfe.tune_sampler import Candidate, coordinate_search
 from tests.helpers.sampling_job import PHOTOS
-from tests.helpers.train_processes import TINY, finish
+from tests.helpers.train_processes import QUICK, finish
 
 START = Candidate(1.0, 0.0, 1.0, None)
 GRID = {"cfg_scale": [1.0, 3.0], "s_ratio": [0.0, 1.0], "eta": [0.0, 1.0], "guidance_interval": [None, [0.6, 1.0]]}
@@ -42,7 +42,7 @@ def arguments(run: Path, out: Path, **changes) -> list[str]:
     inferencer = {"ckpt_dir": str(run / "checkpoints"), "output_dir": str(out.parent / "images"), "precision": "fp32"}
     inferencer["defaults"] = {"height": 32, "width": 32, "cfg_scale": 1.0, "prompt_file": None}
     sections = [f"inferencer={json.dumps(inferencer)}", f"evaluation={json.dumps(EVALUATION)}"]
-    return [str(TINY), json.dumps(search | {"out": str(out)} | changes), *sections]
+    return [str(QUICK), json.dumps(search | {"out": str(out)} | changes), *sections]
 
 
 def distance(candidate: Candidate) -> float:
@@ -159,7 +159,7 @@ def test_a_search_resumes_and_its_preset_samples_what_was_measured(trained, tmp_
         f"inferencer.defaults.prompt_file={file}",
         "inferencer.gallery=false",
     ]
-    infer.main([str(TINY), *sampled, "inferencer.defaults.num_steps=[1,2,3]", *preset])
+    infer.main([str(QUICK), *sampled, "inferencer.defaults.num_steps=[1,2,3]", *preset])
     rows = [json.loads(line) for line in (tmp_path / "images/metadata.jsonl").read_text().splitlines()]
     for row in rows[:3]:
         wanted = content["presets"][min(row["num_steps"], 2)]

@@ -18,7 +18,7 @@ from selfe.errors import UserError
 from selfe.generator import Generator
 from selfe.rng import SampleRNG
 from selfe.types import Packed
-from tests.helpers.train_processes import ROOT, TINY, files, finish, lines
+from tests.helpers.train_processes import ROOT, TINY, copy_until, files, finish, lines
 
 CPU = torch.device("cpu")
 STAGES = {"block_out_channels": (32,) * 4, "layers_per_block": 1, "sample_size": 32}
@@ -195,8 +195,9 @@ def test_a_run_with_a_bottleneck_and_prediction_of_x0_resumes_and_is_exported(tm
     backbone = {"params": {"patch_dim": 16, "bottleneck": 5, "prediction": "x0", "learned_grid": [8, 8]}}
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps({"base": str(TINY), "system": {"autoencoder": autoencoder, "backbone": backbone}}))
-    for name, stop in (("once", 3), ("resumed", 2), ("resumed", 3)):
-        finish(tmp_path / name, 2, "trainer.checkpoint_every=10", f"trainer.stop_step={stop}", config=path)
+    finish(tmp_path / "once", 2, "trainer.stop_step=3", config=path)
+    copy_until(Path("checkpoints/step_00000002"), tmp_path / "once", tmp_path / "resumed")
+    finish(tmp_path / "resumed", 2, "trainer.stop_step=3", config=path)
     checkpoint = "checkpoints/step_00000003"
     assert files(tmp_path / "once" / checkpoint) == files(tmp_path / "resumed" / checkpoint)
     assert lines(tmp_path / "once")[-1] == lines(tmp_path / "resumed")[-1]

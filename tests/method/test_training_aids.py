@@ -35,7 +35,7 @@ from selfe.tools import precompute
 from selfe.types import Packed, Route, TextCond
 from tests.distributed.test_fsdp import GRIDS, encode, latents, perturb, small_net
 from tests.helpers.ranks import on_ranks
-from tests.helpers.train_processes import ROOT, TINY, files, finish, lines
+from tests.helpers.train_processes import ROOT, TINY, copy_until, files, finish, lines
 from tests.method.test_mmdit import inputs, small
 
 RNG = SampleRNG.of_step(0, 5, range(3))
@@ -474,9 +474,10 @@ def aid_config(folder: Path, aid: dict) -> Path:
 
 
 def trained_on_two_ranks(folder: Path, path: Path) -> Path:
-    """Three steps at once, and the same with an interruption; returns the checkpoint."""
-    for name, stop in (("once", 3), ("resumed", 2), ("resumed", 3)):
-        finish(folder / name, 2, "trainer.checkpoint_every=10", f"trainer.stop_step={stop}", config=path)
+    """Three steps, and the last of them again from the checkpoint of the second; returns the last checkpoint."""
+    finish(folder / "once", 2, "trainer.stop_step=3", config=path)
+    copy_until(Path("checkpoints/step_00000002"), folder / "once", folder / "resumed")
+    finish(folder / "resumed", 2, "trainer.stop_step=3", config=path)
     checkpoint = Path("checkpoints/step_00000003")
     assert files(folder / "once" / checkpoint) == files(folder / "resumed" / checkpoint)
     assert lines(folder / "once")[-1] == lines(folder / "resumed")[-1]

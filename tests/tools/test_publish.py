@@ -15,7 +15,7 @@ from selfe.errors import UserError
 from selfe.generator import Generator
 from selfe.tools.publish import card, command
 from tests.helpers.run_folders import add_evaluation, add_sheets, evaluation
-from tests.helpers.train_processes import finish
+from tests.helpers.train_processes import TINY, finish
 from tests.helpers.upload_hub import UploadHub
 
 REPO = "lab/tiny-any-step"
@@ -25,7 +25,7 @@ REPO = "lab/tiny-any-step"
 def run(tmp_path_factory) -> Path:
     """A run of four steps with a sample grid, and an evaluation of its images."""
     folder = tmp_path_factory.mktemp("run")
-    finish(folder, 1, "trainer.stop_step=4", "trainer.val_every=2")
+    finish(folder, 1, "trainer.stop_step=4", "trainer.val_every=2", config=TINY)
     add_sheets(folder, 4)
     (folder / "images").mkdir()
     add_evaluation(folder / "images", evaluation(str(folder / "images"), path=str(folder / "val.tsv")))

@@ -16,7 +16,7 @@ from selfe.evaluation.results import Evaluation
 from selfe.tools.report.run_folder import RunFolder
 from selfe.training.evaluation import Evaluator
 from tests.helpers.sampling_job import PHOTOS
-from tests.helpers.train_processes import TINY, Run, files, finish, lines
+from tests.helpers.train_processes import QUICK, Run, files, finish, lines
 
 # 9 images of 9 prompts in batches of 2, so that two ranks share 5 batches
 SETTINGS = {
@@ -176,7 +176,7 @@ def test_it_equals_selfe_evaluate_of_the_checkpoint(straight, tmp_path, monkeypa
         "batch_size": 2,
     }
     sampled |= {"defaults": defaults, "gallery": False}
-    infer.main([str(TINY), f"inferencer={json.dumps(sampled)}", "inferencer.precision=fp32"])
+    infer.main([str(QUICK), f"inferencer={json.dumps(sampled)}", "inferencer.precision=fp32"])
 
     names = ("reference", "base_dir", "extractors", "nearest_k", "retrieval_k")
     settings = {name: SETTINGS[name] for name in names} | {"bootstrap": 0, "batch_size": 2}
@@ -210,7 +210,7 @@ def test_it_equals_selfe_evaluate_of_the_checkpoint(straight, tmp_path, monkeypa
         ),
         ({"nearest_k": 9}, "nearest_k: 9 neighbours need more than 9 images in each set, got 9 generated images"),
         ({"metrics": ["retrieval"], "extractors": {"colours": {"module": "examples.colours.Colours"}}}, "text encoder"),
-        ({"size": [30, 32]}, "height: 30 is not a multiple of 16"),
+        ({"size": [30, 32]}, "height: 30 is not a multiple of 8"),
         ({"num_steps": []}, "num_steps: the list is empty"),
         ({"every": 3}, "evaluate.every: 3 is not a multiple of checkpoint_every, 2; keep_best needs a checkpoint"),
         (
@@ -248,7 +248,7 @@ def test_scores_of_an_extractor_are_evaluated_beside_distances_of_another(tmp_pa
 
 def prepare(evaluated: dict, folder: Path, world: World) -> Evaluator:
     """What a run does with its evaluation before the first step."""
-    settings = config.load(TINY, [f"trainer.evaluate={json.dumps(evaluated)}"])
+    settings = config.load(QUICK, [f"trainer.evaluate={json.dumps(evaluated)}"])
     with torch.device("meta"):
         system = config.build(settings, "system")
     evaluator = Evaluator(config.build(settings, "trainer").evaluate, system, folder, world)

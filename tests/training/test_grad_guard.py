@@ -9,6 +9,7 @@ import pytest
 
 from selfe.errors import UserError
 from selfe.training.grad_guard import GradGuard, GradGuardConfig
+from tests.helpers import poisoned_objective
 from tests.helpers.poisoned_objective import HUGE, NAN
 from tests.helpers.train_processes import Run, command, finish, lines
 
@@ -118,32 +119,32 @@ def test_divergence_ends_the_run(kind):
 
 CHANGES = (
     "system.objective.module=tests.helpers.poisoned_objective.JumpingObjective",
-    "system.objective.params={start_step: 5, tau_steps: 2, aux_start_step: 12}",
-    "trainer.phases=[{step: 18, total_batch_size: 16}]",
-    "data.params.phases=[{step: 24, pixels: [2304]}]",
-    "trainer.health={warmup: 4, max_skips: 1}",
-    "trainer.max_steps=30",
+    "system.objective.params={start_step: 3, tau_steps: 2, aux_start_step: 8}",
+    "trainer.total_batch_size=4",
+    "trainer.phases=[{step: 12, total_batch_size: 8}]",
+    "data.params.phases=[{step: 16, pixels: [2304]}]",
+    "trainer.health={warmup: 2, max_skips: 1}",
+    "trainer.max_steps=20",
     "trainer.log_every=1",
-    "trainer.micro_batch_size=4",
     "trainer.checkpoint_every=100",  # and where a run stops
 )
 
 
-@pytest.mark.parametrize(("jump", "size", "stops"), [(8.0, 2, [30]), (0.125, 1, [7, 14, 20, 26, 30])])
+@pytest.mark.parametrize(("jump", "size", "stops"), [(8.0, 2, [20]), (0.125, 1, [5, 9, 13, 17, 20])])
 def test_a_run_whose_loss_batch_and_resolution_change_takes_every_step(tmp_path, jump, size, stops):
     """On two processes, and on one that is resumed in the middle of the warm-up of every phase."""
     changes = (*CHANGES, f"system.objective.params.jump={jump}")
     printed = "".join(finish(tmp_path, size, *changes, f"trainer.stop_step={stop}") for stop in stops)
-    assert [line["train/skipped"] for line in lines(tmp_path)] == [0] * 30
+    assert [line["train/skipped"] for line in lines(tmp_path)] == [0] * 20
     assert not (tmp_path / "skipped").exists()
-    for step in (6, 12, 18, 24):
+    for step in poisoned_objective.CHANGES:
         assert printed.count(f"step {step}: now ") == 1
 
 
 def test_a_spike_within_a_phase_is_skipped(tmp_path):
-    changes = (*CHANGES, "system.objective.params.spike=17", "trainer.health={warmup: 4, max_skips: 3}")
-    finish(tmp_path, 1, *changes, "trainer.stop_step=20")
-    assert [path.name for path in (tmp_path / "skipped").iterdir()] == ["step_00000018.json"]
+    changes = (*CHANGES, "system.objective.params.spike=11", "trainer.health={warmup: 2, max_skips: 3}")
+    finish(tmp_path, 1, *changes, "trainer.stop_step=12")
+    assert [path.name for path in (tmp_path / "skipped").iterdir()] == ["step_00000012.json"]
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +164,8 @@ def test_a_run_skips_both_and_continues(poisoned, tmp_path):
     assert by_step[11]["train/skipped"] == 2
 
     # one process decides the same, and a resumed run remembers the usual norms
-    finish(tmp_path, 1, *POISONED, "trainer.stop_step=8")
-    finish(tmp_path, 1, *POISONED)
+    finish(tmp_path, 1, *POISONED, "trainer.checkpoint_every=8", "trainer.stop_step=8")
+    finish(tmp_path, 1, *POISONED, "trainer.checkpoint_every=8")
     for one, two in zip(lines(tmp_path), lines(poisoned), strict=True):
         assert ("train/loss" in one) == ("train/loss" in two)
         assert one.get("train/loss", 0) == pytest.approx(two.get("train/loss", 0), rel=1e-4)

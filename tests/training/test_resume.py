@@ -9,7 +9,7 @@ import pytest
 from selfe.checkpoint import verify
 from selfe.errors import UserError
 from selfe.tools import verify_resume
-from tests.helpers.train_processes import Run, files, finish, lines
+from tests.helpers.train_processes import Run, copy_until, files, finish, lines
 
 HALF, LAST = Path("checkpoints/step_00000004"), Path("checkpoints/step_00000006")
 MEASURED = ("trainer.val_every=6", "trainer.cells_every=6", "trainer.stop_step=6")
@@ -23,14 +23,6 @@ def straight(tmp_path_factory) -> dict[int, Path]:
     for size, folder in folders.items():
         finish(folder, size, *MEASURED)
     return folders
-
-
-def copy_until(half: Path, source: Path, folder: Path) -> None:
-    """The run folder as it was when it had come so far."""
-    shutil.copytree(source / half, folder / half)
-    shutil.copy(source / "metrics.jsonl", folder)
-    settings = (source / "config.yaml").read_text()
-    (folder / "config.yaml").write_text(settings.replace(str(source), str(folder)))
 
 
 def test_the_same_on_any_number_of_processes(straight):

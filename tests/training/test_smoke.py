@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 SMOKE = "configs/debug/selfe_smoke.yaml"
 BARE = {key: value for key, value in os.environ.items() if not key.startswith("SELFE_")}
 ENV = BARE | {"SELFE_SKIP_PRETRAINED": "1"}
+HALF = Path("checkpoints/step_00000006")
 
 
 # a line of progress in a log file
@@ -127,12 +128,12 @@ def test_two_processes_agree_with_one(one, two):
 
 
 def test_stopped_and_resumed_equals_uninterrupted(two, tmp_path):
-    """Other numbers of processes, and a smaller system: test_resume.py."""
-    train_processes.finish(tmp_path, 2, "trainer.stop_step=6", config=ROOT / SMOKE)
+    """From the checkpoint in the middle. Other numbers of processes: test_resume.py."""
+    train_processes.copy_until(HALF, two, tmp_path)
     assert "resuming from" in train_processes.finish(tmp_path, 2, config=ROOT / SMOKE)
     for a, b in zip(losses(two), losses(tmp_path), strict=True):
         assert a == b
-    expected, resumed = (weights(folder / "checkpoints" / "step_00000012") for folder in (two, tmp_path))
+    expected, resumed = (weights(folder / "checkpoints/step_00000012") for folder in (two, tmp_path))
     assert expected.keys() == resumed.keys()
     assert len([name for name in expected if name.startswith("optimizer.")]) > 100
     for name, tensor in expected.items():

@@ -14,8 +14,8 @@ from selfe import config
 from selfe.checkpoint import flux, state
 from selfe.errors import UserError
 from tests.helpers.ranks import on_ranks
-from tests.helpers.short_runs import RANDOM, assert_resumed, train_and_resume
-from tests.helpers.train_processes import ROOT, TINY, Run, command, files, finish, lines
+from tests.helpers.short_runs import assert_resumed, train_and_resume
+from tests.helpers.train_processes import QUICK, ROOT, Run, command, copy_until, files, finish, lines
 
 TRACKS = (
     "trainer.ema=[{module: selfe.training.ema.ConstantDecay, params: {decay: 0.9}},"
@@ -46,11 +46,8 @@ def straight(tmp_path_factory) -> Path:
 @pytest.fixture
 def half(straight, tmp_path) -> Path:
     """The run as it was after two steps."""
-    shutil.copytree(straight / HALF, tmp_path / HALF)
-    for name in ("metrics.jsonl", "metrics.csv"):
-        shutil.copy(straight / name, tmp_path)
-    settings = (straight / "config.yaml").read_text()
-    (tmp_path / "config.yaml").write_text(settings.replace(str(straight), str(tmp_path)))
+    copy_until(HALF, straight, tmp_path)
+    shutil.copy(straight / "metrics.csv", tmp_path)
     return tmp_path
 
 
@@ -85,7 +82,7 @@ def test_every_average_is_validated_and_every_metric_logged(straight):
 def test_every_average_that_is_listed_has_its_sample_grid(straight):
     sheets = [straight / name / "step_00000004.png" for name in ("samples", "samples_live", "samples_ema_std_0.1")]
     assert len({sheet.read_bytes() for sheet in sheets}) == 3
-    settings = config.load(TINY, [TRACKS, "trainer.ema_warmup=null", "trainer.samples.weights=[ema, ema_std_0.2]"])
+    settings = config.load(QUICK, [TRACKS, "trainer.ema_warmup=null", "trainer.samples.weights=[ema, ema_std_0.2]"])
     with pytest.raises(UserError, match=r"samples.weights: ema_std_0.2 is not one of live, ema, ema_std_0.1"):
         config.build(settings, "trainer")
 
@@ -112,7 +109,7 @@ def test_another_optimizer_or_average_is_refused_or_starts_anew(half):
 def parameters_of(checkpoint: Path, weights: str) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint under the names of an exported folder."""
     with torch.device("meta"):
-        net = config.build(config.load(TINY), "system").backbone
+        net = config.build(config.load(QUICK), "system").backbone
     net = net.to_empty(device="cpu").requires_grad_(False)
     assert state.load_weights(checkpoint, net, weights) == 4
     width = net.width
@@ -143,7 +140,7 @@ OTHER_PARTS = {
 
 def test_other_optimizers_and_schedules_train_on_two_ranks_and_resume_bitwise(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    runs = {name: [*RANDOM, "trainer.lr=1e-2", "trainer.warmup_steps=0", *own] for name, own in OTHER_PARTS.items()}
+    runs = {name: ["trainer.lr=1e-2", "trainer.warmup_steps=0", *own] for name, own in OTHER_PARTS.items()}
     on_ranks(2, train_and_resume, runs, str(tmp_path))
     for name in runs:
         assert_resumed(tmp_path / name)
