@@ -86,22 +86,31 @@ def test_haar_loses_nothing_and_keeps_norms():
     assert autoencoder.noise([(4, 6), (2, 2)], RNG).grids == tokens.grids
 
 
-def test_adams_bashforth_is_closer_to_the_solution_than_euler():
-    from multistep import AdamsBashforth
+def test_restarts_keep_the_distribution_and_forget_the_initial_noise():
+    """Of data that is standard normal, with the exact velocity."""
+    from restart import Restart
 
-    noise, _ = latents()
-    noise = noise.with_tokens(noise.tokens.double())
+    noise = packed(torch.zeros(4000, 1, dtype=torch.float64), [(40, 50), (40, 50)])
+    noise = noise.with_tokens(RNG.normal_like("noise", noise))
 
     def denoise(x, t, s):
-        return x.tokens  # dx/dt = x, whose solution at t = 0 is x(1) / e
+        t = flow.per_token(t, x)
+        return (2 * t - 1) * x.tokens / ((1 - t) ** 2 + t**2)
 
-    t, s = flow.sampling_times(16, 0, noise)
-    errors = [
-        (sampler(denoise, noise, t, s, RNG) - noise.tokens / np.e).abs().max()
-        for sampler in (Euler(), AdamsBashforth(blend=0), AdamsBashforth())
-    ]
-    assert errors[0] == errors[1]
-    assert errors[2] < errors[0] / 8
+    def sampled(sampler) -> tuple[torch.Tensor, float]:
+        """The samples and their correlation with the noise from which they started."""
+        x0 = sampler(denoise, noise, *flow.sampling_times(64, 0, noise), RNG)
+        return x0, torch.corrcoef(torch.cat([x0, noise.tokens], dim=1).T)[0, 1].item()
+
+    assert Restart(restarts=2).calls(4) == [0, 1, 2, 2, 2, 3]
+    euler, unchanged = sampled(Euler())
+    assert torch.equal(sampled(Restart(restarts=0))[0], euler)
+    assert unchanged == pytest.approx(1)
+
+    restarted, correlation = sampled(Restart(restarts=40))
+    assert restarted.mean().item() == pytest.approx(0, abs=0.06)
+    assert restarted.std().item() == pytest.approx(1, abs=0.06)
+    assert correlation < 0.5
 
 
 @pytest.fixture(scope="module")
@@ -158,14 +167,14 @@ def test_colours_are_those_that_captions_name():
 
 
 def test_the_generator_makes_the_images_of_the_sampling_job(extended):
-    from multistep import AdamsBashforth
+    from restart import Restart
 
     checkpoints = extended / "run" / "checkpoints"
     with pytest.raises(UserError, match="is not part of selfe"):
         Generator(checkpoints)
 
     generator = Generator(checkpoints, precision="fp32", trust=True)
-    settings = {"num_steps": 2, "height": 8, "width": 8, "cfg_scale": 1.5, "sampler": AdamsBashforth()}
+    settings = {"num_steps": 2, "height": 8, "width": 8, "cfg_scale": 1.5, "sampler": Restart()}
     images = generator.generate(["image 1", "another"], **settings)
     files = sorted((extended / "images").glob("*.png"))
     expected = sorted(np.asarray(Image.open(file)).tobytes() for file in files)
