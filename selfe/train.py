@@ -42,7 +42,7 @@ from selfe.training.profiling import Profiler
 from selfe.training.settings import TrainerConfig
 from selfe.training.throughput import ManualGC, StepTimer
 from selfe.training.watchdog import Watchdog
-from selfe.types import Batch, Split, raise_if_not_finite
+from selfe.types import Batch, Split, is_due, raise_if_not_finite
 
 
 class Trainer:
@@ -60,17 +60,24 @@ class Trainer:
             self.num_micro(step)
         system.check_data(data)
         self.folder = Path(cfg.output_dir)
-        self.evaluator = cfg.evaluate and Evaluator(cfg.evaluate, system, self.folder, world)
+        self.evaluator = None if cfg.evaluate is None else Evaluator(cfg.evaluate, system, self.folder, world)
 
         # live and EMA denoisers, both sharded; the text encoder is sharded over the same ranks on request
         if cfg.adapt is not None:
             cfg.adapt.apply(system.backbone)
         mesh = fsdp.make_mesh(world, cfg.shard_size)
-        how = {name: getattr(cfg, name) for name in ("activation_checkpointing", "compile", "gathering")}
         precision = choose_precision(cfg.precision, world.device)
         self.tracks = cfg.ema_tracks
-        count = len(self.tracks)
-        self.net, averages = fsdp.build_model_and_averages(system.backbone, mesh, precision, seed, count, **how)
+        self.net, averages = fsdp.build_model_and_averages(
+            system.backbone,
+            mesh,
+            precision,
+            seed,
+            count=len(self.tracks),
+            activation_checkpointing=cfg.activation_checkpointing,
+            compile=cfg.compile,
+            gathering=cfg.gathering,
+        )
         self.averages = dict(zip(self.tracks, averages, strict=True))
         self.ema = self.averages["ema"]
         shard_encoder = partial(fsdp.load_sharded, mesh=mesh)
@@ -79,8 +86,9 @@ class Trainer:
         if self.evaluator:
             self.evaluator.prepare()
 
-        numbers = {"lr": cfg.lr, "betas": cfg.betas, "weight_decay": cfg.weight_decay}
-        self.optimizer = cfg.optimizer.build(self.net, **numbers, precision=precision)
+        self.optimizer = cfg.optimizer.build(
+            self.net, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, precision=precision
+        )
 
         # totals of the entire run, over all starts: images that all ranks have learned from, and seconds of training
         self.samples, self.elapsed_before = 0, 0.0
@@ -101,11 +109,14 @@ class Trainer:
         # statistics since the last logged step
         self.measured, self.cells = MetricAccumulator(), TimeGrid()
         num_trained = sum(parameter.numel() for _, parameter in trained(self.net))
-        share = num_trained / banners.num_parameters([self.net])
-        self.clock = StepTimer(world.device, cfg.peak_tflops, share)
+        trained_share = num_trained / banners.num_parameters([self.net])
+        self.clock = StepTimer(world.device, cfg.peak_tflops, trained_share)
         self.num_steps = 0
-        self.replaced = self.num_samples = self.num_tokens = 0  # of this rank; samples and tokens learned from
-        self.has_learned, self.last_skip = False, ""  # since this start
+        self.replaced = 0  # images of this rank that could not be read
+        self.num_samples = self.num_tokens = 0  # of this rank, in the steps that were not skipped
+
+        # since this start: whether any step was not skipped, and a description of the last one that was
+        self.has_learned, self.last_skip = False, ""
 
         if newest and world.is_main:
             log.print_line(f"resuming from {newest}")
@@ -120,18 +131,18 @@ class Trainer:
         Where `allow_changes` permits another optimizer or another average of the weights, those start anew.
         """
         stored = state.list_weights(path)
-        new = [name for name in self.averages if name not in stored]
+        started_anew = [name for name in self.averages if name not in stored]
         parts = state.PARTS
         may_change = any(key.startswith("trainer.optimizer") for key in self.cfg.allow_changes)
         if may_change and state.optimizer_problem(path, self.net, self.optimizer):
             parts = tuple(part for part in parts if part != "optimizer")
-            new.append("state of the optimizer")
+            started_anew.append("state of the optimizer")
 
         done = state.load(path, self.net, self.averages, self.optimizer, parts)
         if "optimizer" not in parts:
-            self.optimizer.state.clear()  # what looking at it has created
-        if new and self.world.is_main:
-            log.print_line(f"not in {path}, so started anew: {', '.join(new)}")
+            self.optimizer.state.clear()  # `optimizer_problem` has created one
+        if started_anew and self.world.is_main:
+            log.print_line(f"not in {path}, so started anew: {', '.join(started_anew)}")
         return done
 
     def load_base(self, resumed: Path | None) -> AdapterRecord:
@@ -160,11 +171,11 @@ class Trainer:
             settings: the complete config, recorded by Weights & Biases and TensorBoard.
         """
         cfg, main = self.cfg, self.world.is_main
-        end = min(cfg.max_steps, cfg.max_steps if cfg.stop_step is None else cfg.stop_step)
-        missing = bool(self.evaluator) and self.evaluator.is_missing(self.start)
-        nothing = f"nothing to do: {self.start} steps are done, and this run ends at {end}"
-        if self.start >= end and not missing:
-            return self.finish(nothing, stop=0)
+        end = cfg.max_steps if cfg.stop_step is None else min(cfg.max_steps, cfg.stop_step)
+        evaluation_is_missing = self.evaluator is not None and self.evaluator.is_missing(self.start)
+        nothing_to_do = f"nothing to do: {self.start} steps are done, and this run ends at {end}"
+        if self.start >= end and not evaluation_is_missing:
+            return self.finish(nothing_to_do, stop=0)
 
         record = config.plain(settings or {})
         loggers = Loggers(self.folder, self.start, cfg.wandb, cfg.tensorboard, cfg.loggers, record, main)
@@ -172,22 +183,22 @@ class Trainer:
         watch = Watchdog(self.world, cfg.timeout_minutes, partial(launch.end, 1))
         stop_signal = StopSignal(0.9 * launch.grace_seconds(), self.end_late)
         profiler, garbage = Profiler(cfg.profile, self.folder, self.world), ManualGC()
+        background = (progress, watch, stop_signal, loggers, garbage)
 
         if main:
-            num_micro = self.num_micro(self.start)
-            system, data, step = self.system, self.data, self.start
-            log.print_line(banners.start(cfg, system, data, self.net, self.seed, self.world, step, num_micro))
+            run = (cfg, self.system, self.data, self.net, self.seed, self.world)
+            log.print_line(banners.start(*run, step=self.start, num_micro=self.num_micro(self.start)))
 
         # an evaluation that an interruption has prevented
         if self.evaluator:
             self.evaluator.remove_later(self.start)
-        if missing:
+        if evaluation_is_missing:
             watch.heartbeat(self.start, "evaluating", limited=False)
             self.evaluate(self.start, loggers)
         if self.start >= end:
-            for background in (progress, watch, stop_signal, loggers, garbage):
-                background.close()
-            return self.finish(nothing, stop=0)
+            for service in background:
+                service.close()
+            return self.finish(nothing_to_do, stop=0)
 
         # one data loader for the run; workers prefetch micro-batches in this order
         order = ((step, place) for step in range(self.start, end) for place in range(self.num_micro(step)))
@@ -199,7 +210,7 @@ class Trainer:
             launch.STATUS["step"] = done  # reported if this process fails
             # the first step of a phase may compile for minutes; the timeout of the process group still holds
             watch.heartbeat(done, "training", limited=not (cfg.compile and self.is_first_of_phase(step)))
-            if cfg.health.compare_every and step % cfg.health.compare_every == 0:
+            if is_due(step, cfg.health.compare_every):
                 fsdp.compare_replicas(self.net, self.world, cfg.shard_size, f"step {done}")
 
             # train; the stop signal is the same on all ranks, so all leave the loop after the same step
@@ -210,10 +221,10 @@ class Trainer:
             garbage.after(step)
 
             # metrics and validation
-            values = self.summary(step, grad_norm) if done % cfg.log_every == 0 or last else {}
-            if done % cfg.cells_every == 0:
+            values = self.summary(step, grad_norm) if is_due(done, cfg.log_every) or last else {}
+            if is_due(done, cfg.cells_every):
                 self.write_cells(done, loggers)
-            if done % cfg.val_every == 0 and self.data.has_val:
+            if is_due(done, cfg.val_every) and self.data.has_val:
                 watch.heartbeat(done, "validating", limited=False)
                 values |= self.validate(step)
             fsdp.reshard(self.net)  # forward passes without a backward pass leave parameters unsharded
@@ -223,17 +234,17 @@ class Trainer:
             progress.advance(1, f"loss {loss:.4f}, lr {cfg.lr_at(step):.3g}, grad norm {grad_norm:.3g}, {terms}")
 
             # checkpoint, if there is anything new; written to disk in the background
-            if self.has_learned and (done % cfg.checkpoint_every == 0 or last):
+            if self.has_learned and (is_due(done, cfg.checkpoint_every) or last):
                 watch.heartbeat(done, "saving", limited=False)
                 self.save(done, values.get("val_plain/loss"))
 
             # sample grids
-            if done % cfg.samples.every == 0 and cfg.samples.prompts:
+            if is_due(done, cfg.samples.every) and cfg.samples.prompts:
                 watch.heartbeat(done, "sampling", limited=False)
                 self.draw_samples(done, loggers)
 
             # evaluation; after a stop signal, the next start makes up for it
-            if self.evaluator and done % cfg.evaluate.every == 0 and not stop:
+            if self.evaluator and is_due(done, cfg.evaluate.every) and not stop:
                 watch.heartbeat(done, "evaluating", limited=False)
                 self.evaluate(done, loggers)
             if last:
@@ -242,8 +253,8 @@ class Trainer:
         # wait for the last checkpoint, then close everything that runs in the background
         watch.heartbeat(done, "saving", limited=False)
         path = self.saver.finish()
-        for background in (progress, watch, stop_signal, loggers, garbage):
-            background.close()
+        for service in background:
+            service.close()
         if not self.has_learned and not stop:
             raise UserError(
                 f"{self.folder}: nothing was learned, every step from {self.start + 1} to {done} was skipped and no "
@@ -310,8 +321,8 @@ class Trainer:
 
         Returns the loss, the gradient norm before clipping, and the stop signal that any rank has received (0: none).
         """
-        cfg, clock, measured = self.cfg, self.clock, MetricAccumulator()
-        num_micro, losses, checks, num_tokens = self.num_micro(step), [], [], 0
+        cfg, clock, num_micro = self.cfg, self.clock, self.num_micro(step)
+        losses, checks, num_tokens, measured = [], [], 0, MetricAccumulator()
         for group in self.optimizer.param_groups:
             group["lr"] = cfg.lr_at(step) * group.get("lr_scale", 1.0)
 
@@ -343,7 +354,8 @@ class Trainer:
         norm = fsdp.grad_norm(self.net)
         grad_norm, mean_loss, stop = collectives.sync_step_outcome(norm, sum(losses), received())
 
-        # infinite or NaN output of an encoder makes the loss so too; the step has waited for the device above anyway
+        # An encoder whose output is not finite makes the loss so too. Its check waits for the device, which the line
+        # above has done anyway.
         if not math.isfinite(mean_loss):
             raise_if_not_finite(checks)
 
@@ -371,37 +383,42 @@ class Trainer:
         terms, batch_size = self.system.objective.phase(step), len(self.cfg.samples_at(step))
         pixels = " and ".join(map(str, self.data.resolution(step)))
         phase = f"{terms}, batch size {batch_size}, {pixels} pixels"
-        ended = self.guard.enter(phase)
-        if ended and self.world.is_main:
-            other_terms = terms != self.system.objective.phase(step - 1)
-            why = "; the loss has other terms from here on, so its value jumps" if other_terms else ""
-            why += ", val_plain/loss stays comparable" if other_terms and self.data.has_val else ""
-            log.print_line(f"after step {step}: now {phase} (before: {ended}){why}")
+        previous = self.guard.enter(phase)
+        if not previous or not self.world.is_main:
+            return
+
+        consequence = ""
+        if terms != self.system.objective.phase(step - 1):
+            consequence = "; the loss has other terms from here on, so its value jumps"
+            if self.data.has_val:
+                consequence += ", val_plain/loss stays comparable"
+        log.print_line(f"after step {step}: now {phase} (before: {previous}){consequence}")
 
     def skip(self, number: int, grad_norm: float, limit: float, measured: MetricAccumulator) -> None:
         """Log and record a skipped step, the `number`-th of the run.
 
         The decision is the same on every rank. Raises UserError after too many.
         """
-        # the first non-finite tensor of all ranks, if it is not a spike
-        mine = grad_guard.first_non_finite(self.net, self.ema, measured.samples)
-        causes = list(filter(None, collectives.gather_on_all(mine, self.world)))
-        cause = min(causes)[1] if causes else None
+        # the first non-finite tensor of all ranks; None if the gradient norm is a spike
+        of_this_rank = grad_guard.first_non_finite(self.net, self.ema, measured.samples)
+        of_all_ranks = [first for first in collectives.gather_on_all(of_this_rank, self.world) if first is not None]
+        cause = min(of_all_ranks)[1] if of_all_ranks else None
         self.last_skip = f"step {number}, gradient norm {grad_norm:.4g}, first non-finite: {cause or 'none'}"
 
-        parts = collectives.gather(measured.describe(), self.world)
+        descriptions = list(chain(*collectives.gather(measured.describe(), self.world)))
         if self.world.is_main:
-            path = grad_guard.record(self.folder / "skipped", number, grad_norm, limit, cause, list(chain(*parts)))
+            path = grad_guard.record(self.folder / "skipped", number, grad_norm, limit, cause, descriptions)
             why = f"first non-finite: {cause}" if cause else f"limit {limit:.4g}"
-            lost = len(self.cfg.samples_at(number - 1))
-            log.print_line(f"step {number} skipped: gradient norm {grad_norm:.4g}, {why}; its {lost} samples: {path}")
+            count = len(self.cfg.samples_at(number - 1))
+            log.print_line(f"step {number} skipped: gradient norm {grad_norm:.4g}, {why}; its {count} samples: {path}")
         self.guard.check(number, grad_norm, cause)
 
     def summary(self, step: int, grad_norm: float) -> dict[str, float]:
         """Metrics since the last summary, averaged over all ranks, and throughput."""
-        device, measured, self.measured = self.world.device, self.measured, MetricAccumulator()
-        values = measured.means(device, "train/")
-        self.cells.add(measured.cells(device))
+        device = self.world.device
+        values = self.measured.means(device, "train/")
+        self.cells.add(self.measured.cells(device))
+        self.measured = MetricAccumulator()
 
         counts = torch.tensor([self.replaced, self.num_samples, self.num_tokens], dtype=torch.float64, device=device)
         replaced, num_samples, num_tokens = collectives.sum_over_ranks(counts).tolist()
@@ -418,9 +435,17 @@ class Trainer:
 
     def part(self, split: Split) -> MicroBatches:
         """This rank's micro-batches of a split, indexed by (step, micro-batch)."""
-        sizes = self.cfg.samples_at, self.cfg.micro_batch_size, self.system.objective.batch_multiple
         read_captions = self.system.caption_reader(self.seed) if split == "train" else None
-        return MicroBatches(self.data, self.seed, *sizes, self.world, split, read_captions)
+        return MicroBatches(
+            self.data,
+            self.seed,
+            self.cfg.samples_at,
+            self.cfg.micro_batch_size,
+            self.system.objective.batch_multiple,
+            self.world,
+            split,
+            read_captions,
+        )
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
@@ -431,19 +456,24 @@ class Trainer:
         because no schedule changes it.
         """
         self.clock.mark("validation")
-        part, values = self.part("val"), {}
-        passes = {"val/": (self.net, step)} | {f"val_{name}/": (net, step) for name, net in self.averages.items()}
+        micro_batches, values = self.part("val"), {}
+
+        # by the prefix of its metrics: the denoiser, and the step at which the objective is evaluated
+        passes = {"val/": (self.net, step)}
+        passes |= {f"val_{name}/": (average, step) for name, average in self.averages.items()}
         passes["val_plain/"] = self.ema, 0
-        for prefix, (net, at) in passes.items():
+
+        for prefix, (net, objective_step) in passes.items():
             measured = MetricAccumulator()
             for number, place in product(range(self.cfg.val_batches), range(self.num_micro(0))):
-                batch = raise_if_error(part[number, place]).to(self.world.device)
-                rng = SampleRNG(tuple((self.seed, "val", number, p) for p in batch.positions))
-                loss = self.system.loss(net, self.ema, batch, rng, at)
+                batch = raise_if_error(micro_batches[number, place]).to(self.world.device)
+                rng = SampleRNG(tuple((self.seed, "val", number, position) for position in batch.positions))
+                loss = self.system.loss(net, self.ema, batch, rng, objective_step)
                 raise_if_not_finite(loss.checks)
                 measured.add(loss, batch)
-                for metric in self.cfg.val_metrics if prefix != "val_plain/" else ():
-                    measured.add_values(metric(self.system, net, batch, rng, step))
+                if prefix != "val_plain/":
+                    for metric in self.cfg.val_metrics:
+                        measured.add_values(metric(self.system, net, batch, rng, step))
             values |= measured.means(self.world.device, prefix)
         self.clock.mark("other")
         return values

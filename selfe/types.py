@@ -31,6 +31,17 @@ def check_range(name: str, value: Any, low: float, high: float) -> None:
             raise ValueError(f"{name} must be between {low:g} and {high:g}, got {number}")
 
 
+def check_period(name: str, value: int | None, off: str = "null") -> None:
+    """Raise ValueError unless a number of steps between two events is positive; `off` names what switches them off."""
+    if value is not None and not 1 <= value <= MOST_STEPS:
+        raise ValueError(f"{name} must be between 1 and {MOST_STEPS:g}, got {value}; {off} switches this off")
+
+
+def is_due(done: int, every: int | None) -> bool:
+    """Whether an event that comes every `every` steps comes after `done` steps; never, if it is None."""
+    return every is not None and done % every == 0
+
+
 @dataclass(frozen=True)
 class Packed:
     """B sequences of any lengths, concatenated without padding.

@@ -26,7 +26,7 @@ from selfe.device import is_accelerator
 from selfe.distributed import collectives
 from selfe.distributed.collectives import World
 from selfe.errors import UserError
-from selfe.types import MOST_STEPS, check_range
+from selfe.types import MOST_STEPS, check_period, check_range, is_due
 
 PARTIAL, REMOVED = ".partial", ".removed"  # suffixes of folders being written or removed
 BEST, RECORD = "best", "best.json"  # the folder of the checkpoint with the best evaluation, and a file in it
@@ -37,13 +37,13 @@ class RetentionPolicy:
     """Which checkpoints are kept, and how many consecutive saves may fail."""
 
     keep_last: int = 3  # number of newest checkpoints that are kept
-    keep_every: int | None = None  # also keep checkpoints whose step is a multiple of this
+    keep_every: int | None = None  # also keep checkpoints whose step is a multiple of this; null: none
     keep_best: int = 1  # also keep this many with the lowest validation loss
     max_failed_saves: int = 3  # failed saves in a row after which the run stops
 
     def __post_init__(self):
         check_range("keep_last", self.keep_last, 1, MOST_STEPS)
-        check_range("keep_every", self.keep_every, 1, MOST_STEPS)
+        check_period("keep_every", self.keep_every)
         check_range("keep_best", self.keep_best, 0, MOST_STEPS)
         check_range("max_failed_saves", self.max_failed_saves, 1, MOST_STEPS)
 
@@ -253,6 +253,5 @@ def prune(folder: Path, keep: RetentionPolicy) -> None:
     last = list(markers)[: keep.keep_last]
 
     for path, marker in markers.items():
-        milestone = keep.keep_every and marker["step"] % keep.keep_every == 0
-        if path not in best + last and not milestone:
+        if path not in best + last and not is_due(marker["step"], keep.keep_every):
             remove(path)

@@ -102,7 +102,8 @@ def first_events(cfg: TrainerConfig, data: Data, step: int, last_step: int) -> s
     if cfg.evaluate:
         periods["evaluation"] = cfg.evaluate.every
 
-    steps = {name: step - step % every + every for name, every in periods.items()}
+    # what never comes would come after the end
+    steps = {name: last_step + 1 if every is None else step - step % every + every for name, every in periods.items()}
     steps["checkpoint"] = min(steps["checkpoint"], last_step)
     return ", ".join(f"{name} after step {at}" if at <= last_step else f"no {name}" for name, at in steps.items())
 

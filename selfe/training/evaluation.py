@@ -34,7 +34,7 @@ from selfe.io import image_encode
 from selfe.protocols import Sampler
 from selfe.samplers.renoise import Renoise
 from selfe.system import System
-from selfe.types import MOST_SAMPLES, MOST_STEPS, check_range
+from selfe.types import MOST_SAMPLES, check_period, check_range
 
 # sub-folders for features: of the reference and the captions, and of generated images during an evaluation
 CONSTANT, GENERATED = "features", "generated"
@@ -71,7 +71,7 @@ class TrainingEvaluation(MetricSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        check_range("every", self.every, 1, MOST_STEPS)
+        check_period("every", self.every, off="trainer.evaluate=null")
         check_range("num_images", self.num_images, 2, MOST_SAMPLES)
         check_range("batch_size", self.batch_size, 1, MOST_SAMPLES)
         self.sampling()  # checks the ranges of its settings

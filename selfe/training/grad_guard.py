@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from selfe.distributed import fsdp
 from selfe.errors import UserError
-from selfe.types import MOST_STEPS, Batch, check_range
+from selfe.types import MOST_STEPS, Batch, check_period, check_range
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class GradGuardConfig:
     warmup: int = 50  # accepted norms of a phase before a norm can be a spike
     adopt_after: int = 10  # skipped norms in a row, at one level, after which it is the new level
     max_skips: int = 20  # skipped steps in a row after which the run stops
-    compare_every: int | None = None  # steps between checks that replicas (trainer.shard_size) have equal weights
+    # steps between checks that replicas (trainer.shard_size) have equal weights; null: none
+    compare_every: int | None = None
 
     def __post_init__(self):
         check_range("sigmas", self.sigmas, 1, 100)
@@ -46,7 +47,7 @@ class GradGuardConfig:
         check_range("warmup", self.warmup, 1, self.window)
         check_range("adopt_after", self.adopt_after, 2, MOST_STEPS)
         check_range("max_skips", self.max_skips, 1, MOST_STEPS)
-        check_range("compare_every", self.compare_every, 1, MOST_STEPS)
+        check_period("compare_every", self.compare_every)
 
 
 class GradGuard:

@@ -24,7 +24,7 @@ from selfe.training.loggers import WandbConfig
 from selfe.training.profiling import ProfileConfig
 from selfe.training.schedules import WSD, Linear
 from selfe.training.visuals import SampleGridConfig
-from selfe.types import MOST_SAMPLES, MOST_STEPS, PrecisionOrAuto, check_range
+from selfe.types import MOST_SAMPLES, MOST_STEPS, PrecisionOrAuto, check_period, check_range, is_due
 
 MOST_LR = 10.0
 
@@ -96,12 +96,12 @@ class TrainerConfig:
     # which steps are skipped, and when the run stops
     health: GradGuardConfig = GradGuardConfig()  # noqa: RUF009 - frozen
     peak_tflops: float | None = None  # bf16 peak of one device, for MFU; null: looked up by device name
-    log_every: int = 50  # steps between lines of metrics.jsonl
-    checkpoint_every: int = 5000  # steps between checkpoints
+    log_every: int | None = 50  # steps between lines of metrics.jsonl; null: only the last step of a start
+    checkpoint_every: int | None = 5000  # steps between checkpoints; null: only the last step of a start
     # which checkpoints are kept
     checkpoints: RetentionPolicy = RetentionPolicy()  # noqa: RUF009 - frozen
-    cells_every: int = 1000  # steps between heat maps over (t, s); a multiple of log_every
-    val_every: int = 5000  # steps between validations, if data.params.val_manifest is set
+    cells_every: int | None = 1000  # steps between heat maps over (t, s), a multiple of log_every; null: none
+    val_every: int | None = 5000  # steps between validations, if data.params.val_manifest is set; null: none
     val_batches: int = 1  # batches per validation, each of total_batch_size images
     val_metrics: tuple[ValidationMetric, ...] = ()  # measured beside the losses of the objective
     # steps to profile
@@ -118,8 +118,10 @@ class TrainerConfig:
 
     def __post_init__(self):
         # schedule
-        for name in ("max_steps", "stop_step", "log_every", "checkpoint_every", "cells_every", "val_every"):
+        for name in ("max_steps", "stop_step"):
             check_range(name, getattr(self, name), 1, MOST_STEPS)
+        for name in ("log_every", "checkpoint_every", "cells_every", "val_every"):
+            check_period(name, getattr(self, name))
         for name in ("warmup_steps", "decay_start"):
             check_range(name, getattr(self, name), 0, MOST_STEPS)
         for name in ("total_batch_size", "micro_batch_size", "val_batches"):
@@ -159,9 +161,11 @@ class TrainerConfig:
 
         # the checkpoint that an evaluation may keep
         evaluate = self.evaluate
-        if evaluate is not None and evaluate.keep_best is not None and evaluate.every % self.checkpoint_every:
+        keeps_best = evaluate is not None and evaluate.keep_best is not None
+        if keeps_best and not is_due(evaluate.every, self.checkpoint_every):
+            every = "null" if self.checkpoint_every is None else self.checkpoint_every
             raise ValueError(
-                f"evaluate.every: {evaluate.every} is not a multiple of checkpoint_every, {self.checkpoint_every}; "
+                f"evaluate.every: {evaluate.every} is not a multiple of checkpoint_every, {every}; "
                 "keep_best needs a checkpoint of every evaluation"
             )
 

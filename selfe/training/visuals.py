@@ -18,7 +18,7 @@ from selfe.rng import SampleRNG
 from selfe.samplers.cost import check_sampler
 from selfe.samplers.renoise import Renoise
 from selfe.system import System
-from selfe.types import MOST_STEPS, check_range
+from selfe.types import check_period, check_range
 
 TITLES = {"ema": "EMA weights", "live": "live weights"}
 
@@ -27,8 +27,8 @@ TITLES = {"ema": "EMA weights", "live": "live weights"}
 class SampleGridConfig:
     """Sample grids during training: a row per prompt, a column per number of steps, always from the same noise."""
 
-    every: int = 5000  # steps between sample grids
-    prompts: tuple[str, ...] = ()  # a row each; [] disables sample grids
+    every: int | None = 5000  # steps between sample grids; null: none
+    prompts: tuple[str, ...] = ()  # a row each; []: no sample grids
     num_steps: tuple[int, ...] = (1, 2, 4, 8)  # numbers of sampling steps, a column each
     size: tuple[int, int] = (256, 256)  # height, width
     cfg_scale: float = 5.0  # guidance; 1 is none
@@ -42,8 +42,8 @@ class SampleGridConfig:
     def __post_init__(self):
         for name in ("num_steps", "weights"):
             if not getattr(self, name):
-                raise ValueError(f"{name}: the list is empty; prompts: [] disables samples")
-        check_range("every", self.every, 1, MOST_STEPS)
+                raise ValueError(f"{name}: the list is empty; prompts: [] switches sample grids off")
+        check_period("every", self.every)
         check_range("num_steps", self.num_steps, 1, 1000)
         check_range("size", self.size, 1, 8192)
         check_range("cfg_scale", self.cfg_scale, 0, 1000)

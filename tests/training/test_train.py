@@ -30,8 +30,7 @@ from selfe.training.throughput import StepTimer
 from selfe.training.visuals import SampleGridConfig
 from selfe.types import Batch, TextCond, packed
 from tests.helpers import train_processes
-from tests.helpers.train_processes import TINY
-from tests.training.test_compare import RANDOM
+from tests.helpers.train_processes import QUICK
 
 
 def trainer(**changes) -> TrainerConfig:
@@ -127,9 +126,19 @@ def test_shipped_configs_start_on_any_number_of_gpus_that_divides_their_batch(pa
                 assert micro * processes * shipped.micro_batches(processes, 2, phase) == total
 
 
-@pytest.mark.parametrize("name", ["max_steps", "total_batch_size", "micro_batch_size", "log_every", "val_every"])
+@pytest.mark.parametrize("name", ["max_steps", "total_batch_size", "micro_batch_size"])
 def test_values_out_of_range_are_named(name):
     with pytest.raises(ValueError, match=f"{name} must be between 1 and "):
+        trainer(**{name: 0})
+
+
+PERIODS = ("log_every", "checkpoint_every", "cells_every", "val_every")
+
+
+@pytest.mark.parametrize("name", PERIODS)
+def test_a_period_out_of_range_is_named_with_the_way_to_switch_it_off(name):
+    assert getattr(trainer(**{name: None}), name) is None
+    with pytest.raises(ValueError, match=rf"{name} must be between 1 and 1e\+09, got 0; null switches this off"):
         trainer(**{name: 0})
 
 
@@ -392,14 +401,21 @@ def test_precision_auto_on_accelerators_asks_the_device_without_emulation(monkey
 
 
 def test_the_chosen_precision_is_recorded_and_a_change_on_resuming_is_shown(tmp_path, monkeypatch):
-    """As when a run continues on a machine without bf16: it continues in fp32, and a line says so."""
-    said = []
+    """As when a run continues on a machine without bf16: it continues in fp32, and a line says so.
+
+    With all periods switched off: only the last step of each start is logged and saved, and nothing is validated.
+    """
+    said, off = [], [f"trainer.{name}=null" for name in (*PERIODS, "samples.every")]
     monkeypatch.setattr(log, "print_line", said.append)
     for capability, chosen in (("AVX512", "bf16"), ("AVX2", "fp32")):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
         stop = f"trainer.stop_step={1 + (chosen == 'fp32')}"
-        train.main([str(TINY), f"trainer.output_dir={tmp_path}", *RANDOM, "trainer.precision=auto", stop])
+        train.main([str(QUICK), f"trainer.output_dir={tmp_path}", "trainer.precision=auto", *off, stop])
         assert f"trainer.precision: auto is {chosen} on this machine (CPU with {capability})" in said
         assert config.load(tmp_path / "config.yaml")["trainer"]["precision"] == chosen
     assert "config differs from the run so far: trainer.precision: bf16 -> fp32" in said
+    assert any("first:    checkpoint after step 1, no validation" in text for text in said)
+    assert [line["step"] for line in train_processes.lines(tmp_path)] == [1, 2]
+    assert not any("val/loss" in line for line in train_processes.lines(tmp_path))
+    assert not (tmp_path / "cells").exists()
