@@ -180,14 +180,16 @@ class Inferencer:
         # batches are formed before existing images are dropped, so a resumed job uses the same ones
         batches = job.make_batches(todo, self.batch_size, self.batch_pixels, world.size)
         missing = [[spec for spec in batch if spec.file not in existing] for batch in batches]
-        mine = job.share([batch for batch in missing if batch], world.size)[world.rank]
-        left = sum(spec.cost() for batch in mine for spec in batch)
-        progress = log.Progress("images", sum(map(len, mine)), quiet=not world.is_main)
-        worked, start = 0.0, time.perf_counter()
+        own_batches = job.share([batch for batch in missing if batch], world.size)[world.rank]
+        progress = log.Progress("images", sum(map(len, own_batches)), quiet=not world.is_main)
+
+        # estimated cost of the images that are generated, and of those that are not yet
+        cost_done, cost_left = 0.0, sum(spec.cost() for batch in own_batches for spec in batch)
+        start = time.perf_counter()
 
         saving: list[Future] = []
         with ThreadPoolExecutor(1, "save images") as thread:
-            for batch in mine:
+            for batch in own_batches:
                 images = job.generate(system, nets[batch[0].weights], batch)
 
                 # files are compressed and written while the next batch is generated
@@ -200,10 +202,11 @@ class Inferencer:
 
                 # remaining time by estimated cost, not by count, because sizes and steps differ between batches
                 cost = sum(spec.cost() for spec in batch)
-                worked, left = worked + cost, left - cost
+                cost_done, cost_left = cost_done + cost, cost_left - cost
                 seconds = time.perf_counter() - start
                 rate = (progress.done + len(batch)) / seconds
-                progress.advance(len(batch), f"{rate:.2f} images/s, {log.duration(seconds * left / worked)} left")
+                remaining = log.duration(seconds * cost_left / cost_done)
+                progress.advance(len(batch), f"{rate:.2f} images/s, {remaining} left")
             for future in saving:
                 future.result()
         progress.close()

@@ -104,7 +104,8 @@ class SampleSpec(NamedTuple):
     cost: int  # approximate number of image and caption tokens
 
 
-ReadImage = Callable[[Split, SampleSpec, bool], Tensor]  # (split, row, flipped) -> image or its latents
+# (split, sample, flipped) -> the image or its latents
+ReadImage = Callable[[Split, SampleSpec, bool], Tensor]
 
 
 class BucketedDataset:
@@ -166,7 +167,8 @@ class BucketedDataset:
                 raise ValueError(f"{name} must be in the order of their steps, got {steps[1:]}")
 
         self.multiple, self.max_aspect, self.flip, self.on_bad_image = multiple, max_aspect, flip, on_bad_image
-        self.buckets = {p: Buckets(p, multiple, max_aspect) for phase in self.phases for p in phase.pixels}
+        budgets = [pixels for phase in self.phases for pixels in phase.pixels]
+        self.buckets = {budget: Buckets(budget, multiple, max_aspect) for budget in budgets}
 
         # one source per manifest
         entries = train_manifest if isinstance(train_manifest, tuple) else (WeightedManifest(train_manifest),)
@@ -190,8 +192,17 @@ class BucketedDataset:
         raise NotImplementedError
 
     def reading(self, base_dir: Path | RemotePath) -> Reading:
-        strict, columns = self.on_bad_image == "error", (self.image_column, self.caption_column)
-        return Reading(base_dir, self.max_pixels, self.index_dir, strict, self.convert_icc, self.cache, *columns)
+        """How the sources of this dataset read images."""
+        return Reading(
+            base_dir,
+            self.max_pixels,
+            self.index_dir,
+            strict=self.on_bad_image == "error",
+            convert_icc=self.convert_icc,
+            cache=self.cache,
+            image_column=self.image_column,
+            caption_column=self.caption_column,
+        )
 
     @property
     def has_val(self) -> bool:
@@ -204,9 +215,14 @@ class BucketedDataset:
 
     def facts(self) -> dict[str, str]:
         """Settings that a cache of encoded images depends on, by key path."""
-        facts = {"module": compare.class_path(self), "pixels": sorted(self.buckets)}
-        facts |= {"multiple": self.multiple, "max_aspect": self.max_aspect}
-        facts |= {"flip": self.flip, "convert_icc": self.convert_icc}
+        facts = {
+            "module": compare.class_path(self),
+            "pixels": sorted(self.buckets),
+            "multiple": self.multiple,
+            "max_aspect": self.max_aspect,
+            "flip": self.flip,
+            "convert_icc": self.convert_icc,
+        }
         for split, sources in self.sources.items():
             facts |= {f"{split}_manifest[{i}]": source.digest() for i, source in enumerate(sources)}
         return {f"data.{key}": str(value) for key, value in facts.items()}
@@ -270,9 +286,9 @@ class BucketedDataset:
 
     def phase(self, step: int, split: Split) -> ResolutionPhase:
         """The phase of a step. Validation stays in the first phase, so that its loss is comparable over a run."""
-        return [phase for phase in self.phases if phase.step <= step or phase is self.phases[0]][
-            -1 if split == "train" else 0
-        ]
+        if split == "val":
+            return self.phases[0]
+        return [phase for phase in self.phases if phase.step <= step][-1]
 
     def indices(self, seed: int, split: Split, source: int, places: np.ndarray) -> np.ndarray:
         """Places (n,) in the endless stream of a source -> indices (n,) of its images."""
@@ -315,7 +331,8 @@ def plan(data: BucketedDataset, seed: int, step: int, samples: range, split: Spl
     numbers = np.arange(samples.start, samples.stop)
     weights = data.weights if split == "train" else (1,)
     sources, places = interleave(numbers, weights)
-    indices, lengths, sizes = np.empty_like(numbers), np.empty_like(numbers), np.empty((len(samples), 2), np.int64)
+    indices, lengths = np.empty_like(numbers), np.empty_like(numbers)
+    sizes = np.empty((len(samples), 2), np.int64)
     for source in range(len(weights)):
         chosen = sources == source
         indices[chosen] = data.indices(seed, split, source, places[chosen])
@@ -332,8 +349,11 @@ def plan(data: BucketedDataset, seed: int, step: int, samples: range, split: Spl
     # sort by shape, largest first
     order = np.lexsort((shapes[:, 0], -shapes.prod(axis=1)))
     costs = shapes.prod(axis=1) // data.multiple**2 + (lengths // BYTES_PER_TOKEN).clip(max=MAX_CAPTION)
-    columns = (column[order].tolist() for column in (sources, indices, places, budgets, shapes, costs))
-    return tuple(SampleSpec(*values[:4], tuple(values[4]), values[5]) for values in zip(*columns, strict=True))
+    columns = [column[order].tolist() for column in (sources, indices, places, budgets, shapes, costs)]
+    return tuple(
+        SampleSpec(source, index, place, budget, tuple(shape), cost)
+        for source, index, place, budget, shape, cost in zip(*columns, strict=True)
+    )
 
 
 def dealt_budgets(phase: ResolutionPhase, samples: range, sizes: np.ndarray) -> np.ndarray:

@@ -63,25 +63,26 @@ class Exchange:
         self, numbers: Sequence[int], shapes: Sequence[Sequence[int]], shard_of: Callable[[int], Tensor], work: Work
     ) -> Iterator[tuple[int, Tensor]]:
         """At most one matrix per rank; rank r of the mesh works on the r-th."""
-        place = {number: shape for number, shape in zip(numbers, shapes, strict=True)}
+        shape_of = dict(zip(numbers, shapes, strict=True))
         by_replica = [numbers[r * self.num_shards : (r + 1) * self.num_shards] for r in range(self.num_replicas)]
         ours = by_replica[self.replica]  # the j-th is for the j-th rank of this shard group
         rows = [shard_of(number) for number in ours]
 
         # gather a matrix on each rank, and return the rows of the result
         if self.num_shards > 1 and rows:
-            rows = self.through_owners(ours, [place[number] for number in ours], rows, work)
+            rows = self.through_owners(ours, [shape_of[number] for number in ours], rows, work)
         else:
             rows = [work(number, matrix) for number, matrix in zip(ours, rows, strict=True)]
 
         # every replica gets the results of the others
         if self.num_replicas > 1:
-            sizes = [[self.values(place[number], self.shard) for number in theirs] for theirs in by_replica]
-            mine = torch.cat([self.nothing, *(part.flatten() for part in rows)])
-            results = send([mine] * self.num_replicas, list(map(sum, sizes)), self.replicas)
-            for theirs, parts, flat in zip(by_replica, sizes, results, strict=True):
-                for number, part in zip(theirs, flat.split(parts), strict=True):
-                    yield number, part.view(-1, place[number][1])
+            own_results = torch.cat([self.nothing, *(result.flatten() for result in rows)])
+            sizes = [[self.values(shape_of[number], self.shard) for number in of_replica] for of_replica in by_replica]
+            received = send([own_results] * self.num_replicas, list(map(sum, sizes)), self.replicas)
+
+            for of_replica, of_matrices, flat in zip(by_replica, sizes, received, strict=True):
+                for number, result in zip(of_replica, flat.split(of_matrices), strict=True):
+                    yield number, result.view(-1, shape_of[number][1])
         else:
             yield from zip(ours, rows, strict=True)
 
@@ -89,21 +90,23 @@ class Exchange:
         self, numbers: Sequence[int], shapes: Sequence[Sequence[int]], rows: Sequence[Tensor], work: Work
     ) -> list[Tensor]:
         """Rows of matrices -> the same rows of the results. Fewer matrices than ranks: the last ranks have none."""
-        owns = self.shard < len(numbers)
-        shape = shapes[self.shard] if owns else (0, 0)
-        here = [self.values(shape, shard) for shard in range(self.num_shards)]  # of this rank's matrix, by shard
+        has_matrix = self.shard < len(numbers)
+        own_shape = shapes[self.shard] if has_matrix else (0, 0)
         empty = [self.nothing] * (self.num_shards - len(numbers))
-        there = [self.values(shape, self.shard) for shape in shapes] + [0] * len(empty)
 
-        gathered = send([*(part.flatten() for part in rows), *empty], here, self.shards)
-        matrix = torch.cat(gathered).view(*shape)
-        result = work(numbers[self.shard], matrix) if owns else matrix
-        returned = send(list(result.flatten().split(here)), there, self.shards)
-        return [part.view(-1, shape[1]) for part, shape in zip(returned, shapes, strict=False)]
+        # numbers of values: of each shard of this rank's matrix, and of this rank's shard of each matrix
+        of_own_matrix = [self.values(own_shape, shard) for shard in range(self.num_shards)]
+        of_own_rows = [self.values(shape, self.shard) for shape in shapes] + [0] * len(empty)
+
+        gathered = send([*(own.flatten() for own in rows), *empty], of_own_matrix, self.shards)
+        matrix = torch.cat(gathered).view(*own_shape)
+        result = work(numbers[self.shard], matrix) if has_matrix else matrix
+        returned = send(list(result.flatten().split(of_own_matrix)), of_own_rows, self.shards)
+        return [flat.view(-1, shape[1]) for flat, shape in zip(returned, shapes, strict=False)]
 
 
-def send(parts: Sequence[Tensor], sizes: Sequence[int], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
-    """Send the i-th of the 1-D `parts` to the i-th rank; returns what the ranks have sent, of these sizes."""
-    received = parts[0].new_empty(sum(sizes))
-    dist.all_to_all_single(received, torch.cat(list(parts)), list(sizes), [len(part) for part in parts], group=group)
+def send(messages: Sequence[Tensor], sizes: Sequence[int], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
+    """Send the i-th of the 1-D `messages` to the i-th rank; returns what the ranks have sent, of these sizes."""
+    received, lengths = messages[0].new_empty(sum(sizes)), [len(message) for message in messages]
+    dist.all_to_all_single(received, torch.cat(list(messages)), list(sizes), lengths, group=group)
     return received.split(list(sizes))

@@ -58,6 +58,8 @@ def encode(
     others = [caption for caption in captions if caption]
     if sharded and not others:
         others = [""]  # every rank must take part in the collectives
-    codes = iter(encode_each(others) if others else ())
-    texts, pooled = zip(*(next(codes) if caption else empty for caption in captions), strict=True)
+    encoded = iter(encode_each(others) if others else ())
+    codes = [next(encoded) if caption else empty for caption in captions]
+
+    texts, pooled = zip(*codes, strict=True)
     return TextCond(packed(torch.cat(texts), [(1, len(text)) for text in texts]), torch.stack(pooled))

@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import chain, islice
+from itertools import chain, islice, product
 from pathlib import Path
 
 import numpy as np
@@ -66,13 +66,14 @@ class Images(Dataset):
 
     def __init__(self, data: BucketedDataset):
         self.data = data
-        self.blocks = [
-            Block(split, source, pixels, flipped, len(samples))
-            for split, sources in data.sources.items()
-            for source, samples in enumerate(sources)
-            for pixels in (sorted(data.buckets) if split == "train" else data.phases[0].pixels)
-            for flipped in ((False, True) if data.flip and split == "train" else (False,))
-        ]
+        self.blocks = []
+        for split, sources in data.sources.items():
+            is_train = split == "train"
+            budgets = sorted(data.buckets) if is_train else data.phases[0].pixels
+            orientations = (False, True) if data.flip and is_train else (False,)
+            for source, samples in enumerate(sources):
+                for pixels, flipped in product(budgets, orientations):
+                    self.blocks.append(Block(split, source, pixels, flipped, len(samples)))
 
     def __len__(self) -> int:
         return sum(block.length for block in self.blocks)
@@ -253,8 +254,8 @@ class Precompute:
         if changed:
             rank = f"rank {self.world.rank}: " if self.world.size > 1 else ""
             log.print_line(f"{rank}{len(changed)} cached images have changed; encoding them again")
-        parts = enumerate(chunks(changed, LATENTS_PER_SHARD))
-        shards = {first + place * self.world.size: items for place, items in parts}
+        numbered = enumerate(chunks(changed, LATENTS_PER_SHARD))
+        shards = {first + place * self.world.size: items for place, items in numbered}
         self.encode_shards("changed images", shards, self.encode_images)
 
     def encode_shards(self, what: str, shards: dict[int, Sequence[int]], work: Work) -> None:
@@ -403,20 +404,19 @@ def claim(folder: Path, facts: dict[str, str]) -> None:
 
 def from_cache(settings: dict, folder: Path) -> dict:
     """The same training config reading from the cache: encoders and data are wrapped."""
-    place = {"cache_dir": str(folder)}
 
     def wrap(module: str, name: str, wrapped: dict) -> dict:
-        return {"module": f"selfe.{module}", "params": place | {name: wrapped}}
+        return {"module": f"selfe.{module}", "params": {"cache_dir": str(folder), name: wrapped}}
 
     system = settings["system"]
     data = wrap("data.cached.CachedData", "source", settings["data"])
     if (encoder := encoder_settings(system["objective"])) is not None:
         data["params"]["features"] = encoder
-    parts = {
+    encoders = {
         "text_encoder": wrap("encoders.cached_text.CachedText", "encoder", system["text_encoder"]),
         "autoencoder": wrap("encoders.cached_latents.CachedLatents", "autoencoder", system["autoencoder"]),
     }
-    return settings | {"system": system | parts, "data": data}
+    return settings | {"system": system | encoders, "data": data}
 
 
 def encoder_settings(objective: dict) -> dict | None:
@@ -448,9 +448,8 @@ def encode_all(settings: dict, folder: Path, options: argparse.Namespace, world:
         raise UserError(f"data.module: {settings['data']['module']} does not read image files; use manifests or shards")
 
     # the fingerprint: everything that changes the cached features
-    facts = feature_cache.describe("text_encoder", system.text_encoder) | feature_cache.describe(
-        "autoencoder", system.autoencoder
-    )
+    facts = feature_cache.describe("text_encoder", system.text_encoder)
+    facts |= feature_cache.describe("autoencoder", system.autoencoder)
     if (encoder := getattr(system.objective, "feature_encoder", None)) is not None:
         facts |= feature_cache.describe("features", encoder)
     facts |= data.facts() | {

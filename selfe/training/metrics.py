@@ -6,6 +6,7 @@ Metrics do not affect training. Values stay on the device and are only read when
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -76,15 +77,14 @@ class MetricAccumulator:
 
     def describe(self) -> list[list[dict]]:
         """This rank's samples, a list per micro-batch: position in the global batch, file, prompt, loss, t and s."""
-        return [
-            [
-                {"position": position, "name": name, "prompt": prompt, "loss": loss, "t": t, "s": s}
-                for position, name, prompt, (loss, t, s) in zip(
-                    batch.positions, batch.names, batch.prompts, numbers.T.tolist(), strict=True
-                )
-            ]
-            for batch, numbers in self.samples
-        ]
+        micro_batches = []
+        for batch, numbers in self.samples:
+            samples = []
+            of_samples = zip(batch.positions, batch.names, batch.prompts, numbers.T.tolist(), strict=True)
+            for position, name, prompt, (loss, t, s) in of_samples:
+                samples.append({"position": position, "name": name, "prompt": prompt, "loss": loss, "t": t, "s": s})
+            micro_batches.append(samples)
+        return micro_batches
 
 
 class TimeGrid:
@@ -109,10 +109,11 @@ def write_cells(folder: Path, step: int, means: dict[str, Tensor]) -> Path:
 
     `step` is the number of completed steps.
     """
-    tables = {
-        name: [[None if value != value else float(f"{value:.4g}") for value in row] for row in table.tolist()]
-        for name, table in means.items()
-    }
+
+    def rounded(value: float) -> float | None:
+        return None if math.isnan(value) else float(f"{value:.4g}")
+
+    tables = {name: [list(map(rounded, row)) for row in table.tolist()] for name, table in means.items()}
     with (folder / "cells.jsonl").open("a") as file:
         file.write(json.dumps({"step": step} | tables) + "\n")
 
@@ -123,7 +124,7 @@ def write_cells(folder: Path, step: int, means: dict[str, Tensor]) -> Path:
 def ema_distance(ema: nn.Module, net: nn.Module, device: torch.device) -> float:
     """|| ema - net || / || net || over all ranks and all parameters that are trained."""
     pairs = fsdp.trained_pairs(ema, net)
-    apart = torch.stack([(a - b).square().sum() for a, b in pairs]).sum()
-    length = torch.stack([b.square().sum() for _, b in pairs]).sum()
-    sums = collectives.sum_over_ranks(torch.stack([apart, length]).double().to(device))
-    return (sums[0] / sums[1]).sqrt().item()
+    distance = torch.stack([(average - own).square().sum() for average, own in pairs]).sum()
+    length = torch.stack([own.square().sum() for _, own in pairs]).sum()
+    squares = collectives.sum_over_ranks(torch.stack([distance, length]).double().to(device))
+    return (squares[0] / squares[1]).sqrt().item()
