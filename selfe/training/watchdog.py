@@ -34,7 +34,15 @@ class Watchdog:
     def run(self) -> None:
         """The first thread: polls until closed or timed out."""
         seconds = 60 * self.minutes
-        while not self.closed.wait(min(1.0, seconds / 10)):
+        interval = min(1.0, seconds / 10)
+        polled = time.monotonic()
+        while not self.closed.wait(interval):
+            # A process that was stopped (Ctrl+Z, a paused container) has not hung meanwhile.
+            now = time.monotonic()
+            if now - polled > 10 * interval:
+                self.since = min(now, self.since + now - polled)
+            polled = now
+
             if self.limited and time.monotonic() - self.since > seconds:
                 collectives.set_note(f"stuck_{self.world.rank}", f"step {self.step}: {self.doing}")
                 time.sleep(min(5.0, seconds / 2))  # let the other ranks time out and set their notes

@@ -138,8 +138,8 @@ def test_sample_grids_from_the_cache_are_linear_previews(settings, cached, monke
     monkeypatch.setattr(image_encode, "sample_sheet", sample_sheet)
     small = replace(trainer.samples, size=(32, 48), num_steps=(1,))
     small.check(system)
-    sheets = small.draw(system, {"samples": net}, 0, 5, alone)
-    assert sheets.keys() == {"samples"}
+    sheets = small.draw(system, {"ema": net}, 0, 5, alone)
+    assert sheets.keys() == {"ema"}
     assert titles == ["EMA weights, step 5, guidance 5, s ratio 0, linear preview of latents"]
 
     # a preview is not evaluated

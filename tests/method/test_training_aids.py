@@ -527,7 +527,7 @@ def test_repa_and_tread_train_from_a_cache_resume_and_are_exported(tmp_path, mon
 
     # another run starts from it without the aid, and from a run without the aid with it
     start = "trainer.init_from={path: %s, parts: [model, ema]}", "trainer.stop_step=1", "trainer.num_workers=0"
-    finish(tmp_path / "without", 1, start[0] % checkpoint, *start[1:])
+    finish(tmp_path / "without", 1, start[0] % checkpoint, *start[1:], config=TINY)
     finish(
         tmp_path / "with",
         1,

@@ -17,7 +17,8 @@ from selfe.objectives.self_evaluation import SelfEvaluation
 from selfe.samplers.renoise import Renoise
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = [path for path in sorted(ROOT.glob("configs/*/*.yaml")) if path.name != "short.yaml"]  # laid over others
+FRAGMENTS = ("short.yaml", "smooth.yaml")  # laid over other files
+CONFIGS = [path for path in sorted(ROOT.glob("configs/*/*.yaml")) if path.name not in FRAGMENTS]
 SMOKE = ROOT / "configs/debug/selfe_smoke.yaml"
 
 

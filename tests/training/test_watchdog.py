@@ -1,6 +1,9 @@
 """What a waiting process reports about the others."""
 
+import multiprocessing
+import os
 import queue
+import signal
 import time
 
 import torch
@@ -37,6 +40,31 @@ def test_a_wait_without_limit_is_let_be(alone):
             break
         time.sleep(0.05)
     assert said == ["step 3: training: process 0 waited 0.01 minutes (trainer.timeout_minutes); all processes respond"]
+
+
+def watched(minutes: float, started, ended) -> None:
+    """A process with a watchdog, whose main thread reports once and then waits."""
+    watch = Watchdog(World(0, 1, torch.device("cpu")), minutes, lambda message: os._exit(3))
+    watch.heartbeat(1, "training")
+    started.set()
+    ended.wait()
+    watch.close()
+
+
+def test_a_stopped_process_has_not_hung():
+    context = multiprocessing.get_context("fork")
+    started, ended = context.Event(), context.Event()
+    process = context.Process(target=watched, args=(0.03, started, ended))
+    process.start()
+    assert started.wait(30)
+
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(2.5)  # the limit is 1.8 seconds
+    os.kill(process.pid, signal.SIGCONT)
+    time.sleep(0.4)  # two polls
+    ended.set()
+    process.join(30)
+    assert process.exitcode == 0
 
 
 def test_the_failure_of_another_process_ends_this_one(alone, monkeypatch):
