@@ -236,10 +236,12 @@ def trust(parser: argparse.ArgumentParser) -> None:
 def plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--gpus", type=int, required=True, metavar="N")
+    parser.add_argument("--gpus", type=at_least(1), required=True, metavar="N")
     parser.add_argument("--gpu", default="h100", help="a100, h100, b200, l40s, rtx4090, ... (default %(default)s)")
     parser.add_argument("--mfu", type=float, default=0.35, help="fraction of peak FLOPs reached (default %(default)s)")
-    parser.add_argument("--caption-tokens", type=int, default=77, metavar="N", help="T5 tokens (default %(default)s)")
+    parser.add_argument(
+        "--caption-tokens", type=at_least(1), default=77, metavar="N", help="T5 tokens (default %(default)s)"
+    )
     parser.add_argument("--cached", action="store_true", help="train from the cache that selfe precompute makes")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
